@@ -1,0 +1,38 @@
+# How a folder becomes a target.
+
+add_library(ballast_flags INTERFACE)
+target_compile_features(ballast_flags INTERFACE cxx_std_20)
+target_compile_options(ballast_flags INTERFACE
+  $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -Wpedantic -Wshadow>
+  # A fused multiply-add must stand where the source says std::fma, or the bits of a row would depend on inlining.
+  $<$<COMPILE_LANGUAGE:CXX>:-ffp-contract=off>
+  $<$<BOOL:${BALLAST_WERROR}>:$<$<COMPILE_LANGUAGE:CXX>:-Werror>>)
+if(BALLAST_MARCH)
+  target_compile_options(ballast_flags INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-march=${BALLAST_MARCH}>)
+endif()
+if(BALLAST_SANITIZE)
+  target_compile_options(ballast_flags INTERFACE
+    -fsanitize=${BALLAST_SANITIZE} -fno-omit-frame-pointer -fno-sanitize-recover=undefined)
+  target_link_options(ballast_flags INTERFACE -fsanitize=${BALLAST_SANITIZE})
+endif()
+
+# ballast_library(folder SOURCES ... [PUBLIC targets...] [PRIVATE targets...])
+# Makes the static library ballast_<folder>; include paths start at the repository root.
+function(ballast_library folder)
+  cmake_parse_arguments(arg "" "" "SOURCES;PUBLIC;PRIVATE" ${ARGN})
+  add_library(ballast_${folder} STATIC ${arg_SOURCES})
+  add_library(Ballast::${folder} ALIAS ballast_${folder})
+  target_include_directories(ballast_${folder} PUBLIC "${PROJECT_SOURCE_DIR}")
+  target_link_libraries(ballast_${folder} PUBLIC ${arg_PUBLIC} PRIVATE ballast_flags ${arg_PRIVATE})
+  target_compile_features(ballast_${folder} PUBLIC cxx_std_20)
+  set_target_properties(ballast_${folder} PROPERTIES POSITION_INDEPENDENT_CODE ON)
+endfunction()
+
+# ballast_test(name SOURCES ... LIBS ...)
+# One Catch2 program, registered as one test per case under the label `unit`.
+function(ballast_test name)
+  cmake_parse_arguments(arg "" "" "SOURCES;LIBS" ${ARGN})
+  add_executable(${name}_test ${arg_SOURCES})
+  target_link_libraries(${name}_test PRIVATE ${arg_LIBS} ballast_flags Catch2::Catch2WithMain)
+  catch_discover_tests(${name}_test TEST_PREFIX "${name}: " PROPERTIES LABELS unit TIMEOUT 300)
+endfunction()

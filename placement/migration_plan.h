@@ -1,0 +1,54 @@
+#ifndef BALLAST_PLACEMENT_MIGRATION_PLAN_H_
+#define BALLAST_PLACEMENT_MIGRATION_PLAN_H_
+
+#include <cstdint>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "placement/placement.h"
+
+namespace ballast {
+
+// One expert that enters a rank that lacked it.
+struct Move {
+  int32_t layer;
+  int32_t expert;
+  int32_t from_rank;  // a rank that holds the expert in the placement in force
+  int32_t to_slot;    // a slot of the receiving rank
+
+  bool operator==(const Move&) const = default;
+};
+
+// How to get from one placement to the next: the rows that change, and the copies to be made first.
+// A row may also permute experts among the slots of a rank, or empty slots: that moves no bytes.
+struct MigrationPlan {
+  int64_t plan_id = 0;       // from 1, rising
+  int64_t base_epoch = 0;    // the epoch it starts from; it ends in base_epoch + 1
+  std::vector<Placement::LayerRow> rows;
+  std::vector<Move> moves;   // sorted by (layer, to_slot)
+  uint64_t target_fingerprint = 0;
+
+  std::vector<std::byte> Serialize() const;
+  // ERRORS kInvalidArgument on any malformed input; never reads outside `bytes`
+  static absl::StatusOr<MigrationPlan> Deserialize(std::span<const std::byte> bytes);
+  bool operator==(const MigrationPlan&) const;
+};
+
+// Builds the plan from `current` to the same placement with `rows` replaced. Sources: a rank of the
+// receiver's node that holds the expert, else any; among these the one with the fewest moves of
+// this plan so far, ties to the lowest rank. REQUIRES rows valid for `current`.
+absl::StatusOr<MigrationPlan> MakeMigrationPlan(const Placement& current,
+                                                std::vector<Placement::LayerRow> rows,
+                                                int64_t plan_id);
+
+// Renames slots within each rank, and whole ranks within each node, so that as many experts as
+// possible stay where they are; the multiset of experts per rank group is kept.
+// SHAPES row, current_row [num_slots]
+std::vector<int32_t> AlignRow(const Topology& topology, std::span<const int32_t> current_row,
+                              std::vector<int32_t> row);
+
+}  // namespace ballast
+
+#endif  // BALLAST_PLACEMENT_MIGRATION_PLAN_H_
