@@ -1,0 +1,75 @@
+#ifndef BALLAST_RUNTIME_FRONTEND_H_
+#define BALLAST_RUNTIME_FRONTEND_H_
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "comm/control_channel.h"
+#include "runtime/control_frames.h"
+#include "runtime/generation.h"
+
+namespace ballast {
+
+struct FrontendOptions {
+  int32_t max_pending = 1024;           // requests admitted and not finished; more are refused
+  int64_t request_timeout_ms = 300'000; // default deadline of a request
+  int32_t context_tokens = 0;           // prompt + generated at most
+  int32_t vocab_size = 0;
+};
+
+// Receives the tokens of one request. Called from the front end's I/O thread: must not block.
+class TokenSink {
+ public:
+  virtual ~TokenSink() = default;
+  virtual void OnEvent(const TokenEvent& event) = 0;  // the last one has finish != kNone
+};
+
+struct FrontendStats {
+  int64_t accepted = 0, finished = 0, cancelled = 0, rejected = 0, failed = 0, deadline = 0;
+  int32_t pending = 0, waiting = 0, running = 0;
+  int64_t tokens_generated = 0;
+};
+
+// The leader's side of the control channels: gives each request to the rank with the least work,
+// carries tokens back, enforces deadlines, and tells all ranks to wake (see control_frames.h).
+// THREADS every public function from any thread. One I/O thread of its own.
+class Frontend {
+ public:
+  // `channels[r]` leads to rank r. `on_failure` is called once, from the I/O thread, when a channel
+  // breaks; every pending request has then been finished with kFailed.
+  static absl::StatusOr<std::unique_ptr<Frontend>> Create(
+      FrontendOptions options, std::vector<std::unique_ptr<ControlChannel>> channels,
+      std::function<void(int rank, absl::Status)> on_failure);
+  ~Frontend();
+
+  // Checks the request, gives it an id (returned) and starts it. `timeout_ms` 0: the default.
+  // ERRORS kInvalidArgument: names the field, the value and what is allowed (prompt empty or beyond
+  //        the context, token id outside the vocabulary, max_tokens < 1, temperature, top_p)
+  //        kResourceExhausted: max_pending reached    kUnavailable: draining or failed
+  absl::StatusOr<uint64_t> Submit(GenerationRequest request, std::shared_ptr<TokenSink> sink,
+                                  int64_t timeout_ms = 0);
+  // The request ends with kCancelled (if it has not ended); unknown ids are ignored.
+  void Cancel(uint64_t request_id);
+  // A migration plan for all ranks.
+  absl::Status BroadcastPlan(std::vector<std::byte> plan);
+
+  // Admits nothing more; waits until every request has ended or `timeout_ms` have passed (the rest
+  // end with kCancelled); then tells all ranks to stop.
+  void DrainAndStop(int64_t timeout_ms);
+
+  bool accepting() const;
+  FrontendStats stats() const;
+
+ private:
+  Frontend() = default;
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace ballast
+
+#endif  // BALLAST_RUNTIME_FRONTEND_H_
