@@ -1,0 +1,100 @@
+// The decoder's operations besides the matrix products and the MoE path. Every one is a loop over
+// rows in which a row's bits depend on that row alone.
+#ifndef BALLAST_KERNELS_DECODER_OPS_H_
+#define BALLAST_KERNELS_DECODER_OPS_H_
+
+#include <cstdint>
+#include <span>
+
+#include "base/dtype.h"
+#include "kernels/stream.h"
+
+namespace ballast {
+
+// y = x / sqrt(mean(x²) + eps) * weight, once in fp32 and once rounded to the activation type.
+// SHAPES x [T, H] fp32  weight [H]  y_f32 [T, H] or null  y_act [T, H] of act_type or null
+struct RmsNormArgs {
+  int32_t num_rows = 0, width = 0;
+  const float* x = nullptr;
+  const float* weight = nullptr;
+  float eps = 0;
+  float* y_f32 = nullptr;
+  DType act_type = DType::kF32;
+  void* y_act = nullptr;
+};
+
+// y = silu(gate) * up.  SHAPES gate_up [T, 2F]: gate first; y [T, F] of act_type
+struct SiluMulArgs {
+  int32_t num_rows = 0, width = 0;  // width = F
+  const float* gate_up = nullptr;
+  DType act_type = DType::kF32;
+  void* y = nullptr;
+};
+
+// Rotary embedding in place, on the first rotary_dim elements of every head (halves, not pairs).
+// SHAPES x [T, num_heads, head_dim], rows `stride` floats apart  position [T]
+//        cos, sin [context, rotary_dim / 2]
+struct RotaryArgs {
+  int32_t num_rows = 0, num_heads = 0, head_dim = 0, rotary_dim = 0;
+  int64_t stride = 0;
+  float* x = nullptr;
+  const int32_t* position = nullptr;
+  const float* cos = nullptr;
+  const float* sin = nullptr;
+};
+
+// Keys that one block of the cache holds. Attention goes over whole blocks from position 0, so the
+// order of its sums is fixed by the position alone.
+inline constexpr int kKvBlockTokens = 64;
+
+// The cache of one layer: blocks of [kv_heads, kKvBlockTokens, head_dim] keys, and the same of values.
+struct KvLayerView {
+  DType type = DType::kF32;
+  void* keys = nullptr;
+  void* values = nullptr;
+};
+
+// Where the tokens of a batch stand: token t is at position[t] of the sequence whose blocks are
+// block_table[table_offset[t] ...].
+struct KvIndex {
+  std::span<const int32_t> position;
+  std::span<const int32_t> table_offset;
+  std::span<const int32_t> block_table;
+};
+
+// Writes the keys and values of the batch's tokens into the cache.
+// SHAPES k, v [T, kv_heads, head_dim] fp32, rows `stride` floats apart
+struct KvWriteArgs {
+  int32_t num_rows = 0, kv_heads = 0, head_dim = 0;
+  int64_t stride = 0;
+  const float* k = nullptr;
+  const float* v = nullptr;
+  KvIndex index;
+  KvLayerView cache;
+};
+
+// y = softmax(q Kᵀ / sqrt(head_dim)) V over positions 0 .. position[t].
+// SHAPES q [T, num_heads, head_dim] fp32, rows `stride` floats apart  y [T, num_heads * head_dim] of act_type
+// ORDER  blocks of kKvBlockTokens keys in ascending position; inside a block maximum first, then
+//        exponentials, then keys in ascending position. REQUIRES head_dim <= 256.
+struct AttentionArgs {
+  int32_t num_rows = 0, num_heads = 0, kv_heads = 0, head_dim = 0;
+  int64_t stride = 0;
+  const float* q = nullptr;
+  KvIndex index;
+  KvLayerView cache;
+  DType act_type = DType::kF32;
+  void* y = nullptr;
+};
+
+namespace cpu {
+void RmsNorm(const RmsNormArgs& args, Stream stream);
+void SiluMul(const SiluMulArgs& args, Stream stream);
+void Rotary(const RotaryArgs& args, Stream stream);
+void KvWrite(const KvWriteArgs& args, Stream stream);
+void Attention(const AttentionArgs& args, Stream stream);
+}  // namespace cpu
+
+}  // namespace ballast
+
+#endif  // BALLAST_KERNELS_DECODER_OPS_H_

@@ -1,0 +1,102 @@
+#include "kernels/gate.h"
+
+#include <cmath>
+#include <limits>
+
+#include "base/status.h"
+#include "kernels/vector_math.h"
+
+namespace ballast::cpu {
+namespace {
+
+constexpr float kNever = -std::numeric_limits<float>::infinity();
+constexpr int kMaxExperts = 2048;
+
+absl::Status Check(const GateArgs& a) {
+  const auto& r = a.rule;
+  const size_t tokens = static_cast<size_t>(a.num_tokens);
+  if (r.num_experts < 1 || r.num_experts > kMaxExperts || r.top_k < 1 || r.num_groups < 1 ||
+      r.num_experts % r.num_groups != 0 || r.top_groups < 1 || r.top_groups > r.num_groups ||
+      r.top_k > r.num_experts / r.num_groups * r.top_groups) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "gate: ", r.num_experts, " experts in ", r.num_groups, " groups, top ", r.top_groups,
+        " groups, top ", r.top_k, ": not a rule (at most ", kMaxExperts, " experts)"));
+  }
+  if (a.logits.size() != tokens * r.num_experts || a.ids.size() != tokens * r.top_k ||
+      a.weights.size() != a.ids.size() || a.histogram.size() != static_cast<size_t>(r.num_experts) ||
+      (!a.bias.empty() && a.bias.size() != static_cast<size_t>(r.num_experts))) {
+    return absl::InvalidArgumentError("gate: array sizes do not fit the rule");
+  }
+  return absl::OkStatus();
+}
+
+// Masks all experts outside the best groups.
+void KeepBestGroups(const GateRule& rule, float* choice) {
+  const int group_size = rule.num_experts / rule.num_groups;
+  float group_score[kMaxExperts];
+  for (int g = 0; g < rule.num_groups; ++g) {
+    float best = kNever, second = kNever;
+    for (int i = g * group_size; i < (g + 1) * group_size; ++i) {
+      if (choice[i] > best) {
+        second = best;
+        best = choice[i];
+      } else if (choice[i] > second) {
+        second = choice[i];
+      }
+    }
+    group_score[g] = group_size > 1 ? best + second : best;
+  }
+  for (int g = 0; g < rule.num_groups; ++g) {
+    int better = 0;
+    for (int h = 0; h < rule.num_groups; ++h) {
+      if (group_score[h] > group_score[g] || (group_score[h] == group_score[g] && h < g)) ++better;
+    }
+    if (better < rule.top_groups) continue;
+    for (int i = g * group_size; i < (g + 1) * group_size; ++i) choice[i] = kNever;
+  }
+}
+
+void GateToken(const GateRule& rule, const float* logits, const float* bias, int32_t* ids,
+               float* weights, int32_t* histogram) {
+  float score[kMaxExperts], choice[kMaxExperts];
+  for (int e = 0; e < rule.num_experts; ++e) score[e] = Sigmoid(logits[e]);
+  for (int e = 0; e < rule.num_experts; ++e) {
+    const bool sound = !std::isnan(logits[e]);
+    choice[e] = sound ? score[e] + (bias != nullptr ? bias[e] : 0.0f) : kNever;
+    if (!sound) score[e] = 0.0f;
+  }
+  if (rule.num_groups > 1) KeepBestGroups(rule, choice);
+
+  float sum = 0.0f;
+  bool taken[kMaxExperts] = {};
+  for (int k = 0; k < rule.top_k; ++k) {
+    int best = -1;
+    for (int e = 0; e < rule.num_experts; ++e) {
+      if (!taken[e] && (best < 0 || choice[e] > choice[best])) best = e;
+    }
+    taken[best] = true;
+    ids[k] = best;
+    weights[k] = score[best];
+    sum += score[best];
+    ++histogram[best];
+  }
+  const float factor = rule.scale / (rule.renormalise ? sum + 1e-20f : 1.0f);
+  for (int k = 0; k < rule.top_k; ++k) weights[k] *= factor;
+}
+
+}  // namespace
+
+absl::Status Gate(const GateArgs& args, Stream) {
+  BALLAST_RETURN_IF_ERROR(Check(args));
+  std::fill(args.histogram.begin(), args.histogram.end(), 0);
+  const float* bias = args.bias.empty() ? nullptr : args.bias.data();
+  for (int t = 0; t < args.num_tokens; ++t) {
+    GateToken(args.rule, args.logits.data() + static_cast<size_t>(t) * args.rule.num_experts, bias,
+              args.ids.data() + static_cast<size_t>(t) * args.rule.top_k,
+              args.weights.data() + static_cast<size_t>(t) * args.rule.top_k,
+              args.histogram.data());
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace ballast::cpu

@@ -1,0 +1,39 @@
+#include "kernels/kernel_set.h"
+
+namespace ballast {
+namespace {
+
+constexpr KernelSet MakeCpuSet(const char* name, decltype(KernelSet::make_matmul) make_matmul) {
+  return {.name = name,
+          .make_matmul = make_matmul,
+          .gate = cpu::Gate,
+          .rms_norm = cpu::RmsNorm,
+          .silu_mul = cpu::SiluMul,
+          .rotary = cpu::Rotary,
+          .kv_write = cpu::KvWrite,
+          .attention = cpu::Attention,
+          .assign_copies = cpu::AssignCopies,
+          .pack = cpu::Pack,
+          .group = cpu::Group,
+          .pack_results = cpu::PackResults,
+          .combine = cpu::Combine};
+}
+
+constexpr KernelSet kPlain = MakeCpuSet("plain", cpu::MakePlainMatmul);
+constexpr KernelSet kOneDnn = MakeCpuSet("onednn", cpu::MakeOneDnnMatmul);
+
+}  // namespace
+
+const KernelSet& PlainKernels() { return kPlain; }
+
+const KernelSet* OneDnnKernels() {
+  static const bool available = cpu::MakeOneDnnMatmul(64, 64, DType::kF32).ok();
+  return available ? &kOneDnn : nullptr;
+}
+
+const KernelSet& DefaultCpuKernels() {
+  const KernelSet* fast = OneDnnKernels();
+  return fast != nullptr ? *fast : kPlain;
+}
+
+}  // namespace ballast

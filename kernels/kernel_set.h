@@ -1,0 +1,37 @@
+#ifndef BALLAST_KERNELS_KERNEL_SET_H_
+#define BALLAST_KERNELS_KERNEL_SET_H_
+
+#include <memory>
+
+#include "absl/status/statusor.h"
+#include "kernels/decoder_ops.h"
+#include "kernels/dispatch.h"
+#include "kernels/gate.h"
+#include "kernels/matmul.h"
+
+namespace ballast {
+
+// One backend: the same operations, with the same signatures, chosen at start.
+struct KernelSet {
+  const char* name;
+  absl::StatusOr<std::unique_ptr<Matmul>> (*make_matmul)(int n, int k, DType dtype);
+  absl::Status (*gate)(const GateArgs&, Stream);
+  void (*rms_norm)(const RmsNormArgs&, Stream);
+  void (*silu_mul)(const SiluMulArgs&, Stream);
+  void (*rotary)(const RotaryArgs&, Stream);
+  void (*kv_write)(const KvWriteArgs&, Stream);
+  void (*attention)(const AttentionArgs&, Stream);
+  absl::Status (*assign_copies)(const RouteArgs&, Stream);
+  void (*pack)(const PackArgs&, Stream);
+  absl::Status (*group)(const GroupArgs&, Stream);
+  void (*pack_results)(const ReturnArgs&, Stream);
+  void (*combine)(const CombineArgs&, Stream);
+};
+
+const KernelSet& PlainKernels();          // loops only: the specification
+const KernelSet* OneDnnKernels();         // products through oneDNN; nullptr where not built in
+const KernelSet& DefaultCpuKernels();     // the faster of the two
+
+}  // namespace ballast
+
+#endif  // BALLAST_KERNELS_KERNEL_SET_H_
