@@ -34,6 +34,17 @@ Entry EntryAt(std::span<const std::byte> bytes, uint32_t i) {
 }
 
 template <typename T>
+void PackResultsTyped(const ReturnArgs& a) {
+  T* out = reinterpret_cast<T*>(a.out.data());
+  const Grouped& g = *a.grouped;
+  for (int32_t i = g.source_begin[a.source]; i < g.source_begin[a.source + 1]; ++i) {
+    const float* y = a.y + static_cast<size_t>(g.position[i]) * a.width;
+    for (int j = 0; j < a.width; ++j) out[j] = FromFloat<T>(y[j]);
+    out += a.width;
+  }
+}
+
+template <typename T>
 void CombineTyped(const CombineArgs& a) {
   for (int t = 0; t < a.num_tokens; ++t) {
     float* out = a.out + static_cast<size_t>(t) * a.width;
@@ -168,11 +179,10 @@ absl::Status Group(const GroupArgs& a, Stream) {
 }
 
 void PackResults(const ReturnArgs& a, Stream) {
-  std::byte* out = a.out.data();
-  const Grouped& g = *a.grouped;
-  for (int32_t i = g.source_begin[a.source]; i < g.source_begin[a.source + 1]; ++i) {
-    std::memcpy(out, a.y + static_cast<size_t>(g.position[i]) * a.row_bytes, a.row_bytes);
-    out += a.row_bytes;
+  if (a.type == DType::kF32) {
+    PackResultsTyped<float>(a);
+  } else {
+    PackResultsTyped<BFloat16>(a);
   }
 }
 

@@ -86,12 +86,14 @@ struct GroupArgs {
   AlignedBuffer* x = nullptr;  // gets the rows; padding rows keep what they had
 };
 
-// Writes the results of one source's copies in the order they came.
+// Writes the results of one source's copies in the order they came, rounded to `type`.
+// SHAPES y [grouped rows, width] fp32   out [copies of the source, width] of `type`
 struct ReturnArgs {
   const Grouped* grouped = nullptr;
   int32_t source = 0;
-  const std::byte* y = nullptr;  // grouped rows
-  size_t row_bytes = 0;
+  const float* y = nullptr;
+  int32_t width = 0;
+  DType type = DType::kF32;
   std::span<std::byte> out;
 };
 

@@ -1,0 +1,60 @@
+#ifndef BALLAST_RUNTIME_CHECKPOINT_H_
+#define BALLAST_RUNTIME_CHECKPOINT_H_
+
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "base/aligned_buffer.h"
+#include "kernels/gated_mlp.h"
+#include "kernels/matmul.h"
+#include "runtime/model_config.h"
+#include "runtime/safetensors.h"
+
+namespace ballast {
+
+// Reads a whole file. ERRORS kNotFound, kInvalidArgument (larger than `max_bytes`)
+absl::StatusOr<std::string> ReadFile(const std::string& path, size_t max_bytes);
+
+// A Hugging Face checkpoint folder: config.json, and model.safetensors or the files that
+// model.safetensors.index.json names. Tensors stay on disk (mapped) until they are asked for.
+// THREADS const members from any thread.
+class Checkpoint {
+ public:
+  // ERRORS name the file, key or tensor. Every tensor that the configuration calls for must be
+  // there with its shape, and no other.
+  static absl::StatusOr<std::unique_ptr<Checkpoint>> Open(const std::string& folder);
+
+  const ModelConfig& config() const { return config_; }
+  const std::string& folder() const { return folder_; }
+
+  // The tensor as fp32. ERRORS kInvalidArgument: it has a NaN or an infinity
+  absl::StatusOr<std::vector<float>> LoadFloats(const std::string& name) const;
+
+  // Packs matrices of [rows, matmul.k()] that stand one below the other.
+  absl::Status LoadMatrix(const std::vector<std::string>& names, const Matmul& matmul,
+                          AlignedBuffer* packed) const;
+  // Packs `<prefix>gate_proj.weight`, up_proj and down_proj into `packed`.
+  absl::Status LoadMlp(const std::string& prefix, GatedMlp* mlp, std::byte* packed) const;
+
+ private:
+  Checkpoint() = default;
+  absl::Status OpenFiles();
+  absl::Status CheckTensors() const;
+  // The tensor, all its elements finite.
+  absl::StatusOr<const TensorView*> Find(const std::string& name) const;
+
+  std::string folder_;
+  ModelConfig config_;
+  std::vector<std::unique_ptr<SafetensorsFile>> files_;
+  std::map<std::string, const TensorView*> tensors_;
+};
+
+// "model.layers.<layer>.mlp.experts.<expert>."
+std::string ExpertPrefix(int layer, int expert);
+
+}  // namespace ballast
+
+#endif  // BALLAST_RUNTIME_CHECKPOINT_H_

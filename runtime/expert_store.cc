@@ -1,0 +1,288 @@
+#include "runtime/expert_store.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "base/check.h"
+#include "base/hash.h"
+#include "base/status.h"
+#include "comm/communicator.h"
+
+namespace ballast {
+namespace {
+
+constexpr size_t kChecksumPieceBytes = 64 << 10;
+constexpr uint32_t kChunkMagic = 0x4b4e4843;  // "CHNK"
+
+}  // namespace
+
+// Stands before every chunk.
+struct ExpertStore::ChunkHeader {
+  uint32_t magic;
+  int32_t layer;
+  int64_t plan_id;
+  int64_t base_epoch;
+  int32_t expert;
+  uint32_t bytes;
+  uint64_t offset;
+  uint64_t block_checksum;  // of the whole expert, from the source's table
+};
+
+// The experts that go to or come from one peer, in plan order, and the one chunk under way.
+struct ExpertStore::Flow {
+  int peer = 0;
+  std::vector<Staged> items;
+  size_t next = 0;           // item of the chunk under way, or of the next one
+  size_t offset = 0;         // of that chunk
+  bool posted = false;
+  Transport::Handle handle = 0;
+  AlignedBuffer buffer;      // header in its own cache line, then the chunk
+  bool done() const { return next == items.size() && !posted; }
+};
+
+uint64_t BlockChecksum(std::span<const std::byte> block) {
+  uint64_t sum = block.size();
+  for (size_t at = 0; at < block.size(); at += kChecksumPieceBytes) {
+    sum = Hash64(block.subspan(at, std::min(kChecksumPieceBytes, block.size() - at)), sum);
+  }
+  return sum;
+}
+
+ExpertStore::ExpertStore(Options options, Transport* transport)
+    : options_(options),
+      transport_(transport),
+      block_stride_(RoundUp(options.block_bytes, kCacheLineBytes)) {
+  const int32_t blocks = options.resident_blocks + options.staging_blocks;
+  memory_ = AlignedBuffer(static_cast<size_t>(blocks) * block_stride_);
+  for (int32_t b = blocks - 1; b >= 0; --b) free_blocks_.push_back(b);
+  const size_t experts = static_cast<size_t>(options.num_layers) * options.num_experts;
+  block_of_expert_.assign(experts, -1);
+  sealed_checksum_.assign(experts, 0);
+  for (int peer = 0; peer < transport->size(); ++peer) {
+    for (auto* flows : {&sends_, &receives_}) {
+      flows->push_back(std::make_unique<Flow>());
+      flows->back()->peer = peer;
+      if (peer != transport->rank()) {
+        flows->back()->buffer = AlignedBuffer(kCacheLineBytes + options.chunk_bytes);
+      }
+    }
+  }
+}
+
+ExpertStore::~ExpertStore() = default;
+
+std::byte* ExpertStore::Block(int32_t block) const {
+  return const_cast<std::byte*>(memory_.data()) + static_cast<size_t>(block) * block_stride_;
+}
+
+int32_t ExpertStore::TakeBlock() {
+  BALLAST_CHECK(!free_blocks_.empty());
+  const int32_t block = free_blocks_.back();
+  free_blocks_.pop_back();
+  return block;
+}
+
+std::span<std::byte> ExpertStore::Allocate(int32_t layer, int32_t expert) {
+  int32_t& block = block_of_expert_[At(layer, expert)];
+  if (block < 0) block = TakeBlock();
+  return {Block(block), options_.block_bytes};
+}
+
+void ExpertStore::Seal(int32_t layer, int32_t expert) {
+  sealed_checksum_[At(layer, expert)] = Checksum(layer, expert);
+}
+
+const std::byte* ExpertStore::Parameters(int32_t layer, int32_t expert) const {
+  const int32_t block = block_of_expert_[At(layer, expert)];
+  return block < 0 ? nullptr : Block(block);
+}
+
+uint64_t ExpertStore::Checksum(int32_t layer, int32_t expert) const {
+  const std::byte* block = Parameters(layer, expert);
+  BALLAST_CHECK(block != nullptr);
+  return BlockChecksum({block, options_.block_bytes});
+}
+
+uint64_t ExpertStore::SealedChecksum(int32_t layer, int32_t expert) const {
+  return sealed_checksum_[At(layer, expert)];
+}
+
+absl::Status ExpertStore::Stage(const MigrationPlan& plan, const Placement& current) {
+  if (plan_.has_value() || draining_) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("plan ", plan.plan_id, ": another plan is still under way"));
+  }
+  const Topology& topology = current.topology();
+  std::vector<int32_t> incoming(static_cast<size_t>(topology.num_ranks()), 0);
+  for (const Move& move : plan.moves) {
+    const int32_t to = topology.rank_of_slot(move.to_slot);
+    if (++incoming[to] > options_.staging_blocks) {
+      return absl::ResourceExhaustedError(
+          absl::StrCat("plan ", plan.plan_id, " brings more than ", options_.staging_blocks,
+                       " experts to rank ", to, ", which is all the staging memory allows"));
+    }
+  }
+  for (const Move& move : plan.moves) {
+    const int32_t to = topology.rank_of_slot(move.to_slot);
+    if (to == options_.rank) {
+      const Staged staged{move.layer, move.expert, TakeBlock(), 0};
+      staged_.push_back(staged);
+      receives_[move.from_rank]->items.push_back(staged);
+    } else if (move.from_rank == options_.rank) {
+      const size_t at = At(move.layer, move.expert);
+      BALLAST_CHECK(block_of_expert_[at] >= 0);
+      sends_[to]->items.push_back(
+          {move.layer, move.expert, block_of_expert_[at], sealed_checksum_[at]});
+    }
+  }
+  plan_ = plan;
+  return absl::OkStatus();
+}
+
+absl::StatusOr<size_t> ExpertStore::AdvanceSend(Flow* flow, size_t budget) {
+  size_t moved = 0;
+  while (!flow->done()) {
+    if (flow->posted) {
+      BALLAST_ASSIGN_OR_RETURN(const bool through, transport_->Test(flow->handle, nullptr));
+      if (!through) break;
+      flow->posted = false;
+      flow->offset += options_.chunk_bytes;
+      if (flow->offset >= options_.block_bytes) {
+        ++flow->next;
+        flow->offset = 0;
+      }
+      continue;
+    }
+    if (moved >= budget) break;
+    const Staged& item = flow->items[flow->next];
+    const size_t bytes = std::min(options_.chunk_bytes, options_.block_bytes - flow->offset);
+    const ChunkHeader header{kChunkMagic,      item.layer,   plan_->plan_id,
+                             plan_->base_epoch, item.expert, static_cast<uint32_t>(bytes),
+                             flow->offset,     item.checksum};
+    std::memcpy(flow->buffer.data(), &header, sizeof header);
+    std::memcpy(flow->buffer.data() + kCacheLineBytes, Block(item.block) + flow->offset, bytes);
+    BALLAST_ASSIGN_OR_RETURN(
+        flow->handle, transport_->PostSend(flow->peer, kTagMigration,
+                                           {flow->buffer.data(), kCacheLineBytes + bytes}));
+    flow->posted = true;
+    moved += bytes;
+  }
+  return moved;
+}
+
+absl::StatusOr<size_t> ExpertStore::AdvanceReceive(Flow* flow, size_t budget) {
+  size_t moved = 0;
+  while (!flow->done() && moved < budget) {
+    if (!flow->posted) {
+      BALLAST_ASSIGN_OR_RETURN(flow->handle, transport_->PostRecv(flow->peer, kTagMigration,
+                                                                  flow->buffer.bytes()));
+      flow->posted = true;
+    }
+    size_t received = 0;
+    BALLAST_ASSIGN_OR_RETURN(const bool through, transport_->Test(flow->handle, &received));
+    if (!through) break;
+    flow->posted = false;
+    Staged& item = flow->items[flow->next];
+    const size_t bytes = std::min(options_.chunk_bytes, options_.block_bytes - flow->offset);
+    ChunkHeader header{};
+    std::memcpy(&header, flow->buffer.data(), sizeof header);
+    if (received != kCacheLineBytes + bytes || header.magic != kChunkMagic ||
+        header.plan_id != plan_->plan_id || header.base_epoch != plan_->base_epoch ||
+        header.layer != item.layer || header.expert != item.expert ||
+        header.offset != flow->offset) {
+      return absl::InternalError(absl::StrCat(
+          "rank ", options_.rank, " expected layer ", item.layer, ", expert ", item.expert,
+          ", byte ", flow->offset, " of plan ", plan_->plan_id, " at epoch ", plan_->base_epoch,
+          " and got layer ", header.layer, ", expert ", header.expert, ", byte ", header.offset,
+          " of plan ", header.plan_id, " at epoch ", header.base_epoch, " from rank ", flow->peer));
+    }
+    std::memcpy(Block(item.block) + flow->offset, flow->buffer.data() + kCacheLineBytes, bytes);
+    moved += bytes;
+    bytes_received_ += static_cast<int64_t>(bytes);
+    flow->offset += bytes;
+    if (flow->offset < options_.block_bytes) continue;
+    flow->offset = 0;
+    ++flow->next;
+    ++copies_received_;
+    const uint64_t checksum = BlockChecksum({Block(item.block), options_.block_bytes});
+    if (checksum != header.block_checksum && !draining_) {
+      return absl::DataLossError(absl::StrCat("layer ", item.layer, ", expert ", item.expert,
+                                              " from rank ", flow->peer, " has checksum ", checksum,
+                                              ", it was packed with ", header.block_checksum));
+    }
+    for (Staged& staged : staged_) {
+      if (staged.block == item.block) staged.checksum = checksum;
+    }
+  }
+  return moved;
+}
+
+bool ExpertStore::FlowsIdle() const {
+  const auto idle = [](const std::unique_ptr<Flow>& flow) { return flow->done(); };
+  return std::all_of(sends_.begin(), sends_.end(), idle) &&
+         std::all_of(receives_.begin(), receives_.end(), idle);
+}
+
+absl::StatusOr<bool> ExpertStore::Poll(size_t byte_budget) {
+  if (!plan_.has_value()) return false;
+  absl::Status first_error;
+  size_t sent = 0, received = 0;
+  for (size_t i = 0; i < sends_.size(); ++i) {
+    if (sent < byte_budget) {
+      auto moved = AdvanceSend(sends_[i].get(), byte_budget - sent);
+      if (moved.ok()) sent += *moved;
+      first_error.Update(moved.status());
+    }
+    if (received < byte_budget) {
+      auto moved = AdvanceReceive(receives_[i].get(), byte_budget - received);
+      if (moved.ok()) received += *moved;
+      first_error.Update(moved.status());
+    }
+  }
+  if (!first_error.ok()) return first_error;
+  if (!FlowsIdle()) return false;
+  if (draining_) {
+    draining_ = false;
+    Discard();
+    return false;
+  }
+  return true;
+}
+
+void ExpertStore::Commit(const Placement& target) {
+  BALLAST_CHECK(plan_.has_value() && !draining_ && FlowsIdle());
+  for (const Placement::LayerRow& row : plan_->rows) {
+    for (int32_t e = 0; e < options_.num_experts; ++e) {
+      int32_t& block = block_of_expert_[At(row.layer, e)];
+      if (block >= 0 && !target.Hosts(row.layer, e, options_.rank)) {
+        free_blocks_.push_back(block);
+        block = -1;
+      }
+    }
+  }
+  for (const Staged& staged : staged_) {
+    block_of_expert_[At(staged.layer, staged.expert)] = staged.block;
+    sealed_checksum_[At(staged.layer, staged.expert)] = staged.checksum;
+  }
+  staged_.clear();
+  for (auto* flows : {&sends_, &receives_}) {
+    for (auto& flow : *flows) flow->items.clear(), flow->next = 0;
+  }
+  plan_.reset();
+}
+
+void ExpertStore::Discard() {
+  if (!plan_.has_value()) return;
+  if (!FlowsIdle()) {
+    draining_ = true;  // peers still send what the plan says; Poll takes it in and then comes back
+    return;
+  }
+  for (const Staged& staged : staged_) free_blocks_.push_back(staged.block);
+  staged_.clear();
+  for (auto* flows : {&sends_, &receives_}) {
+    for (auto& flow : *flows) flow->items.clear(), flow->next = 0;
+  }
+  plan_.reset();
+}
+
+}  // namespace ballast

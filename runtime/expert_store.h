@@ -1,0 +1,114 @@
+#ifndef BALLAST_RUNTIME_EXPERT_STORE_H_
+#define BALLAST_RUNTIME_EXPERT_STORE_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "base/aligned_buffer.h"
+#include "comm/transport.h"
+#include "placement/migration_plan.h"
+#include "placement/placement.h"
+
+namespace ballast {
+
+// The expert parameters in this rank's memory, and the only thing that changes them.
+//
+// Memory is cut into blocks of one packed expert each. An expert that a rank holds in a layer has
+// one block, however many slots name it. A plan is carried out as
+//   (Stage Poll* (Commit | Discard))*
+// Stage and Poll bring new experts into spare blocks while the old ones serve; Commit changes the
+// table and frees the blocks of experts that left; no parameters move at that moment.
+//
+// Chunks travel in plan order on each pair of ranks, one at a time per pair, each with the plan, the
+// place and a checksum. The checksum of a whole expert, taken when it was packed from the
+// checkpoint, travels along and is verified by the receiver: it covers every byte that the products
+// read, derived layouts included.
+// THREADS one (the step thread). COLLECTIVE in effect: all ranks stage the same plans in the same order.
+class ExpertStore {
+ public:
+  struct Options {
+    int32_t rank = 0;
+    int32_t num_layers = 0;       // MoE layers
+    int32_t num_experts = 0;      // per layer
+    size_t block_bytes = 0;       // of one packed expert
+    int32_t resident_blocks = 0;  // slots of this rank over all layers
+    int32_t staging_blocks = 0;   // most experts that one plan may bring to a rank
+    size_t chunk_bytes = 256 << 10;
+  };
+  ExpertStore(Options options, Transport* transport);
+  ~ExpertStore();
+
+  // Start-up: a block for the expert, to be filled by the caller, then sealed with Seal.
+  std::span<std::byte> Allocate(int32_t layer, int32_t expert);
+  void Seal(int32_t layer, int32_t expert);
+
+  // The packed parameters, or nullptr where this rank does not hold the expert.
+  const std::byte* Parameters(int32_t layer, int32_t expert) const;
+
+  // Starts to carry out `plan`; `current` is the placement in force.
+  // ERRORS kFailedPrecondition: a plan is being staged, or an abandoned one still has messages under
+  //        way; kResourceExhausted: the plan brings more experts to some rank than staging_blocks
+  //        (every rank finds the same, so all refuse together)
+  absl::Status Stage(const MigrationPlan& plan, const Placement& current);
+
+  // Moves at most about `byte_budget` bytes each way. True once everything has arrived, has been
+  // sent, and is verified.
+  // ERRORS kDataLoss: a checksum does not match, with layer, expert and source
+  absl::StatusOr<bool> Poll(size_t byte_budget);
+
+  // Checksum of an expert's block as it is in memory now. REQUIRES Parameters(layer, expert).
+  uint64_t Checksum(int32_t layer, int32_t expert) const;
+  // The checksum it had when it was packed.
+  uint64_t SealedChecksum(int32_t layer, int32_t expert) const;
+
+  // Puts the staged plan in force on this rank. REQUIRES Poll said true.
+  void Commit(const Placement& target);
+  // Gives the staged plan up; the table stays as it is. Messages under way are finished by Poll.
+  void Discard();
+
+  bool staging() const { return plan_.has_value(); }
+  // Messages of a discarded plan are still under way.
+  bool draining() const { return draining_; }
+  int64_t bytes_received() const { return bytes_received_; }
+  int64_t copies_received() const { return copies_received_; }
+
+ private:
+  struct ChunkHeader;
+  struct Staged { int32_t layer, expert, block; uint64_t checksum; };
+  struct Flow;  // chunks to or from one peer
+
+  size_t At(int32_t layer, int32_t expert) const {
+    return static_cast<size_t>(layer) * options_.num_experts + expert;
+  }
+  std::byte* Block(int32_t block) const;
+  int32_t TakeBlock();
+  absl::StatusOr<size_t> AdvanceSend(Flow* flow, size_t budget);
+  absl::StatusOr<size_t> AdvanceReceive(Flow* flow, size_t budget);
+  bool FlowsIdle() const;
+
+  Options options_;
+  Transport* transport_;
+  AlignedBuffer memory_;
+  size_t block_stride_;
+  std::vector<int32_t> free_blocks_;        // lowest last
+  std::vector<int32_t> block_of_expert_;    // [num_layers * num_experts], -1: not here
+  std::vector<uint64_t> sealed_checksum_;   // [num_layers * num_experts]
+  std::optional<MigrationPlan> plan_;
+  std::vector<Staged> staged_;              // experts coming in with plan_
+  std::vector<std::unique_ptr<Flow>> sends_, receives_;  // per peer
+  bool draining_ = false;
+  int64_t bytes_received_ = 0;
+  int64_t copies_received_ = 0;
+};
+
+// The checksum of an expert's block: a chain over pieces of fixed size.
+uint64_t BlockChecksum(std::span<const std::byte> block);
+
+}  // namespace ballast
+
+#endif  // BALLAST_RUNTIME_EXPERT_STORE_H_

@@ -1,0 +1,195 @@
+#include "runtime/moe_layer.h"
+
+#include <algorithm>
+
+#include "base/check.h"
+#include "base/status.h"
+
+namespace ballast {
+
+DispatchTable::DispatchTable(const Placement& placement, int32_t rank, const ExpertStore& store,
+                             DispatchTable* previous)
+    : placement_(placement), layers_(static_cast<size_t>(placement.num_layers())) {
+  for (int32_t l = 0; l < placement.num_layers(); ++l) {
+    Layer& layer = layers_[l];
+    const bool same = previous != nullptr && std::ranges::equal(
+        previous->placement_.expert_of_slot(l), placement.expert_of_slot(l));
+    layer.splitter = same ? std::move(previous->layers_[l].splitter)
+                          : std::make_unique<Splitter>(placement.hosts(l));
+    layer.group_of_expert.assign(static_cast<size_t>(placement.num_experts()), -1);
+    for (int32_t e = 0; e < placement.num_experts(); ++e) {
+      if (!placement.Hosts(l, e, rank)) continue;
+      const std::byte* parameters = store.Parameters(l, e);
+      BALLAST_CHECK(parameters != nullptr);
+      layer.group_of_expert[e] = static_cast<int32_t>(layer.parameters.size());
+      layer.parameters.push_back(parameters);
+    }
+  }
+}
+
+MoeExecutor::MoeExecutor(const Options& options, const KernelSet& kernels,
+                         Communicator* communicator)
+    : options_(options),
+      kernels_(kernels),
+      comm_(communicator),
+      row_bytes_(static_cast<size_t>(options.hidden) * SizeOf(options.dtype)),
+      histogram_(static_cast<size_t>(options.gate.num_experts)),
+      dispatch_(communicator),
+      return_(communicator),
+      send_bytes_(static_cast<size_t>(communicator->size())),
+      recv_bytes_(static_cast<size_t>(communicator->size())),
+      out_(static_cast<size_t>(communicator->size())),
+      in_(static_cast<size_t>(communicator->size())) {}
+
+absl::StatusOr<std::unique_ptr<MoeExecutor>> MoeExecutor::Create(const Options& options,
+                                                                 const KernelSet& kernels,
+                                                                 Communicator* communicator) {
+  std::unique_ptr<MoeExecutor> executor(new MoeExecutor(options, kernels, communicator));
+  // The gate is computed in fp32 whatever the activations are: a near-tie decides between experts.
+  BALLAST_ASSIGN_OR_RETURN(
+      executor->gate_matmul_,
+      kernels.make_matmul(options.gate.num_experts, options.hidden, DType::kF32));
+  BALLAST_ASSIGN_OR_RETURN(
+      executor->expert_mlp_,
+      GatedMlp::Create(kernels, options.hidden, options.expert_inter, options.dtype));
+  return executor;
+}
+
+absl::Status MoeExecutor::Run(DispatchTable* table, const Args& args) {
+  BALLAST_RETURN_IF_ERROR(RunGate(args));
+  BALLAST_RETURN_IF_ERROR(SplitBatch(table, args));
+  BALLAST_RETURN_IF_ERROR(Dispatch(*table, args));
+  if (args.while_waiting) BALLAST_RETURN_IF_ERROR(args.while_waiting());
+  BALLAST_RETURN_IF_ERROR(dispatch_.Wait());
+  BALLAST_RETURN_IF_ERROR(RunExperts(table->layer(args.layer)));
+  return Return(table->epoch(), args);
+}
+
+absl::Status MoeExecutor::RunGate(const Args& args) {
+  const size_t tokens = static_cast<size_t>(args.num_tokens);
+  const size_t experts = static_cast<size_t>(options_.gate.num_experts);
+  logits_.EnsureSize(RoundUp(tokens, kRowBlock) * experts * sizeof(float));
+  if (tokens > 0) {
+    BALLAST_RETURN_IF_ERROR(gate_matmul_->Run(args.x_f32, args.num_tokens,
+                                              args.router->packed.data(), logits_.as<float>()));
+  }
+  ids_.resize(tokens * options_.gate.top_k);
+  weights_.resize(ids_.size());
+  return kernels_.gate({.rule = options_.gate,
+                        .num_tokens = args.num_tokens,
+                        .logits = {logits_.as<float>(), tokens * experts},
+                        .bias = args.router->bias,
+                        .ids = ids_,
+                        .weights = weights_,
+                        .histogram = histogram_},
+                       nullptr);
+}
+
+absl::Status MoeExecutor::SplitBatch(DispatchTable* table, const Args& args) {
+  const size_t experts = histogram_.size();
+  LayerCounts& out = *args.counts;
+  out.counts.resize(experts * static_cast<size_t>(comm_->size()));
+  BALLAST_RETURN_IF_ERROR(comm_->AllGather(table->epoch(), std::as_bytes(std::span(histogram_)),
+                                           std::as_writable_bytes(std::span(out.counts))));
+  table->layer(args.layer).splitter->Run(options_.split, out.counts, &split_);
+  out.rank_load = split_.rank_load;
+  return absl::OkStatus();
+}
+
+absl::Status MoeExecutor::Dispatch(const DispatchTable& table, const Args& args) {
+  const LayerHosts& hosts = table.placement().hosts(args.layer);
+  const size_t num_hosts = hosts.host_rank.size();
+  const size_t me = static_cast<size_t>(comm_->rank());
+  const std::span<const int32_t> share(split_.share);
+  BALLAST_RETURN_IF_ERROR(kernels_.assign_copies({.num_tokens = args.num_tokens,
+                                                  .top_k = options_.gate.top_k,
+                                                  .ids = ids_,
+                                                  .hosts = &hosts,
+                                                  .share = share.subspan(me * num_hosts, num_hosts),
+                                                  .route = &route_},
+                                                 nullptr));
+  for (size_t r = 0; r < out_.size(); ++r) {
+    send_bytes_[r] =
+        route_.message[r].num_copies > 0 ? route_.message[r].bytes(row_bytes_) : 0;
+    out_[r] = dispatch_.SendBuffer(static_cast<int>(r), send_bytes_[r]);
+    // The split says how many copies come from r; a row for each is the most that can come along.
+    DispatchMessage most;
+    for (size_t h = 0; h < num_hosts; ++h) {
+      if (hosts.host_rank[h] == comm_->rank()) {
+        most.num_copies += static_cast<uint32_t>(share[r * num_hosts + h]);
+      }
+    }
+    most.num_rows = most.num_copies;
+    recv_bytes_[r] = most.num_copies > 0 ? most.bytes(row_bytes_) : 0;
+  }
+  kernels_.pack({.num_tokens = args.num_tokens,
+                 .top_k = options_.gate.top_k,
+                 .ids = ids_,
+                 .route = &route_,
+                 .rows = {static_cast<const std::byte*>(args.x_act),
+                          static_cast<size_t>(args.num_tokens) * row_bytes_},
+                 .row_bytes = row_bytes_,
+                 .out = out_},
+                nullptr);
+  return dispatch_.Post(table.epoch(), send_bytes_, recv_bytes_);
+}
+
+absl::Status MoeExecutor::RunExperts(const DispatchTable::Layer& layer) {
+  for (size_t r = 0; r < in_.size(); ++r) in_[r] = dispatch_.Received(static_cast<int>(r));
+  const int32_t num_groups = static_cast<int32_t>(layer.parameters.size());
+  BALLAST_RETURN_IF_ERROR(kernels_.group({.received = in_,
+                                          .group_of_expert = layer.group_of_expert,
+                                          .num_groups = num_groups,
+                                          .row_bytes = row_bytes_,
+                                          .grouped = &grouped_,
+                                          .x = &grouped_x_},
+                                         nullptr));
+  const size_t width = static_cast<size_t>(options_.hidden);
+  grouped_y_.EnsureSize(static_cast<size_t>(grouped_.group_begin[num_groups]) * width *
+                        sizeof(float));
+  for (int32_t g = 0; g < num_groups; ++g) {
+    if (grouped_.group_rows[g] == 0) continue;
+    const size_t begin = static_cast<size_t>(grouped_.group_begin[g]);
+    BALLAST_RETURN_IF_ERROR(expert_mlp_->Run(grouped_x_.data() + begin * row_bytes_,
+                                             grouped_.group_rows[g], layer.parameters[g],
+                                             grouped_y_.as<float>() + begin * width));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status MoeExecutor::Return(int64_t epoch, const Args& args) {
+  for (size_t r = 0; r < out_.size(); ++r) {
+    const size_t copies = static_cast<size_t>(grouped_.source_begin[r + 1] - grouped_.source_begin[r]);
+    send_bytes_[r] = copies * row_bytes_;
+    recv_bytes_[r] = route_.message[r].num_copies * row_bytes_;
+    kernels_.pack_results({.grouped = &grouped_,
+                           .source = static_cast<int32_t>(r),
+                           .y = grouped_y_.as<float>(),
+                           .width = options_.hidden,
+                           .type = options_.dtype,
+                           .out = return_.SendBuffer(static_cast<int>(r), send_bytes_[r])},
+                          nullptr);
+  }
+  BALLAST_RETURN_IF_ERROR(return_.Post(epoch, send_bytes_, recv_bytes_));
+  BALLAST_RETURN_IF_ERROR(return_.Wait());
+  for (size_t r = 0; r < in_.size(); ++r) {
+    in_[r] = return_.Received(static_cast<int>(r));
+    if (in_[r].size() != recv_bytes_[r]) {
+      return absl::InternalError(absl::StrCat("combine: rank ", r, " returned ", in_[r].size(),
+                                              " bytes, expected ", recv_bytes_[r]));
+    }
+  }
+  kernels_.combine({.num_tokens = args.num_tokens,
+                    .top_k = options_.gate.top_k,
+                    .width = options_.hidden,
+                    .route = &route_,
+                    .weights = weights_,
+                    .returned = in_,
+                    .type = options_.dtype,
+                    .base = args.base,
+                    .out = args.y},
+                   nullptr);
+  return absl::OkStatus();
+}
+
+}  // namespace ballast

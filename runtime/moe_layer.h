@@ -1,0 +1,118 @@
+#ifndef BALLAST_RUNTIME_MOE_LAYER_H_
+#define BALLAST_RUNTIME_MOE_LAYER_H_
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "base/aligned_buffer.h"
+#include "comm/communicator.h"
+#include "kernels/gated_mlp.h"
+#include "kernels/kernel_set.h"
+#include "placement/placement.h"
+#include "placement/split.h"
+#include "runtime/expert_store.h"
+
+namespace ballast {
+
+// What a step needs of the placement in force, on one rank: built once per epoch, read by one step
+// from start to end.
+class DispatchTable {
+ public:
+  // `previous` (may be null) lends its compiled splits for the layers that did not change.
+  DispatchTable(const Placement& placement, int32_t rank, const ExpertStore& store,
+                DispatchTable* previous);
+
+  struct Layer {
+    std::unique_ptr<Splitter> splitter;
+    std::vector<int32_t> group_of_expert;        // [E] index among this rank's experts, or -1
+    std::vector<const std::byte*> parameters;    // [G] of this rank's experts
+  };
+  const Placement& placement() const { return placement_; }
+  int64_t epoch() const { return placement_.epoch(); }
+  Layer& layer(int32_t i) { return layers_[i]; }
+
+ private:
+  Placement placement_;
+  std::vector<Layer> layers_;
+};
+
+// What one MoE layer did in one step, as every rank knows it.
+struct LayerCounts {
+  std::vector<int32_t> counts;     // [R * E] copies per source rank and logical expert
+  std::vector<int64_t> rank_load;  // [R] copies that each rank computed
+};
+
+// The parameters of an MoE layer that every rank holds.
+struct RouterParameters {
+  AlignedBuffer packed;       // of the gate's product
+  std::vector<float> bias;    // [E] correction bias: selection only
+};
+
+// Carries out MoE layers on one rank: gate, count exchange, split, dispatch, experts, combine
+// (design section 2). The order of every sum is fixed by the token alone, so the result does not
+// depend on placement, split or number of ranks.
+// COLLECTIVE every rank runs every layer, with zero tokens if it has none.
+class MoeExecutor {
+ public:
+  struct Options {
+    GateRule gate;
+    int32_t hidden = 0;
+    int32_t expert_inter = 0;
+    DType dtype = DType::kF32;
+    SplitMode split = SplitMode::kExact;
+  };
+  static absl::StatusOr<std::unique_ptr<MoeExecutor>> Create(const Options& options,
+                                                             const KernelSet& kernels,
+                                                             Communicator* communicator);
+
+  // y = base + sum over k of weight[k] * expert(x).
+  // SHAPES x_f32, x_act [T, H] (the same rows, fp32 and dtype); base, y [T, H] fp32
+  struct Args {
+    int32_t layer = 0;
+    int32_t num_tokens = 0;
+    const float* x_f32 = nullptr;
+    const void* x_act = nullptr;
+    const RouterParameters* router = nullptr;
+    std::function<absl::Status()> while_waiting;  // runs while the rows travel; may write `base`
+    const float* base = nullptr;
+    float* y = nullptr;
+    LayerCounts* counts = nullptr;
+  };
+  absl::Status Run(DispatchTable* table, const Args& args);
+
+  Matmul& gate_matmul() { return *gate_matmul_; }
+  GatedMlp& expert_mlp() { return *expert_mlp_; }
+
+ private:
+  MoeExecutor(const Options& options, const KernelSet& kernels, Communicator* communicator);
+  absl::Status RunGate(const Args& args);
+  absl::Status SplitBatch(DispatchTable* table, const Args& args);
+  absl::Status Dispatch(const DispatchTable& table, const Args& args);
+  absl::Status RunExperts(const DispatchTable::Layer& layer);
+  absl::Status Return(int64_t epoch, const Args& args);
+
+  Options options_;
+  const KernelSet& kernels_;
+  Communicator* comm_;
+  std::unique_ptr<Matmul> gate_matmul_;
+  std::unique_ptr<GatedMlp> expert_mlp_;
+  size_t row_bytes_;
+  Split split_;
+  Route route_;
+  Grouped grouped_;
+  std::vector<int32_t> ids_, histogram_;
+  std::vector<float> weights_;
+  AlignedBuffer logits_, grouped_x_, grouped_y_;
+  Communicator::Exchange dispatch_, return_;
+  std::vector<size_t> send_bytes_, recv_bytes_;
+  std::vector<std::span<std::byte>> out_;
+  std::vector<std::span<const std::byte>> in_;
+};
+
+}  // namespace ballast
+
+#endif  // BALLAST_RUNTIME_MOE_LAYER_H_
