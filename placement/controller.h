@@ -2,12 +2,14 @@
 #define BALLAST_PLACEMENT_CONTROLLER_H_
 
 #include <cstdint>
+#include <deque>
 #include <memory>
 #include <optional>
 #include <span>
 #include <string>
 #include <vector>
 
+#include "absl/status/statusor.h"
 #include "placement/migration_plan.h"
 #include "placement/placement.h"
 #include "placement/policy.h"
@@ -18,24 +20,42 @@ namespace ballast {
 struct ControllerOptions {
   std::string policy = "eplb";
   int32_t num_groups = 1;
-  int64_t window_tokens = 8192;      // tokens per layer that a decision looks back over
-  int32_t min_steps_between = 16;    // steps between the end of one plan and the next
-  int32_t force_every_steps = 0;     // 0: by trigger; N: plan every N steps whatever the gain (tests)
-  double min_gain = 0.02;            // smallest fall of imbalance (max/mean) that is worth moving for
-  int32_t max_incoming_per_rank = 0; // copies that one plan may bring to a rank; 0: no limit
-  int32_t backoff_steps = 256;       // after an aborted plan
+  int64_t window_tokens = 8192;    // tokens per layer that a decision looks back over
+  int32_t min_steps_between = 16;  // steps between the end of one plan and the next
+  int32_t force_every_steps = 0;   // 0: by trigger; N: plan every N steps whatever the gain (tests)
+  double min_gain = 0.02;          // smallest fall of imbalance (max/mean) that is worth moving for
+  int32_t max_incoming_per_rank = 0;  // copies that one plan may bring to a rank; 0: no limit
+  int32_t backoff_steps = 256;        // after an aborted plan
 };
 
 // Why the controller decided as it did, for metrics and logs.
-enum class Decision { kNone, kPlanned, kWindowNotFull, kTooSoon, kInFlight, kNothingToGain, kPolicyStays };
+enum class Decision {
+  kNone,
+  kPlanned,
+  kWindowNotFull,
+  kTooSoon,
+  kInFlight,
+  kNothingToGain,
+  kPolicyStays
+};
 const char* NameOf(Decision decision);
 
 // Watches loads and says which experts to copy where. A pure state machine: no clock, no I/O, no
 // threads; the same calls give the same plans, byte for byte, in a server and in a replay.
 //
+//   gain of a layer = T(window, placement in force) / mean - T(window, policy's row) / mean
+//
+// where T is the largest rank load under the exact split and mean is the window's load per rank.
+// Layers whose gain is at least min_gain take the policy's row. Under max_incoming_per_rank the
+// layers with the largest gain go first, and one that would bring any rank over the limit waits for
+// a later plan.
+//
 // Call order: (OnStep Decide? (OnCommitted | OnAborted)?)*. At most one plan is in flight.
 class Controller {
  public:
+  // ERRORS kInvalidArgument: an unknown policy, one that does not support the placement, or an
+  //        option out of range (the message names it). max_incoming_per_rank may not be less than
+  //        the slots of the largest rank, or one layer alone could be too much for any plan.
   static absl::StatusOr<std::unique_ptr<Controller>> Create(ControllerOptions options,
                                                             Placement initial);
 
@@ -44,23 +64,49 @@ class Controller {
   void OnStep(int64_t step, int64_t num_tokens, std::span<const int32_t> counts);
 
   // A plan to start now, or nothing; `why` says which. `force` plans regardless of gain and of the
-  // steps since the last plan (POST /v1/rebalance), but not while one is in flight.
+  // steps since the last plan (POST /v1/rebalance), but not while one is in flight, and not before
+  // any token was counted.
   std::optional<MigrationPlan> Decide(int64_t step, bool force, Decision* why);
 
+  // REQUIRES plan_id is the plan in flight.
   void OnCommitted(int64_t plan_id, int64_t step);
   void OnAborted(int64_t plan_id, int64_t step);
 
-  const Placement& placement() const;  // the placement in force
-  bool in_flight() const;
+  const Placement& placement() const { return placement_; }  // the placement in force
+  bool in_flight() const { return target_.has_value(); }
+
+  int64_t window_tokens() const { return window_tokens_; }
+  // [E] copies per logical expert in the window.
+  std::span<const int64_t> window_load(int32_t layer) const;
 
  private:
-  explicit Controller(ControllerOptions options, Placement initial, std::unique_ptr<Policy> policy);
-  struct LayerWindow;
+  // Consecutive steps, summed: at least a sixteenth of the window, but for the last one.
+  struct Chunk {
+    int64_t num_tokens = 0;
+    std::vector<int64_t> counts;  // [num_layers * E]
+  };
+  struct Candidate {
+    Placement::LayerRow row;
+    double gain = 0.0;
+  };
+
+  Controller(ControllerOptions options, Placement initial, std::unique_ptr<Policy> policy);
+  std::vector<Candidate> WantedRows(bool forced, bool* policy_stays) const;
+  std::vector<Placement::LayerRow> WithinLimit(std::vector<Candidate> candidates) const;
+  double Imbalance(const LayerHosts& hosts, std::span<const int64_t> load) const;
 
   ControllerOptions options_;
   Placement placement_;
   std::unique_ptr<Policy> policy_;
-  // The implementer adds the windows and the state of the plan in flight here.
+  std::deque<Chunk> window_;
+  Chunk spare_;  // memory of the chunk that left the window last
+  int64_t window_tokens_ = 0;
+  std::vector<int64_t> window_sums_;  // [num_layers * E] over window_
+  std::optional<Placement> target_;   // where the plan in flight leads
+  int64_t last_plan_id_ = 0;
+  int64_t last_start_ = 0;           // step of the last plan's start
+  int64_t not_before_ = 0;           // no plan before this step, unless forced by the caller
+  int64_t not_before_by_abort_ = 0;  // the same after an abort; holds for force_every_steps too
 };
 
 }  // namespace ballast

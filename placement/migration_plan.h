@@ -1,6 +1,7 @@
 #ifndef BALLAST_PLACEMENT_MIGRATION_PLAN_H_
 #define BALLAST_PLACEMENT_MIGRATION_PLAN_H_
 
+#include <cstddef>
 #include <cstdint>
 #include <span>
 #include <string>
@@ -24,13 +25,20 @@ struct Move {
 // How to get from one placement to the next: the rows that change, and the copies to be made first.
 // A row may also permute experts among the slots of a rank, or empty slots: that moves no bytes.
 struct MigrationPlan {
-  int64_t plan_id = 0;       // from 1, rising
-  int64_t base_epoch = 0;    // the epoch it starts from; it ends in base_epoch + 1
+  int64_t plan_id = 0;     // from 1, rising
+  int64_t base_epoch = 0;  // the epoch it starts from; it ends in base_epoch + 1
   std::vector<Placement::LayerRow> rows;
-  std::vector<Move> moves;   // sorted by (layer, to_slot)
+  std::vector<Move> moves;  // sorted by (layer, to_slot)
   uint64_t target_fingerprint = 0;
 
+  // The placement after the plan.
+  // ERRORS kFailedPrecondition: `current` is not the placement the plan starts from
+  //        kInvalidArgument: a row or a move does not fit, or the outcome has another fingerprint
+  absl::StatusOr<Placement> Apply(const Placement& current) const;
+
+  // Little-endian: "BMP1", plan id, base epoch, fingerprint, rows, moves.
   std::vector<std::byte> Serialize() const;
+  // Checks the form only; Apply checks the content against a placement.
   // ERRORS kInvalidArgument on any malformed input; never reads outside `bytes`
   static absl::StatusOr<MigrationPlan> Deserialize(std::span<const std::byte> bytes);
   bool operator==(const MigrationPlan&) const;
@@ -38,13 +46,15 @@ struct MigrationPlan {
 
 // Builds the plan from `current` to the same placement with `rows` replaced. Sources: a rank of the
 // receiver's node that holds the expert, else any; among these the one with the fewest moves of
-// this plan so far, ties to the lowest rank. REQUIRES rows valid for `current`.
+// this plan so far, ties to the lowest rank. Rows that change nothing are left out.
+// ERRORS kInvalidArgument when the rows are not valid for `current`
 absl::StatusOr<MigrationPlan> MakeMigrationPlan(const Placement& current,
                                                 std::vector<Placement::LayerRow> rows,
                                                 int64_t plan_id);
 
-// Renames slots within each rank, and whole ranks within each node, so that as many experts as
-// possible stay where they are; the multiset of experts per rank group is kept.
+// Renames slots within each rank, and whole ranks (of equal size) within each node, so that the
+// fewest experts enter a rank that lacked them; experts that stay on a rank keep their slots.
+// ORDER  optimal assignment; among equals, ranks that keep their name are preferred
 // SHAPES row, current_row [num_slots]
 std::vector<int32_t> AlignRow(const Topology& topology, std::span<const int32_t> current_row,
                               std::vector<int32_t> row);

@@ -14,7 +14,8 @@ namespace ballast {
 
 // Which slots belong to which rank, and which ranks to which node. Slots are numbered rank by rank.
 struct Topology {
-  std::vector<int32_t> slot_offsets;  // [R+1]; rank r owns slots [slot_offsets[r], slot_offsets[r+1])
+  std::vector<int32_t>
+      slot_offsets;  // [R+1]; rank r owns slots [slot_offsets[r], slot_offsets[r+1])
   std::vector<int32_t> node_of_rank;  // [R]; nodes are numbered from 0 without gaps
 
   int32_t num_ranks() const { return static_cast<int32_t>(node_of_rank.size()); }
@@ -46,7 +47,8 @@ class Placement {
                                           int64_t epoch);
 
   // Expert e on rank floor(e * R / E): the experts in order, in blocks as even as can be. Spare
-  // slots are empty, or (fill_spare) filled as a ring: rank r copies the first experts of rank r+1.
+  // slots are empty, or (fill_spare) filled as a ring: rank r copies the first experts of rank r+1
+  // (then of r+2, ...; never one of its own).
   // ERRORS kInvalidArgument when the slots do not suffice, with both numbers
   static absl::StatusOr<Placement> Contiguous(int32_t num_layers, int32_t num_experts,
                                               const Topology& topology, bool fill_spare);
@@ -87,8 +89,11 @@ class Placement {
     std::vector<int32_t> expert_of_slot;  // [L * S]
     std::vector<int32_t> host_offsets;    // [L * (E+1)]
     std::vector<int32_t> host_rank, host_copies, host_slot;
-    std::vector<LayerHosts> hosts;        // views into the above
+    std::vector<LayerHosts> hosts;  // views into the above
     uint64_t fingerprint = 0;
+
+    // Fills the inverse tables from `topology` and `expert_of_slot`.
+    void BuildHosts(int32_t num_layers, int32_t num_experts);
   };
   Placement() = default;
 

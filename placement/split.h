@@ -21,12 +21,13 @@ const char* NameOf(SplitMode mode);
 
 // The division of one batch over the hosts of one layer; reused from step to step.
 struct Split {
-  std::vector<int32_t> quota;          // [num_hosts] copies that the host takes
-  std::vector<int32_t> share;          // [R * num_hosts] of these, how many come from source rank r
-  std::vector<int64_t> rank_load;      // [R] copies per rank: the sum of its quotas
-  int64_t largest_load = 0;            // the maximum of rank_load
-  int64_t bound = 0;                   // ceil(T*): no split of this placement does better (kExact)
-  std::vector<uint8_t> certificate;    // [R] kExact: a rank set S with ceil(load only in S / |S|) = bound
+  std::vector<int32_t> quota;      // [num_hosts] copies that the host takes
+  std::vector<int32_t> share;      // [R * num_hosts] of these, how many come from source rank r
+  std::vector<int64_t> rank_load;  // [R] copies per rank: the sum of its quotas
+  int64_t largest_load = 0;        // the maximum of rank_load
+  int64_t bound = 0;               // ceil(T*): no split of this placement does better (kExact)
+  std::vector<uint8_t>
+      certificate;  // [R] kExact: a rank set S with ceil(load only in S / |S|) = bound
 };
 
 // Divides batches over one layer of one placement. Deterministic: the same counts give the same
@@ -45,10 +46,12 @@ class Splitter {
   Splitter& operator=(Splitter&&) noexcept;
 
   // SHAPES counts [R * E], counts[s * E + e] = copies that source rank s has for expert e, >= 0
+  // REQUIRES all counts together are below 2^31.
   // ORDER  kExact: quotas attain ceil(T*); the partition over sources serves a source's own rank
   //        first, then its node, then ascending rank. kEven: a host weighs its copies, remainders
   //        by largest remainder then lowest rank. kRoundRobin: the j-th copy of source s goes to
   //        host (j + s) mod num_hosts(e). kHash: by a hash of (s, j).
+  //        `bound` and `certificate` are zero in the modes other than kExact.
   void Run(SplitMode mode, std::span<const int32_t> counts, Split* split);
 
  private:

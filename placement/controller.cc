@@ -1,0 +1,236 @@
+#include "placement/controller.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "base/check.h"
+#include "base/status.h"
+
+namespace ballast {
+namespace {
+
+// A window is kept as about this many chunks: old steps leave it in pieces that small.
+constexpr int64_t kChunksPerWindow = 16;
+
+absl::Status CheckOptions(const ControllerOptions& options, const Topology& topology) {
+  const auto reject = [](const char* name, auto value, const std::string& allowed) {
+    return absl::InvalidArgumentError(absl::StrCat(name, " is ", value, "; it must be ", allowed));
+  };
+  constexpr int64_t kMostWindowTokens = int64_t{1} << 40;
+  if (options.num_groups < 1) return reject("num_groups", options.num_groups, "at least 1");
+  if (options.window_tokens < 1 || options.window_tokens > kMostWindowTokens) {
+    return reject("window_tokens", options.window_tokens, "in [1, 2^40]");
+  }
+  if (options.min_steps_between < 0) {
+    return reject("min_steps_between", options.min_steps_between, "at least 0");
+  }
+  if (options.force_every_steps < 0) {
+    return reject("force_every_steps", options.force_every_steps, "at least 0");
+  }
+  if (!(options.min_gain >= 0.0)) return reject("min_gain", options.min_gain, "at least 0");
+  if (options.backoff_steps < 0)
+    return reject("backoff_steps", options.backoff_steps, "at least 0");
+  int32_t most_slots = 0;
+  for (int32_t r = 0; r < topology.num_ranks(); ++r) {
+    most_slots = std::max(most_slots, topology.slots_on(r));
+  }
+  if (options.max_incoming_per_rank != 0 && options.max_incoming_per_rank < most_slots) {
+    return reject(
+        "max_incoming_per_rank", options.max_incoming_per_rank,
+        absl::StrCat("0 (no limit) or at least ", most_slots, ", the slots of the largest rank"));
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+const char* NameOf(Decision decision) {
+  switch (decision) {
+    case Decision::kNone:
+      return "none";
+    case Decision::kPlanned:
+      return "planned";
+    case Decision::kWindowNotFull:
+      return "window_not_full";
+    case Decision::kTooSoon:
+      return "too_soon";
+    case Decision::kInFlight:
+      return "in_flight";
+    case Decision::kNothingToGain:
+      return "nothing_to_gain";
+    case Decision::kPolicyStays:
+      return "policy_stays";
+  }
+  return "unknown";
+}
+
+absl::StatusOr<std::unique_ptr<Controller>> Controller::Create(ControllerOptions options,
+                                                               Placement initial) {
+  BALLAST_RETURN_IF_ERROR(CheckOptions(options, initial.topology()));
+  BALLAST_ASSIGN_OR_RETURN(std::unique_ptr<Policy> policy, MakePolicy(options.policy));
+  BALLAST_RETURN_IF_ERROR(policy->CheckSupport(initial));
+  return std::unique_ptr<Controller>(
+      new Controller(std::move(options), std::move(initial), std::move(policy)));
+}
+
+Controller::Controller(ControllerOptions options, Placement initial, std::unique_ptr<Policy> policy)
+    : options_(std::move(options)),
+      placement_(std::move(initial)),
+      policy_(std::move(policy)),
+      window_sums_(static_cast<size_t>(placement_.num_layers()) * placement_.num_experts(), 0) {}
+
+std::span<const int64_t> Controller::window_load(int32_t layer) const {
+  const size_t num_experts = placement_.num_experts();
+  return std::span(window_sums_).subspan(layer * num_experts, num_experts);
+}
+
+void Controller::OnStep(int64_t, int64_t num_tokens, std::span<const int32_t> counts) {
+  BALLAST_CHECK(counts.size() == window_sums_.size() && num_tokens >= 0);
+  if (num_tokens == 0) return;
+  const int64_t chunk_tokens = options_.window_tokens / kChunksPerWindow;
+  if (window_.empty() || window_.back().num_tokens >= chunk_tokens) {
+    spare_.num_tokens = 0;
+    spare_.counts.assign(window_sums_.size(), 0);
+    window_.push_back(std::exchange(spare_, {}));
+  }
+  Chunk& last = window_.back();
+  last.num_tokens += num_tokens;
+  window_tokens_ += num_tokens;
+  for (size_t i = 0; i < window_sums_.size(); ++i) {
+    last.counts[i] += counts[i];
+    window_sums_[i] += counts[i];
+  }
+  while (window_tokens_ - window_.front().num_tokens >= options_.window_tokens) {
+    spare_ = std::move(window_.front());
+    window_.pop_front();
+    window_tokens_ -= spare_.num_tokens;
+    for (size_t i = 0; i < window_sums_.size(); ++i) window_sums_[i] -= spare_.counts[i];
+  }
+}
+
+std::optional<MigrationPlan> Controller::Decide(int64_t step, bool force, Decision* why) {
+  const bool periodic = options_.force_every_steps > 0 && step >= not_before_by_abort_ &&
+                        step - last_start_ >= options_.force_every_steps;
+  const bool forced = force || periodic;
+  *why = Decision::kNone;
+  if (in_flight()) {
+    *why = Decision::kInFlight;
+  } else if (!forced && step < not_before_) {
+    *why = Decision::kTooSoon;
+  } else if (window_tokens_ < (forced ? 1 : options_.window_tokens)) {
+    *why = Decision::kWindowNotFull;
+  }
+  if (*why != Decision::kNone) return std::nullopt;
+
+  bool policy_stays = false;
+  std::vector<Placement::LayerRow> rows = WithinLimit(WantedRows(forced, &policy_stays));
+  if (rows.empty()) {
+    *why = policy_stays ? Decision::kPolicyStays : Decision::kNothingToGain;
+    return std::nullopt;
+  }
+  absl::StatusOr<MigrationPlan> plan =
+      MakeMigrationPlan(placement_, std::move(rows), last_plan_id_ + 1);
+  BALLAST_CHECK(plan.ok());  // a policy's rows are valid
+  absl::StatusOr<Placement> target = plan->Apply(placement_);
+  BALLAST_CHECK(target.ok());
+  last_plan_id_ = plan->plan_id;
+  last_start_ = step;
+  target_ = *std::move(target);
+  *why = Decision::kPlanned;
+  return *std::move(plan);
+}
+
+// The rows that the policy wants and that gain enough (all that differ, when forced).
+std::vector<Controller::Candidate> Controller::WantedRows(bool forced, bool* policy_stays) const {
+  std::vector<Candidate> wanted;
+  std::vector<Placement::LayerRow> rows;
+  *policy_stays = true;
+  for (int32_t layer = 0; layer < placement_.num_layers(); ++layer) {
+    const double now = Imbalance(placement_.hosts(layer), window_load(layer));
+    // No row can do better than 1, so most layers need no plan while the traffic is steady.
+    if (!forced && now - 1.0 < options_.min_gain) {
+      *policy_stays = false;
+      continue;
+    }
+    std::optional<std::vector<int32_t>> row =
+        policy_->PlanLayer({.layer = layer,
+                            .current = &placement_,
+                            .load = window_load(layer),
+                            .num_groups = options_.num_groups});
+    if (!row.has_value()) continue;
+    *policy_stays = false;
+    const std::span<const int32_t> held = placement_.expert_of_slot(layer);
+    if (std::equal(held.begin(), held.end(), row->begin(), row->end())) continue;
+    rows.push_back({.layer = layer, .expert_of_slot = *std::move(row)});
+    wanted.push_back({.row = rows.back(), .gain = now});
+  }
+  if (wanted.empty()) return wanted;
+  const absl::StatusOr<Placement> after = placement_.With(rows, placement_.epoch() + 1);
+  BALLAST_CHECK(after.ok());  // a policy's rows are valid
+  for (Candidate& candidate : wanted) {
+    const int32_t layer = candidate.row.layer;
+    candidate.gain -= Imbalance(after->hosts(layer), window_load(layer));
+  }
+  if (!forced) {
+    std::erase_if(wanted, [&](const Candidate& c) { return c.gain < options_.min_gain; });
+  }
+  return wanted;
+}
+
+// The candidates with the largest gain whose copies fit under max_incoming_per_rank together.
+std::vector<Placement::LayerRow> Controller::WithinLimit(std::vector<Candidate> candidates) const {
+  std::stable_sort(candidates.begin(), candidates.end(),
+                   [](const Candidate& a, const Candidate& b) { return a.gain > b.gain; });
+  const Topology& topology = placement_.topology();
+  std::vector<int32_t> incoming(topology.num_ranks(), 0);
+  std::vector<Placement::LayerRow> rows;
+  for (Candidate& candidate : candidates) {
+    if (options_.max_incoming_per_rank > 0) {
+      const absl::StatusOr<MigrationPlan> alone =
+          MakeMigrationPlan(placement_, {candidate.row}, /*plan_id=*/1);
+      BALLAST_CHECK(alone.ok());
+      std::vector<int32_t> with_it = incoming;
+      for (const Move& move : alone->moves) ++with_it[topology.rank_of_slot(move.to_slot)];
+      if (*std::max_element(with_it.begin(), with_it.end()) > options_.max_incoming_per_rank) {
+        continue;
+      }
+      incoming = std::move(with_it);
+    }
+    rows.push_back(std::move(candidate.row));
+  }
+  return rows;
+}
+
+// Largest rank load over mean rank load when `load` is split exactly; 1 when there is no load.
+double Controller::Imbalance(const LayerHosts& hosts, std::span<const int64_t> load) const {
+  int64_t total = 0;
+  for (int64_t copies : load) total += copies;
+  if (total == 0) return 1.0;
+  int shift = 0;  // the splitter counts in 32 bits
+  while ((total >> shift) >= (int64_t{1} << 30)) ++shift;
+  // Where copies come from does not change the loads: let one source have them all.
+  std::vector<int32_t> counts(static_cast<size_t>(hosts.num_ranks) * hosts.num_experts, 0);
+  int64_t kept = 0;
+  for (size_t e = 0; e < load.size(); ++e) {
+    counts[e] = static_cast<int32_t>(load[e] >> shift);
+    kept += counts[e];
+  }
+  Split split;
+  Splitter(hosts).Run(SplitMode::kExact, counts, &split);
+  return static_cast<double>(split.largest_load) * hosts.num_ranks / static_cast<double>(kept);
+}
+
+void Controller::OnCommitted(int64_t plan_id, int64_t step) {
+  BALLAST_CHECK(in_flight() && plan_id == last_plan_id_);
+  placement_ = *std::exchange(target_, std::nullopt);
+  not_before_ = step + options_.min_steps_between;
+}
+
+void Controller::OnAborted(int64_t plan_id, int64_t step) {
+  BALLAST_CHECK(in_flight() && plan_id == last_plan_id_);
+  target_.reset();
+  not_before_by_abort_ = step + options_.backoff_steps;
+  not_before_ = std::max(not_before_by_abort_, step + options_.min_steps_between);
+}
+
+}  // namespace ballast

@@ -1,0 +1,257 @@
+#include "placement/controller.h"
+
+#include <algorithm>
+#include <catch2/catch.hpp>
+#include <cmath>
+
+#include "base/random.h"
+
+namespace ballast {
+namespace {
+
+constexpr int32_t kLayers = 2;
+constexpr int32_t kExperts = 32;
+constexpr int32_t kTopK = 4;
+constexpr int32_t kTokens = 256;
+
+// Multinomial traffic: expert popularity falls as 1 / (position + 1), positions turned by `shift`.
+class Traffic {
+ public:
+  explicit Traffic(uint64_t seed) : random_(seed) {}
+
+  std::vector<int32_t> Step(int32_t shift) {
+    double total = 0.0;
+    for (int32_t e = 0; e < kExperts; ++e) total += 1.0 / (e + 1);
+    std::vector<int32_t> counts(kLayers * kExperts, 0);
+    for (int32_t layer = 0; layer < kLayers; ++layer) {
+      for (int32_t i = 0; i < kTokens * kTopK; ++i) {
+        double at = random_.Uniform() * total;
+        int32_t e = 0;
+        while (e < kExperts - 1 && (at -= 1.0 / (e + 1)) >= 0.0) ++e;
+        ++counts[layer * kExperts + (e * 5 + shift + layer) % kExperts];
+      }
+    }
+    return counts;
+  }
+
+ private:
+  Random random_;
+};
+
+Placement Ring(const Topology& topology) {
+  auto placement = Placement::Contiguous(kLayers, kExperts, topology, /*fill_spare=*/true);
+  REQUIRE(placement.ok());
+  return *placement;
+}
+
+std::unique_ptr<Controller> Make(const ControllerOptions& options) {
+  auto controller = Controller::Create(options, Ring(Topology::Uniform(8, 5, 2)));
+  REQUIRE(controller.ok());
+  return *std::move(controller);
+}
+
+struct Outcome {
+  int plans = 0;
+  size_t moves = 0;
+  std::vector<std::byte> bytes;  // of all plans
+};
+
+// Runs `steps` steps of traffic; every plan commits four steps after it started.
+Outcome Drive(Controller* controller, Traffic* traffic, int32_t shift, int64_t first,
+              int64_t steps) {
+  Outcome outcome;
+  int64_t commit_at = -1;
+  int64_t plan_id = 0;
+  for (int64_t step = first; step < first + steps; ++step) {
+    controller->OnStep(step, kTokens, traffic->Step(shift));
+    if (step == commit_at) controller->OnCommitted(plan_id, step);
+    Decision why;
+    if (const auto plan = controller->Decide(step, /*force=*/false, &why)) {
+      REQUIRE(plan->Apply(controller->placement()).ok());
+      plan_id = plan->plan_id;
+      commit_at = step + 4;
+      ++outcome.plans;
+      outcome.moves += plan->moves.size();
+      const std::vector<std::byte> bytes = plan->Serialize();
+      outcome.bytes.insert(outcome.bytes.end(), bytes.begin(), bytes.end());
+    }
+  }
+  if (controller->in_flight()) controller->OnCommitted(plan_id, first + steps);
+  return outcome;
+}
+
+TEST_CASE("steady traffic settles and a shift brings a plan", "[placement][controller]") {
+  const auto controller = Make({});
+  Traffic traffic(1);
+  const Outcome start = Drive(controller.get(), &traffic, 0, 0, 200);
+  REQUIRE(start.plans >= 1);
+  const Outcome settled = Drive(controller.get(), &traffic, 0, 200, 400);
+  REQUIRE(settled.plans <= 1);
+  const Outcome shifted = Drive(controller.get(), &traffic, 13, 600, 100);
+  REQUIRE(shifted.plans >= 1);
+  REQUIRE(shifted.moves > 0);
+  REQUIRE(controller->placement().epoch() == start.plans + settled.plans + shifted.plans);
+}
+
+TEST_CASE("the same calls give the same plans byte for byte", "[placement][controller]") {
+  Outcome outcomes[2];
+  for (Outcome& outcome : outcomes) {
+    const auto controller = Make({.force_every_steps = 20});
+    Traffic traffic(2);
+    outcome = Drive(controller.get(), &traffic, 3, 0, 200);
+  }
+  REQUIRE(outcomes[0].plans >= 5);
+  REQUIRE(outcomes[0].bytes == outcomes[1].bytes);
+}
+
+TEST_CASE("a decision says why there is no plan", "[placement][controller]") {
+  const auto controller =
+      Make({.window_tokens = 4 * kTokens, .min_steps_between = 8, .backoff_steps = 50});
+  Traffic traffic(3);
+  Decision why;
+  REQUIRE_FALSE(controller->Decide(0, /*force=*/true, &why).has_value());
+  REQUIRE(why == Decision::kWindowNotFull);
+  int64_t step = 0;
+  for (; step < 3; ++step) controller->OnStep(step, kTokens, traffic.Step(0));
+  REQUIRE_FALSE(controller->Decide(step, /*force=*/false, &why).has_value());
+  REQUIRE(why == Decision::kWindowNotFull);
+
+  controller->OnStep(step, kTokens, traffic.Step(0));
+  const auto plan = controller->Decide(step, /*force=*/false, &why);
+  REQUIRE(plan.has_value());
+  REQUIRE(why == Decision::kPlanned);
+  REQUIRE(plan->plan_id == 1);
+  REQUIRE_FALSE(controller->Decide(step, /*force=*/true, &why).has_value());
+  REQUIRE(why == Decision::kInFlight);
+
+  controller->OnAborted(1, 10);
+  REQUIRE(controller->placement().epoch() == 0);
+  REQUIRE_FALSE(controller->Decide(59, /*force=*/false, &why).has_value());
+  REQUIRE(why == Decision::kTooSoon);
+  const auto again = controller->Decide(60, /*force=*/false, &why);
+  REQUIRE(again.has_value());
+  REQUIRE(again->plan_id == 2);
+  REQUIRE(again->rows.size() == plan->rows.size());
+  controller->OnCommitted(2, 61);
+  REQUIRE(controller->placement().epoch() == 1);
+  REQUIRE(controller->placement().fingerprint() == again->target_fingerprint);
+  REQUIRE_FALSE(controller->Decide(68, /*force=*/false, &why).has_value());
+  REQUIRE(why == Decision::kTooSoon);
+  REQUIRE_FALSE(controller->Decide(69, /*force=*/false, &why).has_value());
+  REQUIRE(why == Decision::kNothingToGain);
+}
+
+TEST_CASE("a forced plan needs no gain and no patience", "[placement][controller]") {
+  const auto controller =
+      Make({.min_steps_between = 1000, .min_gain = 100.0, .backoff_steps = 1000});
+  Traffic traffic(4);
+  Decision why;
+  controller->OnStep(0, kTokens, traffic.Step(0));
+  auto plan = controller->Decide(0, /*force=*/true, &why);
+  REQUIRE(plan.has_value());
+  controller->OnAborted(plan->plan_id, 1);
+  plan = controller->Decide(2, /*force=*/true, &why);
+  REQUIRE(plan.has_value());
+  controller->OnCommitted(plan->plan_id, 3);
+  controller->OnStep(4, kTokens, traffic.Step(7));
+  REQUIRE(controller->Decide(4, /*force=*/true, &why).has_value());
+}
+
+TEST_CASE("policies that never plan say so", "[placement][controller]") {
+  for (const char* policy : {"static", "never"}) {
+    const auto controller = Make({.policy = policy, .window_tokens = kTokens});
+    Traffic traffic(5);
+    controller->OnStep(0, kTokens, traffic.Step(0));
+    Decision why;
+    REQUIRE_FALSE(controller->Decide(0, /*force=*/false, &why).has_value());
+    REQUIRE(why == Decision::kPolicyStays);
+    REQUIRE_FALSE(controller->Decide(0, /*force=*/true, &why).has_value());
+    REQUIRE(why == Decision::kPolicyStays);
+  }
+  REQUIRE_FALSE((*MakePolicy("static"))->fills_spare_slots_at_start());
+  REQUIRE((*MakePolicy("never"))->fills_spare_slots_at_start());
+  REQUIRE((*MakePolicy("eplb"))->fills_spare_slots_at_start());
+}
+
+TEST_CASE("a plan brings no rank more copies than allowed", "[placement][controller]") {
+  const auto unlimited = Make({});
+  const auto limited = Make({.min_steps_between = 0, .max_incoming_per_rank = 5});
+  Traffic traffic(6);
+  for (int64_t step = 0; step < 40; ++step) {
+    const std::vector<int32_t> counts = traffic.Step(11);
+    unlimited->OnStep(step, kTokens, counts);
+    limited->OnStep(step, kTokens, counts);
+  }
+  Decision why;
+  const auto all = unlimited->Decide(40, /*force=*/false, &why);
+  REQUIRE(all.has_value());
+  REQUIRE(all->rows.size() == kLayers);
+  size_t rows = 0;
+  for (int64_t step = 40; rows < all->rows.size(); ++step) {
+    const auto plan = limited->Decide(step, /*force=*/false, &why);
+    REQUIRE(plan.has_value());
+    std::vector<int32_t> incoming(8, 0);
+    for (const Move& move : plan->moves) {
+      ++incoming[limited->placement().topology().rank_of_slot(move.to_slot)];
+    }
+    REQUIRE(*std::max_element(incoming.begin(), incoming.end()) <= 5);
+    rows += plan->rows.size();
+    limited->OnCommitted(plan->plan_id, step);
+  }
+  REQUIRE(limited->placement().fingerprint() == all->target_fingerprint);
+}
+
+TEST_CASE("the window forgets what is older than its tokens", "[placement][controller]") {
+  const auto controller = Make({.window_tokens = 1600});
+  std::vector<int32_t> counts(kLayers * kExperts, 0);
+  counts[3] = 10;
+  for (int64_t step = 0; step < 100; ++step) controller->OnStep(step, 10, counts);
+  REQUIRE(controller->window_tokens() == 1000);
+  REQUIRE(controller->window_load(0)[3] == 1000);
+  counts[3] = 0;
+  counts[kExperts + 4] = 10;
+  for (int64_t step = 100; step < 400; ++step) {
+    controller->OnStep(step, 10, counts);
+    REQUIRE(controller->window_tokens() <= 1600 + 100);
+  }
+  REQUIRE(controller->window_tokens() >= 1600);
+  REQUIRE(controller->window_load(0)[3] == 0);
+  REQUIRE(controller->window_load(1)[4] == controller->window_tokens());
+}
+
+TEST_CASE("options and topologies that cannot work are refused by name",
+          "[placement][controller][errors]") {
+  const auto message = [](const ControllerOptions& options, const Topology& topology) {
+    return std::string(Controller::Create(options, Ring(topology)).status().message());
+  };
+  const Topology even = Topology::Uniform(8, 5);
+  REQUIRE(message({.policy = "best"}, even) ==
+          "unknown policy 'best'; the choices are static, never, eplb");
+  REQUIRE(message({.window_tokens = 0}, even).find("window_tokens is 0") == 0);
+  REQUIRE(message({.min_gain = std::nan("")}, even).find("min_gain") == 0);
+  REQUIRE(message({.max_incoming_per_rank = 4}, even).find("max_incoming_per_rank is 4") == 0);
+  const Topology uneven{{0, 20, 38}, {0, 0}};
+  REQUIRE(message({}, uneven) ==
+          "policy eplb needs ranks with equally many slots; rank 0 has 20 and rank 1 has 18");
+  REQUIRE(message({.policy = "never"}, uneven).empty());
+}
+
+TEST_CASE("eplb plans rows that are valid and balance the window", "[placement][policy]") {
+  Random random(7);
+  const auto policy = *MakePolicy("eplb");
+  for (int i = 0; i < 100; ++i) {
+    const Topology topology = Topology::Uniform(8, 5, 1 + random.Below(2));
+    const Placement current = Ring(topology);
+    std::vector<int64_t> load(kExperts);
+    for (int64_t& l : load) l = random.Below(1000);
+    const auto row = policy->PlanLayer({.layer = 1,
+                                        .current = &current,
+                                        .load = load,
+                                        .num_groups = static_cast<int32_t>(1 + random.Below(5))});
+    REQUIRE(row.has_value());
+    REQUIRE(current.With(std::vector<Placement::LayerRow>{{1, *row}}, 1).ok());
+  }
+}
+
+}  // namespace
+}  // namespace ballast
