@@ -129,7 +129,7 @@ absl::Status Communicator::Exchange::Post(int64_t epoch, std::span<const size_t>
 absl::Status Communicator::Exchange::Wait() {
   Communicator& comm = *communicator_;
   if (!comm.dead_.ok()) return comm.dead_;
-  const int64_t begin = NowNs();
+  const int64_t begin = NowNs(), cpu_begin = ThreadCpuNs();
   const int64_t deadline = begin + comm.options_.deadline_ms * 1'000'000;
   for (int polls = 0; !pending_.empty(); ++polls) {
     for (size_t i = 0; i < pending_.size();) {
@@ -170,6 +170,7 @@ absl::Status Communicator::Exchange::Wait() {
     Relax(polls);
   }
   comm.wait_ns_ += NowNs() - begin;
+  comm.wait_cpu_ns_ += ThreadCpuNs() - cpu_begin;
   return absl::OkStatus();
 }
 

@@ -1,0 +1,43 @@
+#ifndef BALLAST_RUNTIME_KV_CACHE_H_
+#define BALLAST_RUNTIME_KV_CACHE_H_
+
+#include <cstdint>
+#include <vector>
+
+#include "base/aligned_buffer.h"
+#include "kernels/decoder_ops.h"
+#include "runtime/model_config.h"
+
+namespace ballast {
+
+// The keys and values of all sequences of one rank, in blocks of kKvBlockTokens tokens over all
+// layers. Zeroed at start, so that reading a block before it is full meets numbers.
+class KvCache {
+ public:
+  KvCache(const ModelConfig& config, DType type, int64_t bytes);
+
+  // Bytes of one block over all layers.
+  static int64_t BlockBytes(const ModelConfig& config, DType type);
+
+  int32_t num_blocks() const { return num_blocks_; }
+  int32_t free_blocks() const { return static_cast<int32_t>(free_.size()); }
+  int64_t bytes_used() const { return (num_blocks_ - free_blocks()) * block_bytes_; }
+
+  // Takes `count` blocks. REQUIRES count <= free_blocks().
+  std::vector<int32_t> Take(int32_t count);
+  void Give(const std::vector<int32_t>& blocks);
+
+  KvLayerView layer(int32_t i);
+
+ private:
+  DType type_;
+  int64_t block_bytes_;
+  int32_t num_blocks_;
+  size_t layer_bytes_;  // keys of one layer; values take as much
+  AlignedBuffer memory_;
+  std::vector<int32_t> free_;
+};
+
+}  // namespace ballast
+
+#endif  // BALLAST_RUNTIME_KV_CACHE_H_

@@ -1,0 +1,97 @@
+#include "runtime/rebalancer.h"
+
+#include <string>
+#include <utility>
+
+#include "base/clock.h"
+#include "base/log.h"
+#include "base/status.h"
+
+namespace ballast {
+
+Rebalancer::Rebalancer(const Options& options, ExpertStore* store, Placement initial)
+    : options_(options), store_(store), placement_(std::move(initial)) {
+  table_ = std::make_unique<DispatchTable>(placement_, options_.rank, *store_, nullptr);
+}
+
+void Rebalancer::OnPlan(MigrationPlan plan) {
+  absl::Status status = store_->Stage(plan, placement_);
+  if (plan.plan_id <= aborted_through_) {
+    // The others gave it up before it got here, and may have sent parts of it: take these in.
+    if (status.ok()) store_->Discard();
+    return;
+  }
+  if (status.ok() && plan.base_epoch != placement_.epoch()) {
+    status = absl::FailedPreconditionError(absl::StrCat("plan ", plan.plan_id, " starts from epoch ",
+                                                        plan.base_epoch, ", in force is ",
+                                                        placement_.epoch()));
+  }
+  if (status.ok()) {
+    auto target = placement_.With(plan.rows, plan.base_epoch + 1);
+    status = target.status();
+    if (target.ok()) {
+      target_ = *std::move(target);
+      if (target_->fingerprint() != plan.target_fingerprint) {
+        status = absl::DataLossError(absl::StrCat("plan ", plan.plan_id,
+                                                  " does not lead to the placement that it names"));
+      }
+    }
+  }
+  if (!status.ok()) LogWarning("rebalancer", std::string(status.message()));
+  plan_ = std::move(plan);
+  plan_began_ns_ = NowNs();
+  vote_ = status.ok() ? Vote::kStaging : Vote::kFailed;
+}
+
+void Rebalancer::Slice() {
+  if (!store_->staging()) return;
+  auto done = store_->Poll(options_.slice_bytes);
+  if (!done.ok()) {
+    LogWarning("rebalancer", std::string(done.status().message()));
+    vote_ = Vote::kFailed;
+  } else if (*done && vote_ == Vote::kStaging) {
+    vote_ = Vote::kStaged;
+  }
+}
+
+PlanCommand Rebalancer::Judge(std::span<const PlanVote> votes, int64_t now_ns) {
+  if (!plan_.has_value()) return {};
+  bool all_staged = true, failed = false;
+  for (const PlanVote& vote : votes) {
+    const bool ours = vote.plan_id == plan_->plan_id;
+    all_staged = all_staged && ours && vote.vote == Vote::kStaged;
+    failed = failed || (ours && vote.vote == Vote::kFailed);
+  }
+  const bool late = now_ns - plan_began_ns_ > options_.plan_deadline_ms * 1'000'000;
+  if (failed || (late && !all_staged)) return {plan_->plan_id, Command::kAbort};
+  return all_staged ? PlanCommand{plan_->plan_id, Command::kFlip} : PlanCommand{};
+}
+
+absl::StatusOr<Rebalancer::Outcome> Rebalancer::Execute(PlanCommand command) {
+  if (command.command == Command::kNone) return Outcome{};
+  const int64_t began = NowNs();
+  Outcome outcome{command.command, command.plan_id, 0, 0};
+  const bool have_it = plan_.has_value() && plan_->plan_id == command.plan_id;
+  if (command.command == Command::kFlip) {
+    if (!have_it || vote_ != Vote::kStaged) {
+      return absl::InternalError(absl::StrCat("rank ", options_.rank, " was told to flip plan ",
+                                              command.plan_id, ", which it has not staged"));
+    }
+    outcome.copies = static_cast<int32_t>(plan_->moves.size());
+    store_->Commit(*target_);
+    placement_ = *std::move(target_);
+    table_ = std::make_unique<DispatchTable>(placement_, options_.rank, *store_, table_.get());
+  } else {
+    aborted_through_ = std::max(aborted_through_, command.plan_id);
+    if (have_it) store_->Discard();
+  }
+  if (have_it) {
+    plan_.reset();
+    target_.reset();
+    vote_ = Vote::kNone;
+  }
+  outcome.stall_ns = NowNs() - began;
+  return outcome;
+}
+
+}  // namespace ballast

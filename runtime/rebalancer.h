@@ -1,0 +1,92 @@
+#ifndef BALLAST_RUNTIME_REBALANCER_H_
+#define BALLAST_RUNTIME_REBALANCER_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+
+#include "absl/status/status.h"
+#include "placement/migration_plan.h"
+#include "placement/placement.h"
+#include "runtime/expert_store.h"
+#include "runtime/moe_layer.h"
+
+namespace ballast {
+
+// A rank's word on the plan it was told to stage.
+enum class Vote : uint8_t {
+  kNone,     // no plan, or none yet
+  kStaging,
+  kStaged,   // everything is here and verified
+  kFailed,
+};
+
+// What the leader tells all ranks to do at this very step.
+enum class Command : uint8_t { kNone, kFlip, kAbort };
+
+struct PlanVote {
+  int64_t plan_id = 0;
+  Vote vote = Vote::kNone;
+};
+
+struct PlanCommand {
+  int64_t plan_id = 0;
+  Command command = Command::kNone;
+};
+
+// Carries out migration plans on one rank, as a two-phase commit: stage and verify, vote, then flip
+// at the step at which the leader says so, or abort and stay.
+//
+// The votes and the leader's command travel in the step header, which every rank gets whole; so all
+// ranks flip at the same step, and a placement is in force on all of them or on none.
+// THREADS one (the step thread).
+class Rebalancer {
+ public:
+  struct Options {
+    int32_t rank = 0;
+    size_t slice_bytes = 1 << 20;      // most bytes that one slice moves each way
+    int64_t plan_deadline_ms = 30'000; // from the leader's receipt of a plan to its flip
+  };
+  Rebalancer(const Options& options, ExpertStore* store, Placement initial);
+
+  const Placement& placement() const { return placement_; }
+  DispatchTable* table() { return table_.get(); }
+
+  // A plan from the leader: starts to stage it. What is wrong with it becomes the vote.
+  void OnPlan(MigrationPlan plan);
+  // Advances the transfers a little. Never fails: what goes wrong becomes the vote.
+  void Slice();
+  PlanVote vote() const { return {plan_.has_value() ? plan_->plan_id : 0, vote_}; }
+  // Transfers are under way: steps must go on even if nobody has tokens.
+  bool busy() const { return plan_.has_value() || store_->draining(); }
+
+  // Leader only: what to command at the next step, from the votes of all ranks at this one.
+  PlanCommand Judge(std::span<const PlanVote> votes, int64_t now_ns);
+
+  // Executes the leader's command. `copies`: experts that entered a rank by it, over all ranks.
+  // ERRORS kInternal: told to flip a plan that is not staged here
+  struct Outcome {
+    Command done = Command::kNone;
+    int64_t plan_id = 0;
+    int32_t copies = 0;
+    int64_t stall_ns = 0;  // time that the step thread was held up
+  };
+  absl::StatusOr<Outcome> Execute(PlanCommand command);
+
+ private:
+  Options options_;
+  ExpertStore* store_;
+  Placement placement_;
+  std::unique_ptr<DispatchTable> table_;
+  std::optional<MigrationPlan> plan_;
+  std::optional<Placement> target_;
+  Vote vote_ = Vote::kNone;
+  int64_t plan_began_ns_ = 0;
+  int64_t aborted_through_ = 0;  // plans up to this id are dead, should one arrive late
+};
+
+}  // namespace ballast
+
+#endif  // BALLAST_RUNTIME_REBALANCER_H_
