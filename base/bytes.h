@@ -20,16 +20,14 @@ class ByteWriter {
   template <typename T>
   void Put(T value) {
     static_assert(std::is_arithmetic_v<T> || std::is_enum_v<T>);
-    const auto* p = reinterpret_cast<const std::byte*>(&value);
-    bytes_.insert(bytes_.end(), p, p + sizeof(T));
+    Append(&value, sizeof(T));
   }
   // Length (uint32), then the elements.
   template <typename T>
   void PutArray(std::span<const T> values) {
     static_assert(std::is_arithmetic_v<T> || std::is_same_v<T, std::byte>);
     Put(static_cast<uint32_t>(values.size()));
-    const auto* p = reinterpret_cast<const std::byte*>(values.data());
-    bytes_.insert(bytes_.end(), p, p + values.size_bytes());
+    Append(values.data(), values.size_bytes());
   }
   template <typename T>
   void PutArray(const std::vector<T>& values) { PutArray(std::span<const T>(values)); }
@@ -38,6 +36,11 @@ class ByteWriter {
   const std::vector<std::byte>& bytes() const { return bytes_; }
 
  private:
+  void Append(const void* data, size_t size) {
+    const size_t at = bytes_.size();
+    bytes_.resize(at + size);
+    if (size > 0) std::memcpy(bytes_.data() + at, data, size);
+  }
   std::vector<std::byte> bytes_;
 };
 

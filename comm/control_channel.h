@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <span>
 #include <string>
@@ -37,6 +38,7 @@ class ControlChannel {
   // Queues the frame and writes what the socket takes at once; never blocks. The rest goes out with
   // later calls of Send, Flush or TryReceive.
   // ERRORS kUnavailable: the peer is gone; kResourceExhausted: more than 256 MiB wait to be sent
+  //        kInvalidArgument: longer than kMaxFrameBytes
   absl::Status Send(std::span<const std::byte> payload);
   absl::Status Flush();
   bool HasUnsent() const;
@@ -51,29 +53,45 @@ class ControlChannel {
   int fd() const { return fd_; }
 
  private:
-  // The implementer adds the buffers and the mutex of the sending side here.
-  int fd_;
+  absl::Status FlushLocked();
+  // Something for TakeFrame: a whole frame, or bytes that are none.
+  bool HasFrame() const;
+  // The first whole frame in `in_`, if there is one.
+  absl::StatusOr<std::optional<std::vector<std::byte>>> TakeFrame();
+
+  const int fd_;
+  mutable std::mutex send_mutex_;
+  std::vector<std::byte> out_;  // guarded by send_mutex_; [out_at_, size) waits to be sent
+  size_t out_at_ = 0;           // guarded by send_mutex_
+  std::vector<std::byte> in_;   // the receiving thread's; [in_at_, size) was received, not taken
+  size_t in_at_ = 0;
 };
 
 // Accepts the ranks' connections on the leader.
 class ControlListener {
  public:
-  // Listens on `host` at a port that the system chooses.
+  // Listens on `host` (a name or an address) at a port that the system chooses.
   static absl::StatusOr<std::unique_ptr<ControlListener>> Create(const std::string& host);
   ~ControlListener();
-  int port() const;
+  ControlListener(const ControlListener&) = delete;
+  ControlListener& operator=(const ControlListener&) = delete;
+
+  int port() const { return port_; }
   // Accepts `num_ranks` connections that introduce themselves with `token` and a rank each; returns
-  // them by rank. A stranger's connection is closed and does not count.
+  // them by rank. A stranger's connection is closed and does not count. The leader's own rank may
+  // connect from the same thread before this call.
   // ERRORS kDeadlineExceeded names the ranks that are missing
   absl::StatusOr<std::vector<std::unique_ptr<ControlChannel>>> AcceptRanks(
       int num_ranks, uint64_t token, int timeout_ms);
 
  private:
-  ControlListener() = default;
-  int fd_ = -1;
+  ControlListener(int fd, int port) : fd_(fd), port_(port) {}
+  const int fd_;
+  const int port_;
 };
 
-// The other side: connects to the leader and introduces this rank.
+// The other side: connects to the leader, trying again until it listens, and introduces this rank.
+// ERRORS kDeadlineExceeded: no connection within `timeout_ms`; kInvalidArgument: unknown host
 absl::StatusOr<std::unique_ptr<ControlChannel>> ConnectToLeader(const std::string& host, int port,
                                                                 uint64_t token, int rank,
                                                                 int timeout_ms);

@@ -17,11 +17,17 @@ namespace ballast {
 // the leader has to say to one rank, all others get a frame with the same number (WakeFrame if
 // nothing else). Ranks compare the number in the step header, so that none falls asleep while
 // another has been told to work.
-struct SubmitFrame { GenerationRequest request; };
-struct CancelFrame { uint64_t request_id; };
+struct SubmitFrame {
+  GenerationRequest request;
+};
+struct CancelFrame {
+  uint64_t request_id = 0;
+};
 struct WakeFrame {};
-struct PlanFrame { std::vector<std::byte> plan; };  // a serialized MigrationPlan, for all ranks
-struct StopFrame {};                                // finish nothing more; leave the step loop
+struct PlanFrame {
+  std::vector<std::byte> plan;  // a serialized MigrationPlan, for all ranks
+};
+struct StopFrame {};  // finish nothing more; leave the step loop
 
 struct LeaderFrame {
   uint64_t wake_seq = 0;
@@ -29,7 +35,9 @@ struct LeaderFrame {
 };
 
 // Rank to leader.
-struct EventsFrame { std::vector<TokenEvent> events; };  // everything one step produced
+struct EventsFrame {
+  std::vector<TokenEvent> events;  // everything one step produced
+};
 struct RankStatusFrame {
   int32_t running = 0, waiting = 0;
   int64_t kv_bytes_used = 0;

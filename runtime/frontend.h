@@ -34,8 +34,9 @@ struct FrontendStats {
   int64_t tokens_generated = 0;
 };
 
-// The leader's side of the control channels: gives each request to the rank with the least work,
-// carries tokens back, enforces deadlines, and tells all ranks to wake (see control_frames.h).
+// The leader's side of the control channels: gives each request to the rank with the least work
+// (fewest prompt and generated tokens that pending requests may still need; ties to the lowest
+// rank), carries tokens back, enforces deadlines, and tells all ranks to wake (control_frames.h).
 // THREADS every public function from any thread. One I/O thread of its own.
 class Frontend {
  public:
@@ -44,16 +45,18 @@ class Frontend {
   static absl::StatusOr<std::unique_ptr<Frontend>> Create(
       FrontendOptions options, std::vector<std::unique_ptr<ControlChannel>> channels,
       std::function<void(int rank, absl::Status)> on_failure);
+  // Ends what is pending with kCancelled. REQUIRES no other call is under way.
   ~Frontend();
 
   // Checks the request, gives it an id (returned) and starts it. `timeout_ms` 0: the default.
-  // ERRORS kInvalidArgument: names the field, the value and what is allowed (prompt empty or beyond
-  //        the context, token id outside the vocabulary, max_tokens < 1, temperature, top_p)
+  // ERRORS kInvalidArgument: "field: value and what is allowed" (prompt empty or beyond the context,
+  //        token id outside the vocabulary, max_tokens < 1, temperature, top_p)
   //        kResourceExhausted: max_pending reached    kUnavailable: draining or failed
   absl::StatusOr<uint64_t> Submit(GenerationRequest request, std::shared_ptr<TokenSink> sink,
                                   int64_t timeout_ms = 0);
-  // The request ends with kCancelled (if it has not ended); unknown ids are ignored.
-  void Cancel(uint64_t request_id);
+  // The request ends with `reason` (if it has not ended); unknown ids are ignored. The rank is told,
+  // and the sink hears the end without waiting for it. kStop is for a stop string that was found.
+  void Cancel(uint64_t request_id, FinishReason reason = FinishReason::kCancelled);
   // A migration plan for all ranks.
   absl::Status BroadcastPlan(std::vector<std::byte> plan);
 
@@ -65,8 +68,8 @@ class Frontend {
   FrontendStats stats() const;
 
  private:
-  Frontend() = default;
-  struct State;
+  class State;
+  explicit Frontend(std::unique_ptr<State> state);
   std::unique_ptr<State> state_;
 };
 

@@ -1,0 +1,154 @@
+#include "runtime/control_frames.h"
+
+#include <utility>
+
+#include "base/bytes.h"
+#include "base/status.h"
+
+namespace ballast {
+namespace {
+
+enum class FrameKind : uint8_t { kSubmit, kCancel, kWake, kPlan, kStop, kEvents, kRankStatus };
+
+template <class... Ts>
+struct Overloaded : Ts... {
+  using Ts::operator()...;
+};
+
+absl::Status Malformed(const char* what) {
+  return absl::InvalidArgumentError(absl::StrCat("control frame: malformed ", what));
+}
+
+void PutRequest(const GenerationRequest& request, ByteWriter& out) {
+  out.Put(request.id);
+  out.PutArray(request.prompt);
+  out.PutArray(request.generated);
+  out.Put(request.max_tokens);
+  out.Put(request.sampling.temperature);
+  out.Put(request.sampling.top_p);
+  out.Put(request.sampling.seed);
+}
+
+GenerationRequest GetRequest(ByteReader& in) {
+  GenerationRequest request;
+  request.id = in.Get<uint64_t>();
+  request.prompt = in.GetArray<int32_t>();
+  request.generated = in.GetArray<int32_t>();
+  request.max_tokens = in.Get<int32_t>();
+  request.sampling.temperature = in.Get<double>();
+  request.sampling.top_p = in.Get<double>();
+  request.sampling.seed = in.Get<uint64_t>();
+  return request;
+}
+
+absl::StatusOr<EventsFrame> GetEvents(ByteReader& in) {
+  EventsFrame frame;
+  const auto count = in.Get<uint32_t>();
+  // The count is not believed: the loop ends with the bytes.
+  for (uint32_t i = 0; i < count && in.ok(); ++i) {
+    TokenEvent event;
+    event.request_id = in.Get<uint64_t>();
+    event.token = in.Get<int32_t>();
+    const auto finish = in.Get<uint8_t>();
+    if (finish > static_cast<uint8_t>(FinishReason::kFailed)) return Malformed("finish reason");
+    event.finish = static_cast<FinishReason>(finish);
+    frame.events.push_back(event);
+  }
+  return frame;
+}
+
+}  // namespace
+
+std::vector<std::byte> Serialize(const LeaderFrame& frame) {
+  ByteWriter out;
+  out.Put(frame.wake_seq);
+  std::visit(Overloaded{[&](const SubmitFrame& body) {
+                          out.Put(FrameKind::kSubmit);
+                          PutRequest(body.request, out);
+                        },
+                        [&](const CancelFrame& body) {
+                          out.Put(FrameKind::kCancel);
+                          out.Put(body.request_id);
+                        },
+                        [&](const WakeFrame&) { out.Put(FrameKind::kWake); },
+                        [&](const PlanFrame& body) {
+                          out.Put(FrameKind::kPlan);
+                          out.PutArray(body.plan);
+                        },
+                        [&](const StopFrame&) { out.Put(FrameKind::kStop); }},
+             frame.body);
+  return out.Take();
+}
+
+std::vector<std::byte> Serialize(const RankFrame& frame) {
+  ByteWriter out;
+  std::visit(Overloaded{[&](const EventsFrame& body) {
+                          out.Put(FrameKind::kEvents);
+                          out.Put(static_cast<uint32_t>(body.events.size()));
+                          for (const TokenEvent& event : body.events) {
+                            out.Put(event.request_id);
+                            out.Put(event.token);
+                            out.Put(event.finish);
+                          }
+                        },
+                        [&](const RankStatusFrame& body) {
+                          out.Put(FrameKind::kRankStatus);
+                          out.Put(body.running);
+                          out.Put(body.waiting);
+                          out.Put(body.kv_bytes_used);
+                        }},
+             frame.body);
+  return out.Take();
+}
+
+absl::StatusOr<LeaderFrame> ParseLeaderFrame(std::span<const std::byte> bytes) {
+  ByteReader in(bytes);
+  LeaderFrame frame;
+  frame.wake_seq = in.Get<uint64_t>();
+  switch (static_cast<FrameKind>(in.Get<uint8_t>())) {
+    case FrameKind::kSubmit:
+      frame.body = SubmitFrame{GetRequest(in)};
+      break;
+    case FrameKind::kCancel:
+      frame.body = CancelFrame{in.Get<uint64_t>()};
+      break;
+    case FrameKind::kWake:
+      frame.body = WakeFrame{};
+      break;
+    case FrameKind::kPlan:
+      frame.body = PlanFrame{in.GetArray<std::byte>()};
+      break;
+    case FrameKind::kStop:
+      frame.body = StopFrame{};
+      break;
+    default:
+      return Malformed("kind from the leader");
+  }
+  if (!in.AtEnd()) return Malformed("length of a frame from the leader");
+  return frame;
+}
+
+absl::StatusOr<RankFrame> ParseRankFrame(std::span<const std::byte> bytes) {
+  ByteReader in(bytes);
+  RankFrame frame;
+  switch (static_cast<FrameKind>(in.Get<uint8_t>())) {
+    case FrameKind::kEvents: {
+      BALLAST_ASSIGN_OR_RETURN(frame.body, GetEvents(in));
+      break;
+    }
+    case FrameKind::kRankStatus: {
+      RankStatusFrame body;
+      body.running = in.Get<int32_t>();
+      body.waiting = in.Get<int32_t>();
+      body.kv_bytes_used = in.Get<int64_t>();
+      frame.body = body;
+      break;
+    }
+    default:
+      return Malformed("kind from a rank");
+  }
+  if (!in.AtEnd()) return Malformed("length of a frame from a rank");
+  return frame;
+}
+
+}  // namespace ballast

@@ -1,0 +1,301 @@
+#include "runtime/frontend.h"
+
+#include <atomic>
+#include <catch2/catch.hpp>
+#include <limits>
+#include <mutex>
+#include <thread>
+
+#include "tests/support/fake_ranks.h"
+
+namespace ballast {
+namespace {
+
+using testing::Eventually;
+using testing::FakeRanks;
+
+constexpr FrontendOptions kOptions{
+    .max_pending = 8, .request_timeout_ms = 60'000, .context_tokens = 64, .vocab_size = 256};
+
+class Recorder : public TokenSink {
+ public:
+  void OnEvent(const TokenEvent& event) override {
+    const std::lock_guard lock(mutex_);
+    after_end_ = after_end_ || finish_ != FinishReason::kNone;
+    if (event.token >= 0) tokens_.push_back(event.token);
+    finish_ = event.finish;
+  }
+  FinishReason finish() const {
+    const std::lock_guard lock(mutex_);
+    return finish_;
+  }
+  // Waits for the end.
+  FinishReason Finish() const {
+    Eventually([this] { return finish() != FinishReason::kNone; });
+    return finish();
+  }
+  std::vector<int32_t> tokens() const {
+    const std::lock_guard lock(mutex_);
+    return tokens_;
+  }
+  bool after_end() const {
+    const std::lock_guard lock(mutex_);
+    return after_end_;
+  }
+
+ private:
+  mutable std::mutex mutex_;
+  std::vector<int32_t> tokens_;
+  FinishReason finish_ = FinishReason::kNone;
+  bool after_end_ = false;
+};
+
+struct Failure {
+  std::atomic<int> calls = 0;
+  std::atomic<int> rank = -1;
+};
+
+std::unique_ptr<Frontend> Start(FakeRanks& ranks, const FrontendOptions& options = kOptions,
+                                Failure* failure = nullptr) {
+  auto frontend =
+      Frontend::Create(options, ranks.TakeChannels(), [failure](int rank, const absl::Status&) {
+        if (failure == nullptr) return;
+        failure->rank = rank;
+        ++failure->calls;
+      });
+  REQUIRE(frontend.ok());
+  return std::move(*frontend);
+}
+
+GenerationRequest Request(int prompt_tokens, int max_tokens) {
+  GenerationRequest request;
+  request.prompt.assign(static_cast<size_t>(prompt_tokens), 65);
+  request.max_tokens = max_tokens;
+  return request;
+}
+
+TEST_CASE("a request gets its tokens and its end", "[runtime][unit]") {
+  FakeRanks ranks({.num_ranks = 2, .reply = {}});
+  const auto frontend = Start(ranks);
+  std::vector<std::shared_ptr<Recorder>> sinks;
+  for (int i = 0; i < 6; ++i) {
+    sinks.push_back(std::make_shared<Recorder>());
+    auto request = Request(3, 5);
+    request.sampling.seed = static_cast<uint64_t>(i);
+    REQUIRE(frontend->Submit(request, sinks.back()).ok());
+  }
+  for (int i = 0; i < 6; ++i) {
+    const auto& sink = sinks[static_cast<size_t>(i)];
+    REQUIRE(sink->Finish() == FinishReason::kLength);
+    auto request = Request(3, 5);
+    request.sampling.seed = static_cast<uint64_t>(i);
+    for (int k = 0; k < 5; ++k) {
+      REQUIRE(sink->tokens()[static_cast<size_t>(k)] == FakeRanks::ReplyToken(request, k));
+    }
+    REQUIRE_FALSE(sink->after_end());
+  }
+  const FrontendStats stats = frontend->stats();
+  REQUIRE(stats.accepted == 6);
+  REQUIRE(stats.finished == 6);
+  REQUIRE(stats.tokens_generated == 30);
+  REQUIRE(stats.pending == 0);
+}
+
+TEST_CASE("the rank with the fewest outstanding tokens gets the request", "[runtime][unit]") {
+  FakeRanks ranks({.num_ranks = 3, .reply = {}});
+  ranks.Hold(true);
+  const auto frontend = Start(ranks);
+  // work: 20 -> rank 0, 5 -> rank 1, 6 -> rank 2, 4 -> rank 1 (9), 1 -> rank 2 (7), then rank 2.
+  const std::vector<std::pair<int, int>> sizes = {{10, 10}, {2, 3}, {3, 3}, {2, 2}, {1, 1}};
+  for (const auto& [prompt, max_tokens] : sizes) {
+    REQUIRE(frontend->Submit(Request(prompt, max_tokens), std::make_shared<Recorder>()).ok());
+  }
+  REQUIRE(frontend->Submit(Request(1, 1), std::make_shared<Recorder>()).ok());
+  REQUIRE(Eventually([&] { return ranks.running() == 6; }));
+  REQUIRE(ranks.heard(0).running == 1);
+  REQUIRE(ranks.heard(1).running == 2);
+  REQUIRE(ranks.heard(2).running == 3);
+}
+
+TEST_CASE("every rank hears each number once and in order", "[runtime][unit]") {
+  FakeRanks ranks({.num_ranks = 3, .reply = {}});
+  const auto frontend = Start(ranks);
+  std::vector<std::thread> callers;
+  for (int t = 0; t < 4; ++t) {
+    callers.emplace_back([&] {
+      for (int i = 0; i < 20; ++i) {
+        const auto id = frontend->Submit(Request(1, 2), std::make_shared<Recorder>());
+        if (id.ok() && i % 3 == 0) frontend->Cancel(*id);
+        if (i % 5 == 0) frontend->BroadcastPlan({std::byte{1}}).IgnoreError();
+      }
+    });
+  }
+  for (auto& caller : callers) caller.join();
+  frontend->DrainAndStop(10'000);
+  REQUIRE(Eventually([&] { return ranks.heard(2).stopped && ranks.heard(1).stopped; }));
+  REQUIRE(Eventually([&] { return ranks.heard(0).stopped; }));
+  const size_t count = ranks.heard(0).frames.size();
+  for (int r = 0; r < 3; ++r) {
+    const auto frames = ranks.heard(r).frames;
+    REQUIRE(frames.size() == count);
+    for (size_t i = 0; i < count; ++i) REQUIRE(frames[i].wake_seq == i + 1);
+  }
+  // One rank is told what the others only wake for; a plan and the end are for all.
+  for (size_t i = 0; i < count; ++i) {
+    int wakes = 0, plans = 0, stops = 0;
+    for (int r = 0; r < 3; ++r) {
+      const LeaderFrame frame = ranks.heard(r).frames[i];
+      wakes += std::holds_alternative<WakeFrame>(frame.body);
+      plans += std::holds_alternative<PlanFrame>(frame.body);
+      stops += std::holds_alternative<StopFrame>(frame.body);
+    }
+    REQUIRE((wakes == 2 || plans == 3 || stops == 3));
+  }
+}
+
+TEST_CASE("a cancelled request ends at once and its rank is told", "[runtime][unit]") {
+  FakeRanks ranks({.num_ranks = 1, .reply = {}});
+  ranks.Hold(true);
+  const auto frontend = Start(ranks);
+  const auto sink = std::make_shared<Recorder>();
+  const auto id = frontend->Submit(Request(1, 50), sink);
+  REQUIRE(id.ok());
+  REQUIRE(Eventually([&] { return ranks.running() == 1; }));
+  frontend->Cancel(*id + 1);
+  frontend->Cancel(*id);
+  REQUIRE(sink->Finish() == FinishReason::kCancelled);
+  REQUIRE(Eventually([&] { return ranks.running() == 0; }));
+  frontend->Cancel(*id);
+  const auto stopped = std::make_shared<Recorder>();
+  const auto second = frontend->Submit(Request(1, 50), stopped);
+  REQUIRE(second.ok());
+  frontend->Cancel(*second, FinishReason::kStop);
+  REQUIRE(stopped->Finish() == FinishReason::kStop);
+  REQUIRE(frontend->stats().cancelled == 1);
+  REQUIRE(frontend->stats().finished == 1);
+}
+
+TEST_CASE("a deadline ends a request", "[runtime][unit]") {
+  FakeRanks ranks({.num_ranks = 2, .reply = {}});
+  ranks.Hold(true);
+  const auto frontend = Start(ranks);
+  const auto patient = std::make_shared<Recorder>();
+  const auto hasty = std::make_shared<Recorder>();
+  REQUIRE(frontend->Submit(Request(1, 5), patient).ok());
+  REQUIRE(frontend->Submit(Request(1, 5), hasty, 20).ok());
+  REQUIRE(hasty->Finish() == FinishReason::kDeadline);
+  REQUIRE(patient->finish() == FinishReason::kNone);
+  REQUIRE(Eventually([&] { return ranks.running() == 1; }));
+  REQUIRE(frontend->stats().deadline == 1);
+  ranks.Hold(false);
+  REQUIRE(patient->Finish() == FinishReason::kLength);
+}
+
+TEST_CASE("a full queue refuses and takes again when there is room", "[runtime][unit][errors]") {
+  FakeRanks ranks({.num_ranks = 1, .reply = {}});
+  ranks.Hold(true);
+  const auto frontend = Start(ranks);
+  for (int i = 0; i < kOptions.max_pending; ++i) {
+    REQUIRE(frontend->Submit(Request(1, 1), std::make_shared<Recorder>()).ok());
+  }
+  const auto refused = frontend->Submit(Request(1, 1), std::make_shared<Recorder>());
+  REQUIRE(refused.status().code() == absl::StatusCode::kResourceExhausted);
+  REQUIRE(frontend->stats().rejected == 1);
+  ranks.Hold(false);
+  REQUIRE(Eventually([&] { return frontend->stats().pending == 0; }));
+  REQUIRE(frontend->Submit(Request(1, 1), std::make_shared<Recorder>()).ok());
+}
+
+TEST_CASE("a request that cannot be is refused by field", "[runtime][unit][errors]") {
+  FakeRanks ranks({.num_ranks = 1, .reply = {}});
+  const auto frontend = Start(ranks);
+  const auto refusal = [&](const std::function<void(GenerationRequest&)>& change) {
+    auto request = Request(2, 2);
+    change(request);
+    const auto id = frontend->Submit(request, std::make_shared<Recorder>());
+    REQUIRE(id.status().code() == absl::StatusCode::kInvalidArgument);
+    const std::string message(id.status().message());
+    return message.substr(0, message.find(':'));
+  };
+  REQUIRE(refusal([](auto& r) { r.prompt.clear(); }) == "prompt");
+  REQUIRE(refusal([](auto& r) { r.prompt.resize(64); }) == "prompt");
+  REQUIRE(refusal([](auto& r) { r.prompt[1] = 256; }) == "prompt");
+  REQUIRE(refusal([](auto& r) { r.prompt[1] = -1; }) == "prompt");
+  REQUIRE(refusal([](auto& r) { r.max_tokens = 0; }) == "max_tokens");
+  REQUIRE(refusal([](auto& r) { r.sampling.temperature = -0.5; }) == "temperature");
+  REQUIRE(refusal([](auto& r) {
+            r.sampling.temperature = std::numeric_limits<double>::quiet_NaN();
+          }) == "temperature");
+  REQUIRE(refusal([](auto& r) { r.sampling.top_p = 0; }) == "top_p");
+  REQUIRE(refusal([](auto& r) { r.sampling.top_p = 1.5; }) == "top_p");
+}
+
+TEST_CASE("a drain finishes what runs and then stops the ranks", "[runtime][unit]") {
+  FakeRanks ranks({.num_ranks = 2, .step = std::chrono::milliseconds(5), .reply = {}});
+  Failure failure;
+  const auto frontend = Start(ranks, kOptions, &failure);
+  std::vector<std::shared_ptr<Recorder>> sinks;
+  for (int i = 0; i < 4; ++i) {
+    sinks.push_back(std::make_shared<Recorder>());
+    REQUIRE(frontend->Submit(Request(1, 10), sinks.back()).ok());
+  }
+  REQUIRE(frontend->accepting());
+  frontend->DrainAndStop(10'000);
+  for (const auto& sink : sinks) {
+    REQUIRE(sink->finish() == FinishReason::kLength);
+    REQUIRE(sink->tokens().size() == 10);
+  }
+  REQUIRE_FALSE(frontend->accepting());
+  REQUIRE(frontend->Submit(Request(1, 1), sinks[0]).status().code() ==
+          absl::StatusCode::kUnavailable);
+  REQUIRE(Eventually([&] { return ranks.heard(0).stopped && ranks.heard(1).stopped; }));
+  frontend->DrainAndStop(10);
+  REQUIRE(failure.calls == 0);
+}
+
+TEST_CASE("a drain that takes too long cancels the rest", "[runtime][unit]") {
+  FakeRanks ranks({.num_ranks = 1, .reply = {}});
+  ranks.Hold(true);
+  const auto frontend = Start(ranks);
+  const auto sink = std::make_shared<Recorder>();
+  REQUIRE(frontend->Submit(Request(1, 10), sink).ok());
+  frontend->DrainAndStop(30);
+  REQUIRE(sink->finish() == FinishReason::kCancelled);
+  REQUIRE(Eventually([&] { return ranks.heard(0).stopped; }));
+}
+
+TEST_CASE("a broken channel fails every request and is reported once", "[runtime][unit][errors]") {
+  FakeRanks ranks({.num_ranks = 3, .reply = {}});
+  ranks.Hold(true);
+  Failure failure;
+  const auto frontend = Start(ranks, kOptions, &failure);
+  std::vector<std::shared_ptr<Recorder>> sinks;
+  for (int i = 0; i < 6; ++i) {
+    sinks.push_back(std::make_shared<Recorder>());
+    REQUIRE(frontend->Submit(Request(1, 10), sinks.back()).ok());
+  }
+  ranks.Kill(1);
+  for (const auto& sink : sinks) REQUIRE(sink->Finish() == FinishReason::kFailed);
+  REQUIRE(Eventually([&] { return failure.calls == 1; }));
+  REQUIRE(failure.rank == 1);
+  REQUIRE(frontend->Submit(Request(1, 1), sinks[0]).status().code() ==
+          absl::StatusCode::kUnavailable);
+  REQUIRE_FALSE(frontend->accepting());
+  frontend->DrainAndStop(1'000);
+  REQUIRE(Eventually([&] { return ranks.heard(0).stopped && ranks.heard(2).stopped; }));
+  REQUIRE(failure.calls == 1);
+}
+
+TEST_CASE("destruction ends what is pending", "[runtime][unit]") {
+  FakeRanks ranks({.num_ranks = 1, .reply = {}});
+  ranks.Hold(true);
+  const auto sink = std::make_shared<Recorder>();
+  {
+    const auto frontend = Start(ranks);
+    REQUIRE(frontend->Submit(Request(1, 10), sink).ok());
+  }
+  REQUIRE(sink->finish() == FinishReason::kCancelled);
+}
+
+}  // namespace
+}  // namespace ballast
