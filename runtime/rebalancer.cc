@@ -21,21 +21,10 @@ void Rebalancer::OnPlan(MigrationPlan plan) {
     if (status.ok()) store_->Discard();
     return;
   }
-  if (status.ok() && plan.base_epoch != placement_.epoch()) {
-    status = absl::FailedPreconditionError(absl::StrCat("plan ", plan.plan_id, " starts from epoch ",
-                                                        plan.base_epoch, ", in force is ",
-                                                        placement_.epoch()));
-  }
   if (status.ok()) {
-    auto target = placement_.With(plan.rows, plan.base_epoch + 1);
+    auto target = plan.Apply(placement_);
     status = target.status();
-    if (target.ok()) {
-      target_ = *std::move(target);
-      if (target_->fingerprint() != plan.target_fingerprint) {
-        status = absl::DataLossError(absl::StrCat("plan ", plan.plan_id,
-                                                  " does not lead to the placement that it names"));
-      }
-    }
+    if (target.ok()) target_ = *std::move(target);
   }
   if (!status.ok()) LogWarning("rebalancer", std::string(status.message()));
   plan_ = std::move(plan);
@@ -70,14 +59,19 @@ PlanCommand Rebalancer::Judge(std::span<const PlanVote> votes, int64_t now_ns) {
 absl::StatusOr<Rebalancer::Outcome> Rebalancer::Execute(PlanCommand command) {
   if (command.command == Command::kNone) return Outcome{};
   const int64_t began = NowNs();
-  Outcome outcome{command.command, command.plan_id, 0, 0};
+  Outcome outcome{.done = command.command, .plan_id = command.plan_id};
   const bool have_it = plan_.has_value() && plan_->plan_id == command.plan_id;
+  if (have_it) {
+    outcome.copies = static_cast<int32_t>(plan_->moves.size());
+    for (const Move& move : plan_->moves) {
+      outcome.own_copies += placement_.topology().rank_of_slot(move.to_slot) == options_.rank;
+    }
+  }
   if (command.command == Command::kFlip) {
     if (!have_it || vote_ != Vote::kStaged) {
       return absl::InternalError(absl::StrCat("rank ", options_.rank, " was told to flip plan ",
                                               command.plan_id, ", which it has not staged"));
     }
-    outcome.copies = static_cast<int32_t>(plan_->moves.size());
     store_->Commit(*target_);
     placement_ = *std::move(target_);
     table_ = std::make_unique<DispatchTable>(placement_, options_.rank, *store_, table_.get());

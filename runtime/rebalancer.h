@@ -65,12 +65,13 @@ class Rebalancer {
   // Leader only: what to command at the next step, from the votes of all ranks at this one.
   PlanCommand Judge(std::span<const PlanVote> votes, int64_t now_ns);
 
-  // Executes the leader's command. `copies`: experts that entered a rank by it, over all ranks.
+  // Executes the leader's command.
   // ERRORS kInternal: told to flip a plan that is not staged here
   struct Outcome {
     Command done = Command::kNone;
     int64_t plan_id = 0;
-    int32_t copies = 0;
+    int32_t copies = 0;      // experts that entered a rank by the plan, over all ranks
+    int32_t own_copies = 0;  // of these, on this rank
     int64_t stall_ns = 0;  // time that the step thread was held up
   };
   absl::StatusOr<Outcome> Execute(PlanCommand command);

@@ -1,0 +1,29 @@
+// The sub-commands of `ballast`. Each adds itself to the command line and returns what runs it.
+#ifndef BALLAST_DEPLOY_COMMANDS_H_
+#define BALLAST_DEPLOY_COMMANDS_H_
+
+#include <CLI/App.hpp>
+#include <functional>
+
+#include "absl/status/status.h"
+
+namespace ballast {
+
+// Exit codes of the command.
+enum ExitCode : int {
+  kExitOk = 0,
+  kExitUsage = 2,    // a flag, a file or a model that cannot be used
+  kExitRetry = 75,   // the job broke while it ran: a peer was lost
+};
+
+// The exit code that belongs to a failure.
+int ExitCodeOf(const absl::Status& status);
+
+// Runs a sub-command after its flags were read; returns the exit code.
+using Command = std::function<int(int* argc, char*** argv)>;
+
+Command AddServeCommand(CLI::App* app);
+
+}  // namespace ballast
+
+#endif  // BALLAST_DEPLOY_COMMANDS_H_

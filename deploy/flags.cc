@@ -1,0 +1,94 @@
+#include "deploy/flags.h"
+
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <cctype>
+#include <cstdlib>
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <vector>
+
+#include "base/status.h"
+
+namespace ballast {
+namespace {
+
+// Number of single-letter edits between two words.
+size_t EditDistance(const std::string& a, const std::string& b) {
+  std::vector<size_t> row(b.size() + 1);
+  for (size_t j = 0; j <= b.size(); ++j) row[j] = j;
+  for (size_t i = 1; i <= a.size(); ++i) {
+    size_t diagonal = row[0];
+    row[0] = i;
+    for (size_t j = 1; j <= b.size(); ++j) {
+      const size_t above = row[j];
+      row[j] = std::min({row[j] + 1, row[j - 1] + 1, diagonal + (a[i - 1] != b[j - 1])});
+      diagonal = above;
+    }
+  }
+  return row[b.size()];
+}
+
+std::string NearestOption(const std::string& key, CLI::App* command) {
+  std::string nearest;
+  size_t best = 4;
+  for (const CLI::Option* option : command->get_options()) {
+    for (const std::string& name : option->get_lnames()) {
+      const size_t distance = EditDistance(key, name);
+      if (distance < best) best = distance, nearest = name;
+    }
+  }
+  return nearest.empty() ? "" : absl::StrCat("; did you mean \"", nearest, "\"?");
+}
+
+}  // namespace
+
+void NameEnvironment(CLI::App* command) {
+  for (CLI::Option* option : command->get_options()) {
+    if (option->get_lnames().empty() || option->get_lnames()[0] == "help") continue;
+    std::string name = "BALLAST_" + option->get_lnames()[0];
+    for (char& c : name) c = c == '-' ? '_' : static_cast<char>(std::toupper(c));
+    option->envname(name);
+  }
+}
+
+absl::Status ApplyConfigFile(const std::string& path, CLI::App* command) {
+  std::ifstream in(path);
+  if (!in) return absl::InvalidArgumentError(absl::StrCat("--config: cannot read ", path));
+  const auto json = nlohmann::json::parse(in, nullptr, /*allow_exceptions=*/false,
+                                          /*ignore_comments=*/true);
+  if (!json.is_object()) {
+    return absl::InvalidArgumentError(absl::StrCat("--config: ", path, " is not a JSON object"));
+  }
+  for (const auto& [key, value] : json.items()) {
+    CLI::Option* option = key == "config" || key == "help"
+                              ? nullptr
+                              : command->get_option_no_throw("--" + key);
+    if (option == nullptr) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(path, ": unknown key \"", key, "\"", NearestOption(key, command)));
+    }
+    if (value.is_structured() || value.is_null()) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          path, ": \"", key, "\" is ", value.dump(), ", allowed: a text, a number, true or false"));
+    }
+    try {
+      option->default_val(value.is_string() ? value.get<std::string>() : value.dump());
+    } catch (const CLI::Error& error) {
+      return absl::InvalidArgumentError(absl::StrCat(path, ": ", error.what()));
+    }
+  }
+  return absl::OkStatus();
+}
+
+std::string FindConfigPath(int argc, char** argv) {
+  for (int i = 1; i < argc; ++i) {
+    const std::string argument = argv[i];
+    if (argument == "--config" && i + 1 < argc) return argv[i + 1];
+    if (argument.rfind("--config=", 0) == 0) return argument.substr(9);
+  }
+  const char* from_environment = std::getenv("BALLAST_CONFIG");
+  return from_environment != nullptr ? from_environment : "";
+}
+
+}  // namespace ballast

@@ -1,0 +1,86 @@
+// The `ballast` command.
+#include <CLI/CLI.hpp>
+#include <cstdlib>
+#include <iostream>
+#include <utility>
+#include <vector>
+
+#include "base/log.h"
+#include "deploy/commands.h"
+#include "deploy/flags.h"
+
+namespace ballast {
+
+int ExitCodeOf(const absl::Status& status) {
+  switch (status.code()) {
+    case absl::StatusCode::kOk:
+      return kExitOk;
+    case absl::StatusCode::kInternal:
+    case absl::StatusCode::kDeadlineExceeded:
+    case absl::StatusCode::kUnavailable:
+    case absl::StatusCode::kDataLoss:
+      return kExitRetry;
+    default:
+      return kExitUsage;
+  }
+}
+
+namespace {
+
+// Under mpirun every rank reads the same command line; one of them is enough to complain about it.
+bool SpeaksForAll() {
+  const char* rank = std::getenv("OMPI_COMM_WORLD_RANK");
+  return rank == nullptr || std::string(rank) == "0";
+}
+
+int Main(int argc, char** argv) {
+  CLI::App app("Ballast: an expert-parallel runtime for Mixture-of-Experts models", "ballast");
+  app.require_subcommand(1);
+  app.set_help_all_flag("--help-all", "Help of all sub-commands");
+  std::vector<std::pair<CLI::App*, Command>> commands;
+
+  CLI::App* serve = app.add_subcommand("serve", "Serve a model over HTTP (run under mpirun)");
+  commands.emplace_back(serve, AddServeCommand(serve));
+  CLI::App* version = app.add_subcommand("version", "Print the version");
+  commands.emplace_back(version, [](int*, char***) {
+    std::cout << "ballast " << BALLAST_VERSION << "\n";
+    return int{kExitOk};
+  });
+  for (auto& [command, run] : commands) {
+    NameEnvironment(command);
+    command->option_defaults()->always_capture_default();
+  }
+  const std::string config = FindConfigPath(argc, argv);
+  if (!config.empty()) {
+    for (auto& [command, run] : commands) {
+      if (argc < 2 || command->get_name() != argv[1]) continue;
+      const absl::Status applied = ApplyConfigFile(config, command);
+      if (applied.ok()) continue;
+      if (SpeaksForAll()) std::cerr << "ballast: " << applied.message() << "\n";
+      return kExitUsage;
+    }
+  }
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& error) {
+    if (error.get_exit_code() == 0) {
+      if (SpeaksForAll()) app.exit(error);  // --help
+      return kExitOk;
+    }
+    if (SpeaksForAll()) {
+      std::cerr << "ballast: " << error.what() << "\n(`ballast";
+      for (const CLI::App* chosen : app.get_subcommands()) std::cerr << " " << chosen->get_name();
+      std::cerr << " --help` lists what is allowed)\n";
+    }
+    return kExitUsage;
+  }
+  for (auto& [command, run] : commands) {
+    if (command->parsed()) return run(&argc, &argv);
+  }
+  return kExitUsage;
+}
+
+}  // namespace
+}  // namespace ballast
+
+int main(int argc, char** argv) { return ballast::Main(argc, argv); }

@@ -1,0 +1,50 @@
+#ifndef BALLAST_DEPLOY_SERVE_H_
+#define BALLAST_DEPLOY_SERVE_H_
+
+#include <cstdint>
+#include <string>
+
+#include "absl/status/status.h"
+
+namespace ballast {
+
+// The flags of `ballast serve`.
+struct ServeFlags {
+  std::string model;
+  std::string host = "127.0.0.1";
+  int port = 8080;
+  int metrics_port = 9420;
+  bool no_metrics = false;
+  std::string control_host;
+  std::string device = "cpu";
+  std::string dtype = "auto";
+  std::string policy = "eplb";
+  std::string split = "exact";
+  int32_t slots_per_rank = 0;
+  int32_t max_seqs = 64;
+  int32_t max_batch_tokens = 512;
+  int32_t prefill_chunk = 128;
+  uint64_t kv_bytes = 256 << 20;
+  int32_t max_queue = 1024;
+  int64_t request_timeout_ms = 300'000;
+  int64_t drain_timeout_ms = 30'000;
+  int32_t threads = 0;
+  int64_t window_tokens = 8192;
+  int32_t rebalance_every = 0;
+  int32_t min_steps_between = 16;
+  double min_gain = 0.02;
+  uint64_t migration_slice_bytes = 1 << 20;
+  uint64_t migration_chunk_bytes = 256 << 10;
+  int64_t plan_timeout_ms = 30'000;
+  int64_t step_timeout_ms = 60'000;
+  std::string step_log;
+  std::string ready_file;
+  std::string log_level = "info";
+};
+
+// Runs this rank of the server until it is told to stop. COLLECTIVE over the ranks of the job.
+int Serve(const ServeFlags& flags, int* argc, char*** argv);
+
+}  // namespace ballast
+
+#endif  // BALLAST_DEPLOY_SERVE_H_

@@ -1,0 +1,218 @@
+#include "runtime/leader.h"
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <nlohmann/json.hpp>
+#include <numeric>
+#include <utility>
+
+#include "base/log.h"
+#include "base/status.h"
+
+namespace ballast {
+namespace {
+
+constexpr std::chrono::seconds kAnswerDeadline(10);
+
+template <typename T>
+void AppendArray(std::string* text, const std::vector<T>& values) {
+  absl::StrAppend(text, "[");
+  for (size_t i = 0; i < values.size(); ++i) absl::StrAppend(text, i > 0 ? "," : "", values[i]);
+  absl::StrAppend(text, "]");
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<Leader>> Leader::Create(
+    const Options& options, const Placement& initial, RankObserver rank_observer,
+    RankMetrics* metrics, std::function<absl::Status(std::vector<std::byte>)> send_plan) {
+  std::unique_ptr<Leader> leader(
+      new Leader(options, initial, std::move(rank_observer), metrics, std::move(send_plan)));
+  BALLAST_ASSIGN_OR_RETURN(leader->controller_, Controller::Create(options.controller, initial));
+  if (!options.step_log.empty()) {
+    leader->log_ = std::fopen(options.step_log.c_str(), "w");
+    if (leader->log_ == nullptr) {
+      return absl::InvalidArgumentError(absl::StrCat("--step-log: cannot write ", options.step_log,
+                                                     ": ", std::strerror(errno)));
+    }
+  }
+  leader->thread_ = std::thread(&Leader::Loop, leader.get());
+  return leader;
+}
+
+Leader::Leader(const Options& options, const Placement& initial, RankObserver rank_observer,
+               RankMetrics* metrics,
+               std::function<absl::Status(std::vector<std::byte>)> send_plan)
+    : options_(options),
+      rank_observer_(std::move(rank_observer)),
+      metrics_(metrics),
+      send_plan_(std::move(send_plan)),
+      counts_(static_cast<size_t>(initial.num_layers()) * initial.num_experts()),
+      placement_(initial) {}
+
+Leader::~Leader() {
+  {
+    std::lock_guard lock(mutex_);
+    stop_ = true;
+  }
+  wake_.notify_all();
+  if (thread_.joinable()) thread_.join();
+  if (log_ != nullptr) std::fclose(log_);
+}
+
+void Leader::Push(Event event) {
+  {
+    std::lock_guard lock(mutex_);
+    events_.push_back(std::move(event));
+  }
+  wake_.notify_one();
+}
+
+void Leader::OnStep(const StepRecord& record) {
+  rank_observer_.OnStep(record);
+  Push(record);
+}
+
+void Leader::OnPlanEnded(const Rebalancer::Outcome& outcome, const Placement& in_force) {
+  rank_observer_.OnPlanEnded(outcome, in_force);
+  Push(PlanEnded{outcome, in_force});
+}
+
+void Leader::Loop() {
+  while (true) {
+    std::unique_lock lock(mutex_);
+    wake_.wait(lock, [this] { return stop_ || !events_.empty(); });
+    if (events_.empty()) return;
+    Event event = std::move(events_.front());
+    events_.pop_front();
+    lock.unlock();
+    std::visit([this](auto& e) { Handle(e); }, event);
+  }
+}
+
+void Leader::Handle(const StepRecord& record) {
+  step_ = record.step;
+  const size_t experts = static_cast<size_t>(controller_->placement().num_experts());
+  std::fill(counts_.begin(), counts_.end(), 0);
+  for (size_t layer = 0; layer < record.layers.size(); ++layer) {
+    const std::vector<int32_t>& by_source = record.layers[layer].counts;
+    for (size_t i = 0; i < by_source.size(); ++i) counts_[layer * experts + i % experts] += by_source[i];
+  }
+  controller_->OnStep(record.step, record.num_tokens, counts_);
+  WriteStep(record);
+  tokens_since_hot_ += record.num_tokens;
+  if (tokens_since_hot_ >= options_.hot_experts_every_tokens) PublishHotExperts();
+  Decision why = Decision::kNone;
+  if (Plan(/*force=*/false, &why).has_value()) {
+    trigger_ = options_.controller.force_every_steps > 0 ? RebalanceTrigger::kInterval
+                                                         : RebalanceTrigger::kThreshold;
+  }
+}
+
+void Leader::Handle(const PlanEnded& ended) {
+  const bool applied = ended.outcome.done == Command::kFlip;
+  metrics_->OnRebalance(applied ? RebalanceResult::kApplied : RebalanceResult::kAborted, trigger_);
+  LogInfo("leader", absl::StrCat("plan ", ended.outcome.plan_id, applied ? " in force" : " aborted",
+                                 ", epoch ", ended.in_force.epoch(), ", ", ended.outcome.copies,
+                                 " copies, flip held the step for ",
+                                 ended.outcome.stall_ns / 1000, " us"));
+  if (!controller_->in_flight()) return;
+  if (applied) {
+    controller_->OnCommitted(ended.outcome.plan_id, step_);
+  } else {
+    controller_->OnAborted(ended.outcome.plan_id, step_);
+  }
+  std::lock_guard lock(mutex_);
+  placement_ = ended.in_force;
+}
+
+void Leader::Handle(Forced& forced) {
+  Decision why = Decision::kNone;
+  const auto plan = Plan(/*force=*/true, &why);
+  nlohmann::json answer = {{"planned", plan.has_value()}};
+  if (plan.has_value()) {
+    trigger_ = RebalanceTrigger::kManual;
+    answer["plan_id"] = plan->plan_id;
+    answer["copies"] = plan->moves.size();
+  } else {
+    answer["reason"] = NameOf(why);
+  }
+  forced.answer.set_value(answer.dump());
+}
+
+std::optional<MigrationPlan> Leader::Plan(bool force, Decision* why) {
+  auto plan = controller_->Decide(step_, force, why);
+  if (!plan.has_value()) return std::nullopt;
+  LogInfo("leader", absl::StrCat("plan ", plan->plan_id, ": ", plan->moves.size(), " copies in ",
+                                 plan->rows.size(), " layers"));
+  const absl::Status sent = send_plan_(plan->Serialize());
+  if (sent.ok()) return plan;
+  LogWarning("leader", std::string(sent.message()));
+  controller_->OnAborted(plan->plan_id, step_);
+  return std::nullopt;
+}
+
+void Leader::WriteStep(const StepRecord& record) {
+  if (log_ == nullptr) return;
+  std::string line = absl::StrCat(
+      "{\"step\":", record.step, ",\"unix_us\":", record.end_unix_us, ",\"wall_us\":", record.wall_us,
+      ",\"tokens\":", record.num_tokens, ",\"epoch\":", record.epoch,
+      ",\"copies\":", record.copies_committed, ",\"stall_us\":", record.stall_us, ",\"cpu_us\":");
+  AppendArray(&line, record.cpu_us);
+  absl::StrAppend(&line, ",\"load\":[");
+  for (size_t layer = 0; layer < record.layers.size(); ++layer) {
+    if (layer > 0) absl::StrAppend(&line, ",");
+    AppendArray(&line, record.layers[layer].rank_load);
+  }
+  absl::StrAppend(&line, "]}\n");
+  std::fwrite(line.data(), 1, line.size(), log_);
+  std::fflush(log_);
+}
+
+void Leader::PublishHotExperts() {
+  tokens_since_hot_ = 0;
+  if (options_.hot_experts == 0) return;
+  std::vector<HotExpert> hot;
+  const Placement& placement = controller_->placement();
+  std::vector<int32_t> order(static_cast<size_t>(placement.num_experts()));
+  for (int32_t layer = 0; layer < placement.num_layers(); ++layer) {
+    const auto load = controller_->window_load(layer);
+    const int64_t total = std::accumulate(load.begin(), load.end(), int64_t{0});
+    if (total == 0) continue;
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(),
+                     [&](int32_t a, int32_t b) { return load[a] > load[b]; });
+    const size_t count = std::min(order.size(), static_cast<size_t>(options_.hot_experts));
+    for (size_t i = 0; i < count; ++i) {
+      hot.push_back({layer, order[i], static_cast<double>(load[order[i]]) / static_cast<double>(total)});
+    }
+  }
+  metrics_->SetHotExperts(std::move(hot));
+}
+
+std::string Leader::PlacementJson() const {
+  std::unique_lock lock(mutex_);
+  const Placement placement = placement_;
+  lock.unlock();
+  nlohmann::json json = nlohmann::json::parse(placement.ToJson());
+  json["replicas"] = nlohmann::json::array();
+  for (int32_t layer = 0; layer < placement.num_layers(); ++layer) {
+    nlohmann::json row = nlohmann::json::array();
+    for (int32_t e = 0; e < placement.num_experts(); ++e) row.push_back(placement.num_replicas(layer, e));
+    json["replicas"].push_back(std::move(row));
+  }
+  return json.dump();
+}
+
+std::string Leader::Rebalance() {
+  Forced forced;
+  auto answer = forced.answer.get_future();
+  Push(std::move(forced));
+  if (answer.wait_for(kAnswerDeadline) != std::future_status::ready) {
+    return R"({"planned":false,"reason":"the controller did not answer in time"})";
+  }
+  return answer.get();
+}
+
+}  // namespace ballast

@@ -1,0 +1,37 @@
+#include "runtime/rank_observer.h"
+
+namespace ballast {
+
+RankObserver::RankObserver(int32_t rank, int32_t num_ranks, int32_t num_layers,
+                           int64_t expert_bytes, RankMetrics* metrics)
+    : rank_(rank),
+      expert_bytes_(expert_bytes),
+      metrics_(metrics),
+      window_(num_layers, num_ranks),
+      layer_copies_(static_cast<size_t>(num_layers)) {}
+
+void RankObserver::OnStep(const StepRecord& record) {
+  for (size_t layer = 0; layer < record.layers.size(); ++layer) {
+    layer_copies_[layer] = record.layers[layer].rank_load[rank_];
+    window_.Add(static_cast<int32_t>(layer), record.layers[layer].rank_load);
+  }
+  if (window_.EndStep(record.num_tokens)) metrics_->SetImbalance(window_.imbalance());
+  metrics_->OnStep({.prefill_tokens = record.own_prefill_tokens,
+                    .decode_tokens = record.own_decode_tokens,
+                    .layer_copies = layer_copies_,
+                    .seconds = static_cast<double>(record.wall_us) * 1e-6,
+                    .stall_seconds = static_cast<double>(record.stall_us) * 1e-6});
+  metrics_->OnTokensGenerated(record.tokens_generated);
+  metrics_->SetSequencesRunning(record.running);
+  metrics_->SetQueueDepth(record.waiting);
+  metrics_->SetKvBytesUsed(record.kv_bytes_used);
+}
+
+void RankObserver::OnPlanEnded(const Rebalancer::Outcome& outcome, const Placement& in_force) {
+  metrics_->SetPlacementEpoch(in_force.epoch());
+  const bool applied = outcome.done == Command::kFlip;
+  metrics_->OnExpertCopies(applied ? CopyResult::kApplied : CopyResult::kFailed, outcome.own_copies,
+                           applied ? outcome.own_copies * expert_bytes_ : 0);
+}
+
+}  // namespace ballast

@@ -1,0 +1,32 @@
+#ifndef BALLAST_RUNTIME_RANK_OBSERVER_H_
+#define BALLAST_RUNTIME_RANK_OBSERVER_H_
+
+#include <cstdint>
+#include <vector>
+
+#include "monitor/load_window.h"
+#include "monitor/metrics.h"
+#include "runtime/engine.h"
+
+namespace ballast {
+
+// Turns what the engine reports into the metrics of its rank.
+class RankObserver : public EngineObserver {
+ public:
+  RankObserver(int32_t rank, int32_t num_ranks, int32_t num_layers, int64_t expert_bytes,
+               RankMetrics* metrics);
+
+  void OnStep(const StepRecord& record) override;
+  void OnPlanEnded(const Rebalancer::Outcome& outcome, const Placement& in_force) override;
+
+ private:
+  int32_t rank_;
+  int64_t expert_bytes_;
+  RankMetrics* metrics_;
+  LoadWindow window_;
+  std::vector<int64_t> layer_copies_;
+};
+
+}  // namespace ballast
+
+#endif  // BALLAST_RUNTIME_RANK_OBSERVER_H_
