@@ -22,10 +22,10 @@ struct ControllerOptions {
   int32_t num_groups = 1;
   int64_t window_tokens = 8192;    // tokens per layer that a decision looks back over
   int32_t min_steps_between = 16;  // steps between the end of one plan and the next
-  int32_t force_every_steps = 0;   // 0: by trigger; N: plan every N steps whatever the gain (tests)
+  int32_t force_every_steps = 0;   // 0: by trigger; N: plan every N steps whatever the gain
   double min_gain = 0.02;          // smallest fall of imbalance (max/mean) that is worth moving for
   int32_t max_incoming_per_rank = 0;  // copies that one plan may bring to a rank; 0: no limit
-  int32_t backoff_steps = 256;        // after an aborted plan
+  int32_t backoff_steps = 256;        // after an aborted plan; for force_every_steps too
 };
 
 // Why the controller decided as it did, for metrics and logs.

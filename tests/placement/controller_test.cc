@@ -157,6 +157,24 @@ TEST_CASE("a forced plan needs no gain and no patience", "[placement][controller
   REQUIRE(controller->Decide(4, /*force=*/true, &why).has_value());
 }
 
+TEST_CASE("plans at an interval wait for the backoff but not for gain", "[placement][controller]") {
+  const auto controller = Make(
+      {.min_steps_between = 1000, .force_every_steps = 10, .min_gain = 100.0, .backoff_steps = 50});
+  Traffic traffic(8);
+  Decision why;
+  controller->OnStep(0, kTokens, traffic.Step(0));
+  REQUIRE_FALSE(controller->Decide(9, /*force=*/false, &why).has_value());
+  REQUIRE(controller->Decide(10, /*force=*/false, &why).has_value());
+  controller->OnAborted(1, 12);
+  REQUIRE_FALSE(controller->Decide(61, /*force=*/false, &why).has_value());
+  REQUIRE(why == Decision::kTooSoon);
+  REQUIRE(controller->Decide(62, /*force=*/false, &why).has_value());
+  controller->OnCommitted(2, 63);
+  controller->OnStep(64, kTokens, traffic.Step(7));
+  REQUIRE_FALSE(controller->Decide(71, /*force=*/false, &why).has_value());
+  REQUIRE(controller->Decide(72, /*force=*/false, &why).has_value());
+}
+
 TEST_CASE("policies that never plan say so", "[placement][controller]") {
   for (const char* policy : {"static", "never"}) {
     const auto controller = Make({.policy = policy, .window_tokens = kTokens});
@@ -244,12 +262,16 @@ TEST_CASE("eplb plans rows that are valid and balance the window", "[placement][
     const Placement current = Ring(topology);
     std::vector<int64_t> load(kExperts);
     for (int64_t& l : load) l = random.Below(1000);
-    const auto row = policy->PlanLayer({.layer = 1,
-                                        .current = &current,
-                                        .load = load,
-                                        .num_groups = static_cast<int32_t>(1 + random.Below(5))});
+    const int32_t num_groups = static_cast<int32_t>(1 + random.Below(5));
+    const auto row = policy->PlanLayer(
+        {.layer = 1, .current = &current, .load = load, .num_groups = num_groups});
     REQUIRE(row.has_value());
-    REQUIRE(current.With(std::vector<Placement::LayerRow>{{1, *row}}, 1).ok());
+    const auto next = current.With(std::vector<Placement::LayerRow>{{1, *row}}, 1);
+    REQUIRE(next.ok());
+    // The same load asks for nothing more.
+    const auto again =
+        policy->PlanLayer({.layer = 1, .current = &*next, .load = load, .num_groups = num_groups});
+    REQUIRE(again == row);
   }
 }
 

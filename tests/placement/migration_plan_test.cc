@@ -39,6 +39,19 @@ int64_t CopiesMoved(const Topology& topology, std::span<const int32_t> from,
   return moved;
 }
 
+// The source that the contract names, when each rank has sent `sends` copies so far.
+int32_t ExpectedSource(const Placement& current, const Move& move,
+                       const std::vector<int32_t>& sends) {
+  const Topology& topology = current.topology();
+  const int32_t node = topology.node_of_rank[topology.rank_of_slot(move.to_slot)];
+  std::tuple<bool, int32_t, int32_t> best{true, 1 << 30, -1};  // far, sends, rank
+  for (int32_t r = 0; r < topology.num_ranks(); ++r) {
+    if (!current.Hosts(move.layer, move.expert, r)) continue;
+    best = std::min(best, {topology.node_of_rank[r] != node, sends[r], r});
+  }
+  return std::get<2>(best);
+}
+
 TEST_CASE("a plan brings each expert once to each rank that lacked it", "[placement][plan]") {
   const auto current = Placement::Create(1, 4, Topology::Uniform(2, 3), {0, 1, 0, 2, 3, -1}, 5);
   REQUIRE(current.ok());
@@ -92,7 +105,10 @@ TEST_CASE("plans between random placements are complete and apply", "[placement]
     for (const auto& row : rows) {
       expected += CopiesMoved(topology, current.expert_of_slot(row.layer), row.expert_of_slot);
     }
+    std::vector<int32_t> sends(topology.num_ranks(), 0);
     for (const Move& move : plan->moves) {
+      violations += move.from_rank != ExpectedSource(current, move, sends);
+      ++sends[move.from_rank];
       const int32_t to = topology.rank_of_slot(move.to_slot);
       violations += !entered.insert({move.layer, move.expert, to}).second;
       violations += !current.Hosts(move.layer, move.expert, move.from_rank);
