@@ -75,7 +75,7 @@ GenerationRequest Request(int prompt_tokens, int max_tokens) {
 }
 
 TEST_CASE("a request gets its tokens and its end", "[runtime][unit]") {
-  FakeRanks ranks({.num_ranks = 2, .reply = {}});
+  FakeRanks ranks({.num_ranks = 2});
   const auto frontend = Start(ranks);
   std::vector<std::shared_ptr<Recorder>> sinks;
   for (int i = 0; i < 6; ++i) {
@@ -102,7 +102,7 @@ TEST_CASE("a request gets its tokens and its end", "[runtime][unit]") {
 }
 
 TEST_CASE("the rank with the fewest outstanding tokens gets the request", "[runtime][unit]") {
-  FakeRanks ranks({.num_ranks = 3, .reply = {}});
+  FakeRanks ranks({.num_ranks = 3});
   ranks.Hold(true);
   const auto frontend = Start(ranks);
   // work: 20 -> rank 0, 5 -> rank 1, 6 -> rank 2, 4 -> rank 1 (9), 1 -> rank 2 (7), then rank 2.
@@ -118,7 +118,7 @@ TEST_CASE("the rank with the fewest outstanding tokens gets the request", "[runt
 }
 
 TEST_CASE("every rank hears each number once and in order", "[runtime][unit]") {
-  FakeRanks ranks({.num_ranks = 3, .reply = {}});
+  FakeRanks ranks({.num_ranks = 3});
   const auto frontend = Start(ranks);
   std::vector<std::thread> callers;
   for (int t = 0; t < 4; ++t) {
@@ -154,7 +154,7 @@ TEST_CASE("every rank hears each number once and in order", "[runtime][unit]") {
 }
 
 TEST_CASE("a cancelled request ends at once and its rank is told", "[runtime][unit]") {
-  FakeRanks ranks({.num_ranks = 1, .reply = {}});
+  FakeRanks ranks({.num_ranks = 1});
   ranks.Hold(true);
   const auto frontend = Start(ranks);
   const auto sink = std::make_shared<Recorder>();
@@ -176,7 +176,7 @@ TEST_CASE("a cancelled request ends at once and its rank is told", "[runtime][un
 }
 
 TEST_CASE("a deadline ends a request", "[runtime][unit]") {
-  FakeRanks ranks({.num_ranks = 2, .reply = {}});
+  FakeRanks ranks({.num_ranks = 2});
   ranks.Hold(true);
   const auto frontend = Start(ranks);
   const auto patient = std::make_shared<Recorder>();
@@ -192,7 +192,7 @@ TEST_CASE("a deadline ends a request", "[runtime][unit]") {
 }
 
 TEST_CASE("a full queue refuses and takes again when there is room", "[runtime][unit][errors]") {
-  FakeRanks ranks({.num_ranks = 1, .reply = {}});
+  FakeRanks ranks({.num_ranks = 1});
   ranks.Hold(true);
   const auto frontend = Start(ranks);
   for (int i = 0; i < kOptions.max_pending; ++i) {
@@ -207,7 +207,7 @@ TEST_CASE("a full queue refuses and takes again when there is room", "[runtime][
 }
 
 TEST_CASE("a request that cannot be is refused by field", "[runtime][unit][errors]") {
-  FakeRanks ranks({.num_ranks = 1, .reply = {}});
+  FakeRanks ranks({.num_ranks = 1});
   const auto frontend = Start(ranks);
   const auto refusal = [&](const std::function<void(GenerationRequest&)>& change) {
     auto request = Request(2, 2);
@@ -231,7 +231,7 @@ TEST_CASE("a request that cannot be is refused by field", "[runtime][unit][error
 }
 
 TEST_CASE("a drain finishes what runs and then stops the ranks", "[runtime][unit]") {
-  FakeRanks ranks({.num_ranks = 2, .step = std::chrono::milliseconds(5), .reply = {}});
+  FakeRanks ranks({.num_ranks = 2, .step = std::chrono::milliseconds(5)});
   Failure failure;
   const auto frontend = Start(ranks, kOptions, &failure);
   std::vector<std::shared_ptr<Recorder>> sinks;
@@ -254,7 +254,7 @@ TEST_CASE("a drain finishes what runs and then stops the ranks", "[runtime][unit
 }
 
 TEST_CASE("a drain that takes too long cancels the rest", "[runtime][unit]") {
-  FakeRanks ranks({.num_ranks = 1, .reply = {}});
+  FakeRanks ranks({.num_ranks = 1});
   ranks.Hold(true);
   const auto frontend = Start(ranks);
   const auto sink = std::make_shared<Recorder>();
@@ -265,7 +265,7 @@ TEST_CASE("a drain that takes too long cancels the rest", "[runtime][unit]") {
 }
 
 TEST_CASE("a broken channel fails every request and is reported once", "[runtime][unit][errors]") {
-  FakeRanks ranks({.num_ranks = 3, .reply = {}});
+  FakeRanks ranks({.num_ranks = 3});
   ranks.Hold(true);
   Failure failure;
   const auto frontend = Start(ranks, kOptions, &failure);
@@ -287,7 +287,7 @@ TEST_CASE("a broken channel fails every request and is reported once", "[runtime
 }
 
 TEST_CASE("destruction ends what is pending", "[runtime][unit]") {
-  FakeRanks ranks({.num_ranks = 1, .reply = {}});
+  FakeRanks ranks({.num_ranks = 1});
   ranks.Hold(true);
   const auto sink = std::make_shared<Recorder>();
   {

@@ -23,7 +23,7 @@ class FakeRanks {
     int num_ranks = 1;
     std::chrono::milliseconds step{1};
     // The `index`th generated token; -1: the model ends the text. Default: ReplyToken.
-    std::function<int32_t(const GenerationRequest& request, int index)> reply;
+    std::function<int32_t(const GenerationRequest& request, int index)> reply = {};
   };
   // What one rank was told.
   struct Heard {
