@@ -20,9 +20,9 @@ enum ExitCode : int {
 int ExitCodeOf(const absl::Status& status);
 
 // Runs a sub-command after its flags were read; returns the exit code.
-using Command = std::function<int(int* argc, char*** argv)>;
+using RunCommand = std::function<int(int* argc, char*** argv)>;
 
-Command AddServeCommand(CLI::App* app);
+RunCommand AddServeCommand(CLI::App* app);
 
 }  // namespace ballast
 

@@ -37,7 +37,7 @@ int Main(int argc, char** argv) {
   CLI::App app("Ballast: an expert-parallel runtime for Mixture-of-Experts models", "ballast");
   app.require_subcommand(1);
   app.set_help_all_flag("--help-all", "Help of all sub-commands");
-  std::vector<std::pair<CLI::App*, Command>> commands;
+  std::vector<std::pair<CLI::App*, RunCommand>> commands;
 
   CLI::App* serve = app.add_subcommand("serve", "Serve a model over HTTP (run under mpirun)");
   commands.emplace_back(serve, AddServeCommand(serve));

@@ -248,7 +248,7 @@ absl::Status Server::StartLeader() {
   }
   options.controller.max_incoming_per_rank = most_slots;
   options.step_log = flags_.step_log;
-  RankObserver observer(0, mpi_->size(), config.num_moe_layers(), /*expert_bytes=*/0, metrics_.get());
+  RankObserver observer(0, mpi_->size(), config.num_moe_layers(), metrics_.get());
   BALLAST_ASSIGN_OR_RETURN(leader_, Leader::Create(options, *placement_, std::move(observer),
                                                    metrics_.get(), [this](std::vector<std::byte> plan) {
                                                      return frontend_->BroadcastPlan(std::move(plan));
@@ -271,7 +271,7 @@ absl::Status Server::StartEngine() {
   EngineObserver* observer = leader_.get();
   if (!is_leader()) {
     observer_ = std::make_unique<RankObserver>(mpi_->rank(), mpi_->size(), config.num_moe_layers(),
-                                               /*expert_bytes=*/0, metrics_.get());
+                                               metrics_.get());
     observer = observer_.get();
   }
   BALLAST_ASSIGN_OR_RETURN(engine_, Engine::Create(options, *checkpoint_, *kernels_, *placement_,

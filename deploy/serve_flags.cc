@@ -86,7 +86,7 @@ void AddPlacementFlags(CLI::App* app, ServeFlags* f) {
 
 }  // namespace
 
-Command AddServeCommand(CLI::App* app) {
+RunCommand AddServeCommand(CLI::App* app) {
   auto flags = std::make_shared<ServeFlags>();
   app->option_defaults()->always_capture_default();
   static std::string config;  // read before the parse, by FindConfigPath

@@ -71,6 +71,7 @@ class ExpertStore {
   // Gives the staged plan up; the table stays as it is. Messages under way are finished by Poll.
   void Discard();
 
+  size_t block_bytes() const { return options_.block_bytes; }
   bool staging() const { return plan_.has_value(); }
   // Messages of a discarded plan are still under way.
   bool draining() const { return draining_; }

@@ -3,9 +3,8 @@
 namespace ballast {
 
 RankObserver::RankObserver(int32_t rank, int32_t num_ranks, int32_t num_layers,
-                           int64_t expert_bytes, RankMetrics* metrics)
+                           RankMetrics* metrics)
     : rank_(rank),
-      expert_bytes_(expert_bytes),
       metrics_(metrics),
       window_(num_layers, num_ranks),
       layer_copies_(static_cast<size_t>(num_layers)) {}
@@ -31,7 +30,7 @@ void RankObserver::OnPlanEnded(const Rebalancer::Outcome& outcome, const Placeme
   metrics_->SetPlacementEpoch(in_force.epoch());
   const bool applied = outcome.done == Command::kFlip;
   metrics_->OnExpertCopies(applied ? CopyResult::kApplied : CopyResult::kFailed, outcome.own_copies,
-                           applied ? outcome.own_copies * expert_bytes_ : 0);
+                           applied ? outcome.own_bytes : 0);
 }
 
 }  // namespace ballast

@@ -13,15 +13,13 @@ namespace ballast {
 // Turns what the engine reports into the metrics of its rank.
 class RankObserver : public EngineObserver {
  public:
-  RankObserver(int32_t rank, int32_t num_ranks, int32_t num_layers, int64_t expert_bytes,
-               RankMetrics* metrics);
+  RankObserver(int32_t rank, int32_t num_ranks, int32_t num_layers, RankMetrics* metrics);
 
   void OnStep(const StepRecord& record) override;
   void OnPlanEnded(const Rebalancer::Outcome& outcome, const Placement& in_force) override;
 
  private:
   int32_t rank_;
-  int64_t expert_bytes_;
   RankMetrics* metrics_;
   LoadWindow window_;
   std::vector<int64_t> layer_copies_;

@@ -66,6 +66,7 @@ absl::StatusOr<Rebalancer::Outcome> Rebalancer::Execute(PlanCommand command) {
     for (const Move& move : plan_->moves) {
       outcome.own_copies += placement_.topology().rank_of_slot(move.to_slot) == options_.rank;
     }
+    outcome.own_bytes = outcome.own_copies * static_cast<int64_t>(store_->block_bytes());
   }
   if (command.command == Command::kFlip) {
     if (!have_it || vote_ != Vote::kStaged) {

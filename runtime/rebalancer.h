@@ -72,6 +72,7 @@ class Rebalancer {
     int64_t plan_id = 0;
     int32_t copies = 0;      // experts that entered a rank by the plan, over all ranks
     int32_t own_copies = 0;  // of these, on this rank
+    int64_t own_bytes = 0;   // of their parameters
     int64_t stall_ns = 0;  // time that the step thread was held up
   };
   absl::StatusOr<Outcome> Execute(PlanCommand command);
