@@ -53,7 +53,8 @@ absl::StatusOr<std::unique_ptr<Matmul>> MakePlainMatmul(int n, int k, DType dtyp
 // oneDNN. ERRORS kUnimplemented: not built in, or this processor has no such product
 absl::StatusOr<std::unique_ptr<Matmul>> MakeOneDnnMatmul(int n, int k, DType dtype);
 
-// Sets the number of threads that the library's products use on the calling thread.
+// Sets how many threads each product made from now on may use. The bits do not depend on it.
+// THREADS before any product is made; it holds for the process.
 void SetMatmulThreads(int num_threads);
 
 // Whether oneDNN can multiply bf16 on this processor.
