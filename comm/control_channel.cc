@@ -32,9 +32,8 @@ constexpr size_t kMaxStrangers = 64;  // connections that have not introduced th
 constexpr int kConnectRetryMs = 20;
 
 absl::Status PeerGone(const char* what, int error) {
-  return absl::UnavailableError(
-      absl::StrCat("control channel: ", what, ": ", error == 0 ? "closed by the peer"
-                                                               : std::strerror(error)));
+  return absl::UnavailableError(absl::StrCat(
+      "control channel: ", what, ": ", error == 0 ? "closed by the peer" : std::strerror(error)));
 }
 
 absl::Status SystemError(const std::string& what) {
@@ -47,7 +46,9 @@ int RemainingMs(int64_t deadline_ns) {
   return left <= 0 ? 0 : static_cast<int>((left + 999'999) / 1'000'000);
 }
 
-int64_t DeadlineNs(int timeout_ms) { return NowNs() + int64_t{timeout_ms} * 1'000'000; }
+int64_t DeadlineNs(int timeout_ms) {
+  return NowNs() + int64_t{timeout_ms} * 1'000'000;
+}
 
 void MakeNonBlocking(int fd) {
   fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);
@@ -88,9 +89,13 @@ int PortOf(int fd) {
 
 // ---- ControlChannel ----------------------------------------------------------------------------
 
-ControlChannel::ControlChannel(int fd) : fd_(fd) { MakeNonBlocking(fd); }
+ControlChannel::ControlChannel(int fd) : fd_(fd) {
+  MakeNonBlocking(fd);
+}
 
-ControlChannel::~ControlChannel() { close(fd_); }
+ControlChannel::~ControlChannel() {
+  close(fd_);
+}
 
 absl::StatusOr<std::pair<std::unique_ptr<ControlChannel>, std::unique_ptr<ControlChannel>>>
 ControlChannel::MakePair() {
@@ -108,8 +113,8 @@ absl::Status ControlChannel::Send(std::span<const std::byte> payload) {
   const std::lock_guard lock(send_mutex_);
   const size_t unsent = out_.size() - out_at_;
   if (unsent + kHeaderBytes + payload.size() > kMaxUnsentBytes) {
-    return absl::ResourceExhaustedError(
-        absl::StrCat("control channel: ", unsent, " bytes wait to be sent; the peer does not read"));
+    return absl::ResourceExhaustedError(absl::StrCat(
+        "control channel: ", unsent, " bytes wait to be sent; the peer does not read"));
   }
   const uint32_t header[2] = {kFrameMagic, static_cast<uint32_t>(payload.size())};
   const auto head = std::as_bytes(std::span(header));
@@ -221,7 +226,9 @@ absl::StatusOr<std::unique_ptr<ControlListener>> ControlListener::Create(const s
   return std::unique_ptr<ControlListener>(new ControlListener(fd, PortOf(fd)));
 }
 
-ControlListener::~ControlListener() { close(fd_); }
+ControlListener::~ControlListener() {
+  close(fd_);
+}
 
 namespace {
 
@@ -298,8 +305,8 @@ absl::StatusOr<std::vector<std::unique_ptr<ControlChannel>>> ControlListener::Ac
   for (int rank = 0; rank < num_ranks; ++rank) {
     if (channels[static_cast<size_t>(rank)] == nullptr) absl::StrAppend(&names, " ", rank);
   }
-  return absl::DeadlineExceededError(absl::StrCat("control listener: after ", timeout_ms,
-                                                  " ms these ranks are missing:", names));
+  return absl::DeadlineExceededError(
+      absl::StrCat("control listener: after ", timeout_ms, " ms these ranks are missing:", names));
 }
 
 // ---- the ranks' side ---------------------------------------------------------------------------

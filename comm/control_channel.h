@@ -24,15 +24,15 @@ class ControlChannel {
  public:
   static constexpr uint32_t kMaxFrameBytes = 64u << 20;
 
-  // Takes over a connected stream socket and makes it non-blocking (and TCP_NODELAY where it is TCP).
+  // Takes over a connected stream socket and makes it non-blocking (and TCP_NODELAY where it is
+  // TCP).
   explicit ControlChannel(int fd);
   ~ControlChannel();
   ControlChannel(const ControlChannel&) = delete;
   ControlChannel& operator=(const ControlChannel&) = delete;
 
   // Two ends in one process (a socket pair).
-  static absl::StatusOr<
-      std::pair<std::unique_ptr<ControlChannel>, std::unique_ptr<ControlChannel>>>
+  static absl::StatusOr<std::pair<std::unique_ptr<ControlChannel>, std::unique_ptr<ControlChannel>>>
   MakePair();
 
   // Queues the frame and writes what the socket takes at once; never blocks. The rest goes out with
@@ -81,8 +81,9 @@ class ControlListener {
   // them by rank. A stranger's connection is closed and does not count. The leader's own rank may
   // connect from the same thread before this call.
   // ERRORS kDeadlineExceeded names the ranks that are missing
-  absl::StatusOr<std::vector<std::unique_ptr<ControlChannel>>> AcceptRanks(
-      int num_ranks, uint64_t token, int timeout_ms);
+  absl::StatusOr<std::vector<std::unique_ptr<ControlChannel>>> AcceptRanks(int num_ranks,
+                                                                           uint64_t token,
+                                                                           int timeout_ms);
 
  private:
   ControlListener(int fd, int port) : fd_(fd), port_(port) {}

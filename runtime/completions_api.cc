@@ -22,8 +22,8 @@ constexpr double kMaxTimeoutSeconds = 86'400;
 constexpr double kMaxTemperature = 2;
 
 constexpr std::array kKnownFields = {
-    "model",  "prompt",         "max_tokens",       "temperature", "top_p", "seed", "stop",
-    "stream", "stream_options", "return_token_ids", "timeout",     "user"};
+    "model", "prompt", "max_tokens",     "temperature",      "top_p",   "seed",
+    "stop",  "stream", "stream_options", "return_token_ids", "timeout", "user"};
 
 // A field that Ballast does not support, and the value with which it may be there.
 struct Unsupported {
@@ -32,10 +32,14 @@ struct Unsupported {
 };
 
 const std::vector<Unsupported>& UnsupportedFields() {
-  static const std::vector<Unsupported> fields = {
-      {"n", 1},           {"best_of", 1},          {"echo", false},
-      {"logprobs", nullptr}, {"suffix", nullptr},  {"presence_penalty", 0},
-      {"frequency_penalty", 0}, {"logit_bias", json::object()}};
+  static const std::vector<Unsupported> fields = {{"n", 1},
+                                                  {"best_of", 1},
+                                                  {"echo", false},
+                                                  {"logprobs", nullptr},
+                                                  {"suffix", nullptr},
+                                                  {"presence_penalty", 0},
+                                                  {"frequency_penalty", 0},
+                                                  {"logit_bias", json::object()}};
   return fields;
 }
 
@@ -117,8 +121,9 @@ absl::Status CheckFieldNames(const json& body) {
     }
     if (!item.value().is_null() && item.value() != it->default_value) {
       return Refuse(it->field, item.value(),
-                    absl::StrCat(it->default_value.dump(), " or absent: Ballast does not support "
-                                                           "this field"));
+                    absl::StrCat(it->default_value.dump(),
+                                 " or absent: Ballast does not support "
+                                 "this field"));
     }
   }
   return absl::OkStatus();
@@ -148,8 +153,8 @@ absl::StatusOr<std::vector<int32_t>> ReadPrompt(const json& body, const Tokenize
                         (prompt->front().is_string() || prompt->front().is_array());
   if (is_batch) {
     if (prompt->size() > 1) {
-      return absl::InvalidArgumentError(absl::StrCat(
-          "prompt: ", prompt->size(), " prompts in one request; only one is allowed"));
+      return absl::InvalidArgumentError(
+          absl::StrCat("prompt: ", prompt->size(), " prompts in one request; only one is allowed"));
     }
     prompt = &prompt->front();
   }
@@ -198,9 +203,8 @@ absl::Status CheckNeutralFields(const json& body, const std::string& model_name)
   if (const json* model = Find(body, "model")) {
     if (!model->is_string()) return Refuse("model", *model, "the name of the model");
     if (*model != model_name) {
-      return absl::NotFoundError(absl::StrCat("model: ", Show(*model),
-                                              " is not served here; this server has \"", model_name,
-                                              "\""));
+      return absl::NotFoundError(absl::StrCat(
+          "model: ", Show(*model), " is not served here; this server has \"", model_name, "\""));
     }
   }
   if (const json* user = Find(body, "user")) {
@@ -306,8 +310,8 @@ std::string CompletionText::Show(std::string text, bool last) {
 std::string CompletionJson(const CompletionHeader& header, const CompletionPart& part,
                            bool with_token_ids, const CompletionUsage* usage) {
   ordered_json choice = {{"index", 0}, {"text", part.text}, {"logprobs", nullptr}};
-  choice["finish_reason"] =
-      part.finish == FinishReason::kNone ? ordered_json(nullptr) : ordered_json(NameOf(part.finish));
+  choice["finish_reason"] = part.finish == FinishReason::kNone ? ordered_json(nullptr)
+                                                               : ordered_json(NameOf(part.finish));
   if (with_token_ids) choice["token_ids"] = part.token_ids;
   ordered_json answer = {{"id", header.id},
                          {"object", "text_completion"},
@@ -347,8 +351,8 @@ std::string ErrorJson(const absl::Status& status) {
     default:
       break;
   }
-  return Dump({{"error",
-                {{"message", message}, {"type", type}, {"param", param}, {"code", code}}}});
+  return Dump(
+      {{"error", {{"message", message}, {"type", type}, {"param", param}, {"code", code}}}});
 }
 
 int HttpStatusOf(const absl::Status& status) {

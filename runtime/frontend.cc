@@ -143,12 +143,12 @@ class Frontend::State {
 
   mutable std::mutex mutex_;
   // State below is protected by mutex_ (vectors by rank keep their size).
-  std::condition_variable changed_;                  // the I/O thread did something
-  std::map<uint64_t, Pending> pending_;              // by request id
-  std::set<std::pair<int64_t, uint64_t>> deadlines_; // (deadline, id) of each pending request
-  std::vector<Delivery> deliveries_;                 // in order
-  std::vector<bool> closed_;                         // channels that broke, by rank
-  std::vector<int64_t> work_;                        // tokens that pending requests may need, by rank
+  std::condition_variable changed_;                   // the I/O thread did something
+  std::map<uint64_t, Pending> pending_;               // by request id
+  std::set<std::pair<int64_t, uint64_t>> deadlines_;  // (deadline, id) of each pending request
+  std::vector<Delivery> deliveries_;                  // in order
+  std::vector<bool> closed_;                          // channels that broke, by rank
+  std::vector<int64_t> work_;  // tokens that pending requests may need, by rank
   std::vector<RankStatusFrame> rank_status_;
   FrontendStats counts_;
   uint64_t next_id_ = 1;
@@ -193,7 +193,8 @@ absl::StatusOr<uint64_t> Frontend::State::Submit(GenerationRequest request,
   const std::lock_guard lock(mutex_);
   if (failed_ || draining_) {
     ++counts_.rejected;
-    return absl::UnavailableError(failed_ ? "the server has lost a rank" : "the server is draining");
+    return absl::UnavailableError(failed_ ? "the server has lost a rank"
+                                          : "the server is draining");
   }
   if (static_cast<int64_t>(pending_.size()) >= options_.max_pending) {
     ++counts_.rejected;
@@ -205,8 +206,8 @@ absl::StatusOr<uint64_t> Frontend::State::Submit(GenerationRequest request,
   const auto prompt_tokens = static_cast<int64_t>(request.prompt.size());
   Pending pending;
   pending.rank = static_cast<int>(std::min_element(work_.begin(), work_.end()) - work_.begin());
-  pending.work_tokens =
-      prompt_tokens + std::min<int64_t>(request.max_tokens, options_.context_tokens - prompt_tokens);
+  pending.work_tokens = prompt_tokens + std::min<int64_t>(request.max_tokens,
+                                                          options_.context_tokens - prompt_tokens);
   const int64_t timeout = timeout_ms > 0 ? timeout_ms : options_.request_timeout_ms;
   pending.deadline_ns = NowNs() + std::min(timeout, kMaxTimeoutMs) * kNsPerMs;
   pending.sink = std::move(sink);
@@ -296,8 +297,7 @@ void Frontend::State::EndAllLocked(FinishReason reason) {
   }
 }
 
-void Frontend::State::AbandonLocked(std::map<uint64_t, Pending>::iterator it,
-                                    FinishReason reason) {
+void Frontend::State::AbandonLocked(std::map<uint64_t, Pending>::iterator it, FinishReason reason) {
   const uint64_t id = it->first;
   const int rank = it->second.rank;
   EndLocked(it, {id, -1, reason});
@@ -376,7 +376,8 @@ void Frontend::State::Handle(int rank, const RankFrame& frame) {
   }
   for (const TokenEvent& event : std::get<EventsFrame>(frame.body).events) {
     const auto it = pending_.find(event.request_id);
-    // What was cancelled here may still be under way there; a rank speaks for its own requests only.
+    // What was cancelled here may still be under way there; a rank speaks for its own requests
+    // only.
     if (it == pending_.end() || it->second.rank != rank) continue;
     if (event.token >= 0) ++counts_.tokens_generated;
     if (event.finish == FinishReason::kNone) {
@@ -434,8 +435,8 @@ absl::StatusOr<std::unique_ptr<Frontend>> Frontend::Create(
   }
   const int wake_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
   if (wake_fd < 0) return absl::InternalError("front end: no eventfd");
-  return std::unique_ptr<Frontend>(new Frontend(std::make_unique<State>(
-      options, std::move(channels), std::move(on_failure), wake_fd)));
+  return std::unique_ptr<Frontend>(new Frontend(
+      std::make_unique<State>(options, std::move(channels), std::move(on_failure), wake_fd)));
 }
 
 Frontend::Frontend(std::unique_ptr<State> state) : state_(std::move(state)) {}
@@ -451,8 +452,14 @@ void Frontend::Cancel(uint64_t request_id, FinishReason reason) {
 absl::Status Frontend::BroadcastPlan(std::vector<std::byte> plan) {
   return state_->BroadcastPlan(std::move(plan));
 }
-void Frontend::DrainAndStop(int64_t timeout_ms) { state_->DrainAndStop(timeout_ms); }
-bool Frontend::accepting() const { return state_->accepting(); }
-FrontendStats Frontend::stats() const { return state_->stats(); }
+void Frontend::DrainAndStop(int64_t timeout_ms) {
+  state_->DrainAndStop(timeout_ms);
+}
+bool Frontend::accepting() const {
+  return state_->accepting();
+}
+FrontendStats Frontend::stats() const {
+  return state_->stats();
+}
 
 }  // namespace ballast

@@ -114,9 +114,8 @@ absl::StatusOr<std::string> HttpConnection::ReadBody(size_t max_bytes) {
 }
 
 bool HttpConnection::Write(const std::string& bytes) {
-  const bool written =
-      bytes.empty() || mg_write(connection_, bytes.data(), bytes.size()) ==
-                           static_cast<int>(bytes.size());
+  const bool written = bytes.empty() || mg_write(connection_, bytes.data(), bytes.size()) ==
+                                            static_cast<int>(bytes.size());
   if (!written) CloseAfterwards();
   return written;
 }
@@ -140,7 +139,9 @@ bool HttpConnection::SendEvents(const std::string& events) {
   return Write(absl::StrCat(absl::Hex(events.size()), "\r\n", events, "\r\n"));
 }
 
-bool HttpConnection::EndEvents() { return Write(chunked_ ? "0\r\n\r\n" : ""); }
+bool HttpConnection::EndEvents() {
+  return Write(chunked_ ? "0\r\n\r\n" : "");
+}
 
 bool HttpConnection::PeerGone() {
   if (!looked_up_) {
@@ -149,7 +150,8 @@ bool HttpConnection::PeerGone() {
   }
   if (socket_ < 0) return false;
   pollfd entry{socket_, POLLRDHUP, 0};
-  const bool gone = poll(&entry, 1, 0) > 0 && (entry.revents & (POLLRDHUP | POLLHUP | POLLERR)) != 0;
+  const bool gone =
+      poll(&entry, 1, 0) > 0 && (entry.revents & (POLLRDHUP | POLLHUP | POLLERR)) != 0;
   if (gone) CloseAfterwards();
   return gone;
 }

@@ -45,7 +45,7 @@ class HttpConnection {
   mg_connection* connection_;
   std::string method_;
   std::string path_;
-  bool chunked_;     // HTTP/1.1, whose clients understand chunks
+  bool chunked_;  // HTTP/1.1, whose clients understand chunks
   bool keep_alive_;
   int socket_ = -1;  // looked up at the first PeerGone
   bool looked_up_ = false;

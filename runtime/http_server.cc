@@ -9,6 +9,7 @@
 #include <mutex>
 #include <nlohmann/json.hpp>
 #include <random>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -22,10 +23,11 @@ namespace ballast {
 namespace {
 
 constexpr int kMinThreads = 8;
-constexpr int kReservedThreads = 4;              // never busy with completions
+constexpr int kReservedThreads = 4;                // never busy with completions
 constexpr std::chrono::milliseconds kGlance(100);  // how often a waiting thread looks at its client
-constexpr char kRequestTimeoutMs[] = "10000";    // for a client to send its request or take bytes
-constexpr char kKeepAliveTimeoutMs[] = "2000";   // for the next request on a connection
+constexpr std::chrono::milliseconds kVisit(20);
+constexpr char kRequestTimeoutMs[] = "10000";   // for a client to send its request or take bytes
+constexpr char kKeepAliveTimeoutMs[] = "2000";  // for the next request on a connection
 constexpr char kRetryAfter[] = "Retry-After: 1\r\n";
 
 // Carries the events of one request from the front end's I/O thread to the thread of its client.
@@ -65,8 +67,7 @@ absl::Status StatusOf(FinishReason reason) {
 
 void ReplyError(HttpConnection& connection, const absl::Status& status) {
   const int code = absl::IsOutOfRange(status) ? 413 : HttpStatusOf(status);
-  const absl::Status shown =
-      code == 413 ? absl::InvalidArgumentError(status.message()) : status;
+  const absl::Status shown = code == 413 ? absl::InvalidArgumentError(status.message()) : status;
   connection.Reply(code, ErrorJson(shown), code == 429 || code == 503 ? kRetryAfter : "");
 }
 
@@ -174,7 +175,18 @@ class HttpServer::State {
 
   ~State() {
     stopping_ = true;
-    if (context_ != nullptr) mg_stop(context_);
+    if (context_ == nullptr) return;
+    // The listener looks at civetweb's stop flag only every two seconds, or when somebody connects.
+    const std::jthread visitor([this](const std::stop_token& stopped) {
+      char error[128];
+      while (!stopped.stop_requested()) {
+        std::this_thread::sleep_for(kVisit);
+        mg_connection* visit =
+            mg_connect_client(options_.host.c_str(), port_, 0, error, sizeof error);
+        if (visit != nullptr) mg_close_connection(visit);
+      }
+    });
+    mg_stop(context_);
   }
 
   absl::Status Listen();
@@ -211,15 +223,21 @@ absl::Status HttpServer::State::Listen() {
   static std::once_flag once;
   std::call_once(once, [] { mg_init_library(MG_FEATURES_DEFAULT); });
   const bool is_ipv6 = options_.host.find(':') != std::string::npos;
-  const std::string address = absl::StrCat(is_ipv6 ? "[" : "", options_.host, is_ipv6 ? "]" : "",
-                                           ":", options_.port);
+  const std::string address =
+      absl::StrCat(is_ipv6 ? "[" : "", options_.host, is_ipv6 ? "]" : "", ":", options_.port);
   const std::string threads = std::to_string(options_.threads);
-  const char* settings[] = {"listening_ports", address.c_str(),
-                            "num_threads", threads.c_str(),
-                            "enable_keep_alive", "yes",
-                            "tcp_nodelay", "1",
-                            "request_timeout_ms", kRequestTimeoutMs,
-                            "keep_alive_timeout_ms", kKeepAliveTimeoutMs,
+  const char* settings[] = {"listening_ports",
+                            address.c_str(),
+                            "num_threads",
+                            threads.c_str(),
+                            "enable_keep_alive",
+                            "yes",
+                            "tcp_nodelay",
+                            "1",
+                            "request_timeout_ms",
+                            kRequestTimeoutMs,
+                            "keep_alive_timeout_ms",
+                            kKeepAliveTimeoutMs,
                             nullptr};
   mg_callbacks callbacks{};
   callbacks.begin_request = OnRequest;
@@ -283,12 +301,11 @@ void HttpServer::State::Route(HttpConnection& connection) {
   for (const Endpoint& endpoint : endpoints) {
     if (!endpoint.exists || connection.path() != endpoint.path) continue;
     if (connection.method() != endpoint.method) {
-      return connection.Reply(
-          405,
-          ErrorJson(absl::InvalidArgumentError(absl::StrCat(
-              "method: ", connection.method(), " ", endpoint.path, "; allowed is ",
-              endpoint.method))),
-          absl::StrCat("Allow: ", endpoint.method, "\r\n"));
+      return connection.Reply(405,
+                              ErrorJson(absl::InvalidArgumentError(
+                                  absl::StrCat("method: ", connection.method(), " ", endpoint.path,
+                                               "; allowed is ", endpoint.method))),
+                              absl::StrCat("Allow: ", endpoint.method, "\r\n"));
     }
     if (endpoint.serve != nullptr) return (this->*endpoint.serve)(connection);
     const HttpReply reply = connection.path() == "/healthz" ? HttpReply{200, R"({"status":"ok"})"}
@@ -356,10 +373,9 @@ absl::StatusOr<std::unique_ptr<HttpServer>> HttpServer::Start(HttpServerOptions 
                                                               HttpBackend backend) {
   if (backend.frontend == nullptr || options.threads < kMinThreads || options.port < 0 ||
       options.port > 65535) {
-    return absl::InvalidArgumentError(absl::StrCat("HTTP server: port ", options.port,
-                                                   " (0 to 65535), threads ", options.threads,
-                                                   " (at least ", kMinThreads,
-                                                   "), a front end is needed"));
+    return absl::InvalidArgumentError(
+        absl::StrCat("HTTP server: port ", options.port, " (0 to 65535), threads ", options.threads,
+                     " (at least ", kMinThreads, "), a front end is needed"));
   }
   auto state = std::make_unique<State>(std::move(options), std::move(backend));
   BALLAST_RETURN_IF_ERROR(state->Listen());
@@ -368,6 +384,8 @@ absl::StatusOr<std::unique_ptr<HttpServer>> HttpServer::Start(HttpServerOptions 
 
 HttpServer::HttpServer(std::unique_ptr<State> state) : state_(std::move(state)) {}
 HttpServer::~HttpServer() = default;
-int HttpServer::port() const { return state_->port(); }
+int HttpServer::port() const {
+  return state_->port();
+}
 
 }  // namespace ballast

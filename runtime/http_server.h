@@ -13,9 +13,9 @@
 namespace ballast {
 
 struct HttpServerOptions {
-  std::string host = "127.0.0.1";      // a numeric address
-  int port = 8080;                     // 0: the system chooses
-  int threads = 128;                   // connections served at a time; at least 8
+  std::string host = "127.0.0.1";  // a numeric address
+  int port = 8080;                 // 0: the system chooses
+  int threads = 128;               // connections served at a time; at least 8
   size_t max_body_bytes = 4u << 20;
 };
 
@@ -30,13 +30,13 @@ struct HttpBackend {
   Frontend* frontend = nullptr;  // outlives the server
   Tokenizer tokenizer = Tokenizer::None();
   std::string model_name = {};
-  std::function<bool()> is_ready = {};  // empty: always
-  std::function<HttpReply()> placement = {};  // GET /v1/placement
+  std::function<bool()> is_ready = {};                               // empty: always
+  std::function<HttpReply()> placement = {};                         // GET /v1/placement
   std::function<HttpReply(const std::string& body)> rebalance = {};  // POST /v1/rebalance
 };
 
-// The HTTP side: POST /v1/completions, GET /v1/models, GET /healthz, GET /readyz, GET /v1/placement,
-// POST /v1/rebalance (from this machine only). Errors have OpenAI's form.
+// The HTTP side: POST /v1/completions, GET /v1/models, GET /healthz, GET /readyz, GET
+// /v1/placement, POST /v1/rebalance (from this machine only). Errors have OpenAI's form.
 //
 // A client that goes away frees its sequence, also between tokens and while it waits for a whole
 // answer. A few threads are kept for the endpoints that answer at once: completions beyond

@@ -157,8 +157,8 @@ TEST_CASE("text is cut before a stop string", "[runtime][unit]") {
   REQUIRE(Shown("abcd", {"c"}) == "a|b|#");
   REQUIRE(Shown("abcd", {"bc"}) == "a||#");
   REQUIRE(Shown("abxbc", {"bc"}) == "a||bx||#");
-  REQUIRE(Shown("ab", {"bc"}) == "a||b");          // it might have become one
-  REQUIRE(Shown("aab", {"ab"}) == "|a|#");         // the stop string overlaps itself
+  REQUIRE(Shown("ab", {"bc"}) == "a||b");               // it might have become one
+  REQUIRE(Shown("aab", {"ab"}) == "|a|#");              // the stop string overlaps itself
   REQUIRE(Shown("xabcd", {"abcd", "bc"}) == "x|||a#");  // the first to be complete
   REQUIRE(Shown("xabc", {"bc", "abc"}) == "x|||#");     // of two at one place, the longer
   REQUIRE(Shown("\xe6\x97\xa5\xe6\x9c\xac", {"\xe6\x9c\xac"}) == "||\xe6\x97\xa5|||#");

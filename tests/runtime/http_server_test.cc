@@ -28,16 +28,19 @@ struct Served {
     auto created = Frontend::Create(frontend_options, ranks.TakeChannels(), nullptr);
     REQUIRE(created.ok());
     frontend = std::move(*created);
-    auto started = HttpServer::Start(
-        options, {.frontend = frontend.get(),
-                  .tokenizer = tokenizer,
-                  .model_name = "demo",
-                  .is_ready = [this] { return ready.load(); },
-                  .placement = [] { return HttpReply{200, R"({"epoch":3})"}; },
-                  .rebalance =
-                      [](const std::string& body) {
-                        return HttpReply{202, json{{"got", body}}.dump()};
-                      }});
+    auto started =
+        HttpServer::Start(options, {.frontend = frontend.get(),
+                                    .tokenizer = tokenizer,
+                                    .model_name = "demo",
+                                    .is_ready = [this] { return ready.load(); },
+                                    .placement =
+                                        [] {
+                                          return HttpReply{200, R"({"epoch":3})"};
+                                        },
+                                    .rebalance =
+                                        [](const std::string& body) {
+                                          return HttpReply{202, json{{"got", body}}.dump()};
+                                        }});
     REQUIRE(started.ok());
     server = std::move(*started);
   }
@@ -178,11 +181,8 @@ TEST_CASE("a stop string cuts the text and frees the sequence", "[runtime][unit]
   const std::string stop = text.substr(9, 3);
   const std::string cut = text.substr(0, text.find(stop));
   for (const bool stream : {false, true}) {
-    const HttpResponse response = served.Post(json{{"prompt", "Hello"},
-                                                   {"seed", 5},
-                                                   {"max_tokens", 300},
-                                                   {"stop", stop},
-                                                   {"stream", stream}}
+    const HttpResponse response = served.Post(json{
+        {"prompt", "Hello"}, {"seed", 5}, {"max_tokens", 300}, {"stop", stop}, {"stream", stream}}
                                                   .dump());
     REQUIRE(response.status == 200);
     std::string got;
@@ -220,10 +220,9 @@ TEST_CASE("a client that goes away frees its sequence", "[runtime][unit]") {
     served.ranks.Hold(hold);
     HttpClient client = served.Connect();
     REQUIRE(client
-                .Send(FormatRequest("POST", "/v1/completions",
-                                    json{{"prompt", "x"}, {"max_tokens", 500}, {"stream", stream}}
-                                        .dump(),
-                                    ""))
+                .Send(FormatRequest(
+                    "POST", "/v1/completions",
+                    json{{"prompt", "x"}, {"max_tokens", 500}, {"stream", stream}}.dump(), ""))
                 .ok());
     REQUIRE(Eventually([&] { return served.ranks.running() == 1; }));
     if (stream) REQUIRE(client.ReceiveHead()->status == 200);
@@ -290,8 +289,8 @@ TEST_CASE("a model without a tokenizer takes token ids", "[runtime][unit]") {
   Served served({.num_ranks = 1}, {.context_tokens = 64, .vocab_size = 1000},
                 {.host = "127.0.0.1", .port = 0, .threads = 8}, Tokenizer::None());
   REQUIRE(ErrorOf(served.Post(R"({"prompt":"text"})")).find("token ids") != std::string::npos);
-  const json body = json::parse(
-      served.Post(R"({"prompt":[999],"max_tokens":3,"return_token_ids":true})").body);
+  const json body =
+      json::parse(served.Post(R"({"prompt":[999],"max_tokens":3,"return_token_ids":true})").body);
   REQUIRE(body["choices"][0]["text"] == "");
   REQUIRE(body["choices"][0]["token_ids"].size() == 3);
 }
@@ -327,9 +326,9 @@ TEST_CASE("bodies have a limit however they come", "[runtime][unit][errors]") {
 
 TEST_CASE("bytes that are no HTTP are refused as JSON", "[runtime][unit][errors]") {
   Served served;
-  for (const char* bytes : {"hello\r\n\r\n", "POST / HTTP/1.1\r\nContent-Length: -5\r\n\r\n",
-                            "POST / HTTP/1.1\r\nContent-Length: x\r\n\r\n",
-                            "\r\n\r\n\x01\x02\x03\r\n\r\n"}) {
+  for (const char* bytes :
+       {"hello\r\n\r\n", "POST / HTTP/1.1\r\nContent-Length: -5\r\n\r\n",
+        "POST / HTTP/1.1\r\nContent-Length: x\r\n\r\n", "\r\n\r\n\x01\x02\x03\r\n\r\n"}) {
     HttpClient client = served.Connect();
     REQUIRE(client.Send(bytes).ok());
     const auto response = client.Receive();
@@ -354,15 +353,15 @@ TEST_CASE("a connection stays open and closes on request", "[runtime][unit]") {
     REQUIRE(client.Request("POST", "/v1/completions", "{")->status == 400);
     REQUIRE(client.Request("GET", "/nothing")->status == 404);
   }
-  REQUIRE(client.Request("GET", "/healthz", "", "Connection: close\r\n")->headers.at("connection") ==
-          "close");
+  REQUIRE(
+      client.Request("GET", "/healthz", "", "Connection: close\r\n")->headers.at("connection") ==
+      "close");
   const auto after = client.Request("GET", "/healthz");
   REQUIRE(after.status().code() == absl::StatusCode::kUnavailable);
 }
 
 TEST_CASE("a full queue is 429 and a draining server is 503", "[runtime][unit][errors]") {
-  Served served({.num_ranks = 1},
-                {.max_pending = 1, .context_tokens = 64, .vocab_size = 256});
+  Served served({.num_ranks = 1}, {.max_pending = 1, .context_tokens = 64, .vocab_size = 256});
   served.ranks.Hold(true);
   HttpClient first = served.Connect();
   REQUIRE(first.Send(FormatRequest("POST", "/v1/completions", R"({"prompt":"x"})", "")).ok());

@@ -59,12 +59,12 @@ TEST_CASE("each maximal invalid run is one replacement character", "[runtime][un
   const std::string r = "\xef\xbf\xbd";
   REQUIRE(Text("\x80") == r);
   REQUIRE(Text("\xff\xfe") == r + r);
-  REQUIRE(Text("\xc0\xaf") == r + r);                    // overlong
-  REQUIRE(Text("\xe0\x80\xaf") == r + r + r);            // overlong
-  REQUIRE(Text("\xed\xa0\x80") == r + r + r);            // a surrogate
-  REQUIRE(Text("\xf4\x90\x80\x80") == r + r + r + r);    // beyond U+10FFFF
-  REQUIRE(Text("\xf0\x9f\x98") == r);                    // unfinished at the end
-  REQUIRE(Text("\xf0\x9f\x98z") == r + "z");             // unfinished before a letter
+  REQUIRE(Text("\xc0\xaf") == r + r);                  // overlong
+  REQUIRE(Text("\xe0\x80\xaf") == r + r + r);          // overlong
+  REQUIRE(Text("\xed\xa0\x80") == r + r + r);          // a surrogate
+  REQUIRE(Text("\xf4\x90\x80\x80") == r + r + r + r);  // beyond U+10FFFF
+  REQUIRE(Text("\xf0\x9f\x98") == r);                  // unfinished at the end
+  REQUIRE(Text("\xf0\x9f\x98z") == r + "z");           // unfinished before a letter
   REQUIRE(Text("\xe6\x97\xe6\x97\xa5") == r + "\xe6\x97\xa5");
   REQUIRE(Text("\xe6\x97\xff") == r + r);
   // The example of Unicode 15, table 3-11.
@@ -91,8 +91,11 @@ std::string Reference(std::string_view bytes) {
     for (size_t n = 1; n <= 4 && i + n <= bytes.size() && !complete; ++n) {
       uint32_t code = 0;
       const auto lead = static_cast<uint8_t>(bytes[i]);
-      const int length = lead < 0x80 ? 1 : (lead >> 5) == 6 ? 2 : (lead >> 4) == 14 ? 3
-                         : (lead >> 3) == 30 ? 4 : 0;
+      const int length = lead < 0x80         ? 1
+                         : (lead >> 5) == 6  ? 2
+                         : (lead >> 4) == 14 ? 3
+                         : (lead >> 3) == 30 ? 4
+                                             : 0;
       if (length == 0 || static_cast<int>(n) > length) break;
       code = length == 1 ? lead : lead & (0xffu >> (length + 1));
       bool tails = true;
@@ -105,7 +108,10 @@ std::string Reference(std::string_view bytes) {
       const int open = 6 * (length - static_cast<int>(n));
       const uint32_t low = code << open, high = low + ((1u << open) - 1);
       // Some character must begin like this.
-      const uint32_t least = length == 1 ? 0u : length == 2 ? 0x80u : length == 3 ? 0x800u : 0x10000u;
+      const uint32_t least = length == 1   ? 0u
+                             : length == 2 ? 0x80u
+                             : length == 3 ? 0x800u
+                                           : 0x10000u;
       const bool possible = high >= least && low <= 0x10ffff && !(low >= 0xd800 && high <= 0xdfff);
       if (!possible) break;
       best = n;
@@ -119,7 +125,8 @@ std::string Reference(std::string_view bytes) {
 
 TEST_CASE("random bytes decode as the definition says", "[runtime][unit][property]") {
   Random random(7);
-  const std::string alphabet = "aZ\x80\x8f\x90\x9f\xa0\xbf\xc0\xc2\xdf\xe0\xe6\xed\xef\xf0\xf4\xf5\xff";
+  const std::string alphabet =
+      "aZ\x80\x8f\x90\x9f\xa0\xbf\xc0\xc2\xdf\xe0\xe6\xed\xef\xf0\xf4\xf5\xff";
   for (int round = 0; round < 20'000; ++round) {
     std::string bytes;
     for (uint32_t n = random.Below(12); n > 0; --n) {

@@ -28,7 +28,9 @@ std::vector<std::unique_ptr<ControlChannel>> FakeRanks::TakeChannels() {
   return std::move(leader_ends_);
 }
 
-void FakeRanks::Kill(int rank) { ranks_[static_cast<size_t>(rank)]->killed = true; }
+void FakeRanks::Kill(int rank) {
+  ranks_[static_cast<size_t>(rank)]->killed = true;
+}
 
 FakeRanks::Heard FakeRanks::heard(int rank) const {
   const std::lock_guard lock(mutex_);
@@ -78,11 +80,13 @@ void FakeRanks::Run(Rank& rank) {
     EventsFrame events;
     for (auto it = active.begin(); it != active.end();) {
       GenerationRequest& request = it->second;
-      TokenEvent event{request.id, options_.reply(request, static_cast<int>(request.generated.size())),
+      TokenEvent event{request.id,
+                       options_.reply(request, static_cast<int>(request.generated.size())),
                        FinishReason::kNone};
       if (event.token < 0) event.finish = FinishReason::kStop;
       request.generated.push_back(event.token);
-      if (event.token >= 0 && static_cast<int32_t>(request.generated.size()) >= request.max_tokens) {
+      if (event.token >= 0 &&
+          static_cast<int32_t>(request.generated.size()) >= request.max_tokens) {
         event.finish = FinishReason::kLength;
       }
       events.events.push_back(event);

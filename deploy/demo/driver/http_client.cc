@@ -47,7 +47,9 @@ HttpClient& HttpClient::operator=(HttpClient&& other) noexcept {
   return *this;
 }
 
-HttpClient::~HttpClient() { Close(); }
+HttpClient::~HttpClient() {
+  Close();
+}
 
 void HttpClient::Close() {
   if (fd_ >= 0) close(fd_);
@@ -56,12 +58,13 @@ void HttpClient::Close() {
 
 std::string FormatRequest(const std::string& method, const std::string& path,
                           const std::string& body, const std::string& headers) {
-  return absl::StrCat(method, " ", path, " HTTP/1.1\r\nHost: ballast\r\nContent-Length: ",
-                      body.size(), "\r\n", headers, "\r\n", body);
+  return absl::StrCat(method, " ", path,
+                      " HTTP/1.1\r\nHost: ballast\r\nContent-Length: ", body.size(), "\r\n",
+                      headers, "\r\n", body);
 }
 
-absl::StatusOr<HttpResponse> HttpClient::Request(const std::string& method,
-                                                 const std::string& path, const std::string& body,
+absl::StatusOr<HttpResponse> HttpClient::Request(const std::string& method, const std::string& path,
+                                                 const std::string& body,
                                                  const std::string& headers) {
   BALLAST_RETURN_IF_ERROR(Send(FormatRequest(method, path, body, headers)));
   return Receive();
