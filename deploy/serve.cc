@@ -282,7 +282,8 @@ absl::Status Server::StartEngine() {
 
 absl::Status Server::StartHttp() {
   auto http = HttpServer::Start(
-      {.host = flags_.host, .port = flags_.port},
+      // Every admitted request holds a thread, and some are kept for the endpoints that answer at once.
+      {.host = flags_.host, .port = flags_.port, .threads = flags_.max_queue + 8},
       {.frontend = frontend_.get(),
        .tokenizer = *tokenizer_,
        .model_name = checkpoint_->config().name,

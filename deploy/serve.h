@@ -25,7 +25,7 @@ struct ServeFlags {
   int32_t max_batch_tokens = 512;
   int32_t prefill_chunk = 128;
   uint64_t kv_bytes = 256 << 20;
-  int32_t max_queue = 1024;
+  int32_t max_queue = 256;
   int64_t request_timeout_ms = 300'000;
   int64_t drain_timeout_ms = 30'000;
   int32_t threads = 0;

@@ -21,7 +21,7 @@ void AddServerFlags(CLI::App* app, ServeFlags* f) {
                   "Address of rank 0 for the other ranks (default: its host name, or 127.0.0.1 on "
                   "one node)")->group(group);
   app->add_option("--max-queue", f->max_queue, "Requests admitted at a time; more get 429")
-      ->check(CLI::Range(1, 1 << 20))->group(group);
+      ->check(CLI::Range(1, 4096))->group(group);
   app->add_option("--request-timeout-ms", f->request_timeout_ms, "Deadline of a request")
       ->check(CLI::Range(int64_t{1}, int64_t{86'400'000}))->group(group);
   app->add_option("--drain-timeout-ms", f->drain_timeout_ms,
