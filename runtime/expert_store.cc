@@ -182,39 +182,45 @@ absl::StatusOr<size_t> ExpertStore::AdvanceReceive(Flow* flow, size_t budget) {
     BALLAST_ASSIGN_OR_RETURN(const bool through, transport_->Test(flow->handle, &received));
     if (!through) break;
     flow->posted = false;
-    Staged& item = flow->items[flow->next];
-    const size_t bytes = std::min(options_.chunk_bytes, options_.block_bytes - flow->offset);
-    ChunkHeader header{};
-    std::memcpy(&header, flow->buffer.data(), sizeof header);
-    if (received != kCacheLineBytes + bytes || header.magic != kChunkMagic ||
-        header.plan_id != plan_->plan_id || header.base_epoch != plan_->base_epoch ||
-        header.layer != item.layer || header.expert != item.expert ||
-        header.offset != flow->offset) {
-      return absl::InternalError(absl::StrCat(
-          "rank ", options_.rank, " expected layer ", item.layer, ", expert ", item.expert,
-          ", byte ", flow->offset, " of plan ", plan_->plan_id, " at epoch ", plan_->base_epoch,
-          " and got layer ", header.layer, ", expert ", header.expert, ", byte ", header.offset,
-          " of plan ", header.plan_id, " at epoch ", header.base_epoch, " from rank ", flow->peer));
-    }
-    std::memcpy(Block(item.block) + flow->offset, flow->buffer.data() + kCacheLineBytes, bytes);
-    moved += bytes;
-    bytes_received_ += static_cast<int64_t>(bytes);
-    flow->offset += bytes;
-    if (flow->offset < options_.block_bytes) continue;
-    flow->offset = 0;
-    ++flow->next;
-    ++copies_received_;
-    const uint64_t checksum = BlockChecksum({Block(item.block), options_.block_bytes});
-    if (checksum != header.block_checksum && !draining_) {
-      return absl::DataLossError(absl::StrCat("layer ", item.layer, ", expert ", item.expert,
-                                              " from rank ", flow->peer, " has checksum ", checksum,
-                                              ", it was packed with ", header.block_checksum));
-    }
-    for (Staged& staged : staged_) {
-      if (staged.block == item.block) staged.checksum = checksum;
-    }
+    moved += received;
+    BALLAST_RETURN_IF_ERROR(TakeChunk(flow, received));
   }
   return moved;
+}
+
+absl::Status ExpertStore::TakeChunk(Flow* flow, size_t received) {
+  const Staged& item = flow->items[flow->next];
+  const size_t offset = flow->offset;
+  const size_t bytes = std::min(options_.chunk_bytes, options_.block_bytes - offset);
+  // Whatever it is, it stands where this chunk belongs: the flow goes on behind it, so that the plan
+  // can be drained.
+  const bool last = offset + bytes == options_.block_bytes;
+  flow->offset = last ? 0 : offset + bytes;
+  flow->next += last;
+
+  ChunkHeader header{};
+  std::memcpy(&header, flow->buffer.data(), sizeof header);
+  if (received != kCacheLineBytes + bytes || header.magic != kChunkMagic ||
+      header.plan_id != plan_->plan_id || header.base_epoch != plan_->base_epoch ||
+      header.layer != item.layer || header.expert != item.expert || header.offset != offset) {
+    return absl::InternalError(absl::StrCat(
+        "rank ", options_.rank, " expected layer ", item.layer, ", expert ", item.expert, ", byte ",
+        offset, " of plan ", plan_->plan_id, " at epoch ", plan_->base_epoch, " and got layer ",
+        header.layer, ", expert ", header.expert, ", byte ", header.offset, " of plan ",
+        header.plan_id, " at epoch ", header.base_epoch, " from rank ", flow->peer));
+  }
+  std::memcpy(Block(item.block) + offset, flow->buffer.data() + kCacheLineBytes, bytes);
+  bytes_received_ += static_cast<int64_t>(bytes);
+  if (!last) return absl::OkStatus();
+  ++copies_received_;
+  const uint64_t checksum = BlockChecksum({Block(item.block), options_.block_bytes});
+  for (Staged& staged : staged_) {
+    if (staged.block == item.block) staged.checksum = checksum;
+  }
+  if (checksum == header.block_checksum || draining_) return absl::OkStatus();
+  return absl::DataLossError(absl::StrCat("layer ", item.layer, ", expert ", item.expert,
+                                          " from rank ", flow->peer, " has checksum ", checksum,
+                                          ", it was packed with ", header.block_checksum));
 }
 
 bool ExpertStore::FlowsIdle() const {

@@ -90,6 +90,7 @@ class ExpertStore {
   int32_t TakeBlock();
   absl::StatusOr<size_t> AdvanceSend(Flow* flow, size_t budget);
   absl::StatusOr<size_t> AdvanceReceive(Flow* flow, size_t budget);
+  absl::Status TakeChunk(Flow* flow, size_t received);
   bool FlowsIdle() const;
 
   Options options_;

@@ -15,17 +15,15 @@ Rebalancer::Rebalancer(const Options& options, ExpertStore* store, Placement ini
 }
 
 void Rebalancer::OnPlan(MigrationPlan plan) {
-  absl::Status status = store_->Stage(plan, placement_);
+  // Every rank checks the same plan against the same placement: all find it sound, or none stages it.
+  auto target = plan.Apply(placement_);
+  absl::Status status = target.ok() ? store_->Stage(plan, placement_) : target.status();
   if (plan.plan_id <= aborted_through_) {
     // The others gave it up before it got here, and may have sent parts of it: take these in.
     if (status.ok()) store_->Discard();
     return;
   }
-  if (status.ok()) {
-    auto target = plan.Apply(placement_);
-    status = target.status();
-    if (target.ok()) target_ = *std::move(target);
-  }
+  if (status.ok()) target_ = *std::move(target);
   if (!status.ok()) LogWarning("rebalancer", std::string(status.message()));
   plan_ = std::move(plan);
   plan_began_ns_ = NowNs();
