@@ -95,6 +95,13 @@ void KvWrite(const KvWriteArgs& args, Stream stream);
 void Attention(const AttentionArgs& args, Stream stream);
 }  // namespace cpu
 
+// Pointers are to device memory. STREAM asynchronous; the arrays must live until the stream gets there.
+namespace cuda {
+void RmsNorm(const RmsNormArgs& args, Stream stream);
+void SiluMul(const SiluMulArgs& args, Stream stream);
+void Rotary(const RotaryArgs& args, Stream stream);
+}  // namespace cuda
+
 }  // namespace ballast
 
 #endif  // BALLAST_KERNELS_DECODER_OPS_H_
