@@ -36,3 +36,24 @@ function(ballast_test name)
   target_link_libraries(${name}_test PRIVATE ${arg_LIBS} ballast_flags Catch2::Catch2WithMain)
   catch_discover_tests(${name}_test TEST_PREFIX "${name}: " PROPERTIES LABELS unit TIMEOUT 300)
 endfunction()
+
+# ballast_mpi_test(name NP 1 2 4 SOURCES ... LIBS ...)
+# One program with a main of its own, run under mpirun at each number of processes: name.np1, ... The label is `mpi`.
+function(ballast_mpi_test name)
+  cmake_parse_arguments(arg "" "" "NP;SOURCES;LIBS" ${ARGN})
+  add_executable(${name}_mpi_test ${arg_SOURCES})
+  target_link_libraries(${name}_mpi_test PRIVATE ${arg_LIBS} ballast_flags MPI::MPI_CXX)
+  # Open MPI leaves memory behind; mpirun as root and with more ranks than cores has to be asked for.
+  set(environment
+    OMPI_ALLOW_RUN_AS_ROOT=1
+    OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+    OMPI_MCA_btl_vader_single_copy_mechanism=none
+    ASAN_OPTIONS=detect_leaks=0)
+  foreach(np IN LISTS arg_NP)
+    add_test(NAME ${name}.np${np}
+      COMMAND ${MPIEXEC_EXECUTABLE} --oversubscribe --bind-to none ${MPIEXEC_NUMPROC_FLAG} ${np}
+              $<TARGET_FILE:${name}_mpi_test>)
+    set_tests_properties(${name}.np${np} PROPERTIES
+      LABELS mpi TIMEOUT 120 PROCESSORS ${np} ENVIRONMENT "${environment}")
+  endforeach()
+endfunction()

@@ -4,7 +4,9 @@
 #include <time.h>
 
 #include <cstring>
+#include <mutex>
 #include <string>
+#include <utility>
 
 #include "base/check.h"
 #include "base/clock.h"
@@ -29,6 +31,15 @@ void Relax(int polls) {
   }
 }
 
+// Keeps a buffer that a posted message may still touch until the process ends: never freed, never
+// reused.
+void KeepForGood(AlignedBuffer buffer) {
+  static std::mutex mutex;
+  static auto* const kept = new std::vector<AlignedBuffer>;
+  const std::lock_guard lock(mutex);
+  kept->push_back(std::move(buffer));
+}
+
 }  // namespace
 
 Communicator::Communicator(Transport* transport, Options options)
@@ -49,6 +60,7 @@ absl::Status Communicator::Fail(absl::Status status) {
 
 absl::Status Communicator::AllGather(int64_t epoch, std::span<const std::byte> mine,
                                      std::span<std::byte> all) {
+  if (!dead_.ok()) return dead_;
   const size_t bytes = mine.size();
   BALLAST_CHECK(all.size() == bytes * static_cast<size_t>(size()));
   for (int peer = 0; peer < size(); ++peer) {
@@ -74,15 +86,18 @@ Communicator::Exchange::Exchange(Communicator* communicator)
       recv_(static_cast<size_t>(communicator->size())),
       received_(static_cast<size_t>(communicator->size())) {}
 
-Communicator::Exchange::~Exchange() {
-  // Buffers that a posted message may still touch are given up, never reused.
+Communicator::Exchange::~Exchange() { Abandon(); }
+
+void Communicator::Exchange::Abandon() {
   for (const Pending& pending : pending_) {
     auto& buffers = pending.is_recv ? recv_ : send_;
-    new AlignedBuffer(std::move(buffers[static_cast<size_t>(pending.peer)]));
+    KeepForGood(std::move(buffers[static_cast<size_t>(pending.peer)]));
   }
+  pending_.clear();
 }
 
 std::span<std::byte> Communicator::Exchange::SendBuffer(int peer, size_t bytes) {
+  if (!communicator_->dead_.ok()) Abandon();
   AlignedBuffer& buffer = send_[static_cast<size_t>(peer)];
   buffer.EnsureSize(kHeaderRoom + bytes);
   return {buffer.data() + kHeaderRoom, bytes};
@@ -136,7 +151,13 @@ absl::Status Communicator::Exchange::Wait() {
       const Pending pending = pending_[i];
       size_t received = 0;
       auto done = comm.transport_->Test(pending.handle, &received);
-      if (!done.ok()) return comm.Fail(done.status());
+      if (!done.ok()) {
+        return comm.Fail(absl::Status(
+            done.status().code(),
+            absl::StrCat("rank ", comm.rank(), " at epoch ", epoch_, ", exchange ", sequence_,
+                         ", message ", pending.is_recv ? "from" : "to", " rank ", pending.peer,
+                         ": ", std::string(done.status().message()))));
+      }
       if (!*done) {
         ++i;
         continue;

@@ -69,6 +69,8 @@ class Communicator {
 
    private:
     friend class Communicator;
+    // Gives up the buffers that posted messages may still touch.
+    void Abandon();
     struct Pending {
       int peer;
       bool is_recv;

@@ -30,8 +30,8 @@ absl::Status Check(const GateArgs& a) {
   return absl::OkStatus();
 }
 
-// Masks all experts outside the best groups.
-void KeepBestGroups(const GateRule& rule, float* choice) {
+// Marks all experts outside the best groups as taken: they are out even where choices run out.
+void TakeOtherGroups(const GateRule& rule, const float* choice, bool* taken) {
   const int group_size = rule.num_experts / rule.num_groups;
   float group_score[kMaxExperts];
   for (int g = 0; g < rule.num_groups; ++g) {
@@ -52,7 +52,7 @@ void KeepBestGroups(const GateRule& rule, float* choice) {
       if (group_score[h] > group_score[g] || (group_score[h] == group_score[g] && h < g)) ++better;
     }
     if (better < rule.top_groups) continue;
-    for (int i = g * group_size; i < (g + 1) * group_size; ++i) choice[i] = kNever;
+    for (int i = g * group_size; i < (g + 1) * group_size; ++i) taken[i] = true;
   }
 }
 
@@ -65,10 +65,10 @@ void GateToken(const GateRule& rule, const float* logits, const float* bias, int
     choice[e] = sound ? score[e] + (bias != nullptr ? bias[e] : 0.0f) : kNever;
     if (!sound) score[e] = 0.0f;
   }
-  if (rule.num_groups > 1) KeepBestGroups(rule, choice);
+  bool taken[kMaxExperts] = {};
+  if (rule.num_groups > 1) TakeOtherGroups(rule, choice, taken);
 
   float sum = 0.0f;
-  bool taken[kMaxExperts] = {};
   for (int k = 0; k < rule.top_k; ++k) {
     int best = -1;
     for (int e = 0; e < rule.num_experts; ++e) {

@@ -1,0 +1,225 @@
+// The contract of transparency over whole servers: what a request gets back depends on the request
+// alone (design section 2).
+#include "tests/support/cluster.h"
+
+#include <catch2/catch.hpp>
+
+#include "base/log.h"
+#include "tests/support/run_ranks.h"
+#include "tests/support/tiny_checkpoint.h"
+
+namespace ballast {
+namespace {
+
+using testing::Cluster;
+using testing::ClusterOptions;
+using testing::FirstError;
+using testing::RandomRequests;
+using testing::Reply;
+using testing::TempFolder;
+using testing::TinyModel;
+using testing::WriteCheckpoint;
+
+struct Served {
+  std::vector<Reply> replies;
+  int64_t epoch = 0, copies = 0, flips = 0, aborts = 0;
+};
+
+// Serves the requests on a new cluster that must come to a clean stop.
+Served Serve(const ClusterOptions& options, const std::vector<GenerationRequest>& requests) {
+  SetLogLevel(LogLevel::kWarning);
+  auto cluster = Cluster::Start(options);
+  INFO(cluster.status().message());
+  REQUIRE(cluster.ok());
+  auto replies = (*cluster)->Generate(requests);
+  REQUIRE(FirstError((*cluster)->Stop()) == "");
+  REQUIRE(replies.ok());
+  return {*replies, (*cluster)->epoch(), (*cluster)->copies(), (*cluster)->flips(),
+          (*cluster)->aborts()};
+}
+
+// Index of the first reply that differs, or -1.
+int FirstDifference(const std::vector<Reply>& a, const std::vector<Reply>& b) {
+  if (a.size() != b.size()) return 0;
+  for (size_t i = 0; i < a.size(); ++i) {
+    if (!(a[i] == b[i])) return static_cast<int>(i);
+  }
+  return -1;
+}
+
+// Requests of one temperature, and what a server of one rank answers.
+struct Reference {
+  explicit Reference(ClusterOptions base, double temperature, int32_t vocab, int count = 32)
+      : requests(RandomRequests(count, vocab, /*longest_prompt=*/150, /*max_tokens=*/24,
+                                temperature, /*seed=*/7)),
+        replies(Serve(base, requests).replies) {}
+  std::vector<GenerationRequest> requests;
+  std::vector<Reply> replies;
+};
+
+TEST_CASE("tokens do not depend on ranks or prefill chunks", "[runtime][cluster]") {
+  TempFolder folder;
+  WriteCheckpoint(folder.path(), TinyModel{});
+  for (double temperature : {0.0, 1.0}) {
+    const Reference reference({.model = folder.path()}, temperature, TinyModel{}.vocab);
+    for (int ranks : {1, 2, 4}) {
+      for (int32_t chunk : {16, 256}) {
+        CAPTURE(ranks, chunk, temperature);
+        const Served served =
+            Serve({.model = folder.path(), .num_ranks = ranks, .policy = "never",
+                   .prefill_chunk = chunk},
+                  reference.requests);
+        REQUIRE(FirstDifference(served.replies, reference.replies) == -1);
+        REQUIRE(served.epoch == 0);
+      }
+    }
+  }
+}
+
+TEST_CASE("tokens do not depend on migrations in flight", "[runtime][cluster]") {
+  TempFolder folder;
+  WriteCheckpoint(folder.path(), TinyModel{});
+  for (double temperature : {0.0, 1.0}) {
+    const Reference reference({.model = folder.path()}, temperature, TinyModel{}.vocab);
+    for (int ranks : {2, 4}) {
+      for (int32_t chunk : {16, 256}) {
+        CAPTURE(ranks, chunk, temperature);
+        const Served served = Serve({.model = folder.path(),
+                                     .num_ranks = ranks,
+                                     .rebalance_every = 20,
+                                     .prefill_chunk = chunk,
+                                     .max_seqs = 3,
+                                     .slice_bytes = 2 << 10},
+                                    reference.requests);
+        REQUIRE(FirstDifference(served.replies, reference.replies) == -1);
+        REQUIRE(served.epoch > 0);
+        REQUIRE(served.copies > 0);
+        REQUIRE(served.aborts == 0);
+      }
+    }
+  }
+}
+
+TEST_CASE("tokens do not depend on the split", "[runtime][cluster]") {
+  TempFolder folder;
+  WriteCheckpoint(folder.path(), TinyModel{.seed = 3});
+  const Reference reference({.model = folder.path()}, 1.0, TinyModel{}.vocab, 16);
+  for (SplitMode split :
+       {SplitMode::kExact, SplitMode::kEven, SplitMode::kRoundRobin, SplitMode::kHash}) {
+    CAPTURE(NameOf(split));
+    const Served served = Serve(
+        {.model = folder.path(), .num_ranks = 3, .slots_per_rank = 7, .split = split},
+        reference.requests);
+    REQUIRE(FirstDifference(served.replies, reference.replies) == -1);
+  }
+}
+
+TEST_CASE("every option of the architecture is transparent", "[runtime][cluster]") {
+  const TinyModel models[] = {
+      {.seed = 11, .num_experts = 16, .top_k = 4, .num_groups = 4, .top_groups = 2,
+       .num_shared = 0, .qk_norm = true, .attention_bias = true},
+      {.seed = 12, .dtype = DType::kBF16, .num_dense_layers = 0, .num_experts = 7, .top_k = 7,
+       .num_shared = 2, .tied_embeddings = true},
+      {.seed = 13, .num_layers = 2, .num_dense_layers = 1, .num_heads = 2, .num_kv_heads = 2,
+       .num_experts = 9, .top_k = 1, .qk_norm = true},
+  };
+  for (const TinyModel& model : models) {
+    CAPTURE(model.seed);
+    TempFolder folder;
+    WriteCheckpoint(folder.path(), model);
+    const Reference reference({.model = folder.path(), .dtype = model.dtype}, 0.7, model.vocab, 16);
+    const Served served = Serve({.model = folder.path(),
+                                 .num_ranks = 3,
+                                 .dtype = model.dtype,
+                                 .rebalance_every = 10,
+                                 .max_seqs = 2},
+                                reference.requests);
+    REQUIRE(FirstDifference(served.replies, reference.replies) == -1);
+    REQUIRE(served.flips > 0);
+  }
+}
+
+TEST_CASE("a request gets the same tokens alone and in company", "[runtime][cluster]") {
+  TempFolder folder;
+  WriteCheckpoint(folder.path(), TinyModel{});
+  const ClusterOptions options{.model = folder.path(), .num_ranks = 2};
+  const Reference reference(options, 1.0, TinyModel{}.vocab, 8);
+  auto cluster = Cluster::Start(options);
+  REQUIRE(cluster.ok());
+  for (size_t i = 0; i < reference.requests.size(); ++i) {
+    CAPTURE(i);
+    const auto alone = (*cluster)->Generate({reference.requests[i]});
+    REQUIRE(alone.ok());
+    REQUIRE(alone->front() == reference.replies[i]);
+  }
+  REQUIRE(FirstError((*cluster)->Stop()) == "");
+}
+
+TEST_CASE("a request can be resumed after any of its tokens", "[runtime][cluster]") {
+  TempFolder folder;
+  WriteCheckpoint(folder.path(), TinyModel{});
+  for (double temperature : {0.0, 1.0}) {
+    const Reference reference({.model = folder.path()}, temperature, TinyModel{}.vocab, 3);
+    std::vector<GenerationRequest> resumed;
+    std::vector<Reply> expected;
+    for (size_t i = 0; i < reference.requests.size(); ++i) {
+      const std::vector<int32_t>& tokens = reference.replies[i].tokens;
+      for (size_t known = 0; known < tokens.size(); ++known) {
+        const auto cut = tokens.begin() + static_cast<std::ptrdiff_t>(known);
+        resumed.push_back(reference.requests[i]);
+        resumed.back().generated.assign(tokens.begin(), cut);
+        expected.push_back({{cut, tokens.end()}, reference.replies[i].finish});
+      }
+    }
+    REQUIRE(resumed.size() > 24);
+    const Served served =
+        Serve({.model = folder.path(), .num_ranks = 2, .prefill_chunk = 32}, resumed);
+    REQUIRE(FirstDifference(served.replies, expected) == -1);
+  }
+}
+
+TEST_CASE("the demo model is transparent with the products of this machine",
+          "[runtime][cluster]") {
+  const std::string model = BALLAST_SOURCE_DIR "/deploy/demo/model";
+  const KernelSet& kernels = DefaultCpuKernels();
+  const bool has_bf16 = cpu::OneDnnHasBFloat16();
+  const ClusterOptions base{.model = model,
+                            .dtype = has_bf16 ? DType::kBF16 : DType::kF32,
+                            .kernels = &kernels,
+                            .chunk_bytes = 16 << 10,
+                            .slice_bytes = 64 << 10};
+  const auto requests = RandomRequests(12, 256, 100, 16, 1.0, 5);
+  const Served alone = Serve(base, requests);
+  ClusterOptions options = base;
+  options.num_ranks = 4;
+  options.rebalance_every = 10;
+  options.max_seqs = 1;
+  const Served served = Serve(options, requests);
+  REQUIRE(FirstDifference(served.replies, alone.replies) == -1);
+  REQUIRE(served.copies > 0);
+}
+
+TEST_CASE("a rebalance asked for by hand takes place while nobody is served",
+          "[runtime][cluster]") {
+  TempFolder folder;
+  WriteCheckpoint(folder.path(), TinyModel{});
+  const ClusterOptions options{.model = folder.path(), .num_ranks = 2, .min_gain = 100.0};
+  const Reference reference({.model = folder.path()}, 0.0, TinyModel{}.vocab, 8);
+  auto cluster = Cluster::Start(options);
+  REQUIRE(cluster.ok());
+  REQUIRE((*cluster)->leader().Rebalance().find("\"planned\":false") != std::string::npos);
+  REQUIRE(*(*cluster)->Generate(reference.requests) == reference.replies);
+  REQUIRE((*cluster)->epoch() == 0);
+  const std::string answer = (*cluster)->leader().Rebalance();
+  INFO(answer);
+  REQUIRE(answer.find("\"planned\":true") != std::string::npos);
+  for (int i = 0; i < 2000 && (*cluster)->epoch() == 0; ++i) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  }
+  REQUIRE((*cluster)->epoch() == 1);
+  REQUIRE(*(*cluster)->Generate(reference.requests) == reference.replies);
+  REQUIRE(FirstError((*cluster)->Stop()) == "");
+}
+
+}  // namespace
+}  // namespace ballast

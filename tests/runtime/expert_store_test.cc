@@ -1,0 +1,268 @@
+#include "runtime/expert_store.h"
+
+#include <sched.h>
+
+#include <atomic>
+#include <catch2/catch.hpp>
+#include <cstring>
+#include <functional>
+
+#include "base/random.h"
+#include "base/status.h"
+#include "tests/support/run_ranks.h"
+
+namespace ballast {
+namespace {
+
+using testing::FirstError;
+using testing::RunRanks;
+
+constexpr int32_t kLayers = 2, kExperts = 6, kRanks = 3, kSlots = 3;
+constexpr size_t kBlockBytes = 1000;  // not a multiple of a chunk or of a cache line
+
+// Byte `i` of the packed expert.
+std::byte ExpertByte(int32_t layer, int32_t expert, size_t i) {
+  return static_cast<std::byte>(RandomBits(static_cast<uint64_t>(layer * 100 + expert), i));
+}
+
+Placement Initial() {
+  auto placement = Placement::Contiguous(kLayers, kExperts, Topology::Uniform(kRanks, kSlots),
+                                         /*fill_spare=*/false);
+  REQUIRE(placement.ok());
+  return *placement;
+}
+
+// Layer 0 gets copies of experts 0, 2 and 4 in the spare slots of the next rank; layer 1 swaps
+// experts between ranks 0 and 1.
+MigrationPlan PlanFrom(const Placement& placement, int64_t plan_id) {
+  auto plan = MakeMigrationPlan(
+      placement, {{0, {0, 1, 4, 2, 3, 0, 4, 5, 2}}, {1, {2, 1, kNoExpert, 0, 3, kNoExpert, 4, 5, kNoExpert}}},
+      plan_id);
+  REQUIRE(plan.ok());
+  REQUIRE(plan->moves.size() == 5);
+  return *plan;
+}
+
+std::unique_ptr<ExpertStore> FilledStore(Transport* transport, const Placement& placement,
+                                         size_t chunk_bytes = 192, int32_t staging = 4) {
+  auto store = std::make_unique<ExpertStore>(
+      ExpertStore::Options{.rank = transport->rank(),
+                           .num_layers = kLayers,
+                           .num_experts = kExperts,
+                           .block_bytes = kBlockBytes,
+                           .resident_blocks = kLayers * kSlots,
+                           .staging_blocks = staging,
+                           .chunk_bytes = chunk_bytes},
+      transport);
+  for (int32_t layer = 0; layer < kLayers; ++layer) {
+    for (int32_t e = 0; e < kExperts; ++e) {
+      if (!placement.Hosts(layer, e, transport->rank())) continue;
+      const auto block = store->Allocate(layer, e);
+      for (size_t i = 0; i < block.size(); ++i) block[i] = ExpertByte(layer, e, i);
+      store->Seal(layer, e);
+    }
+  }
+  return store;
+}
+
+// The store holds what the placement gives to its rank, byte for byte, and nothing else.
+absl::Status CheckHolds(const ExpertStore& store, const Placement& placement, int32_t rank) {
+  for (int32_t layer = 0; layer < kLayers; ++layer) {
+    for (int32_t e = 0; e < kExperts; ++e) {
+      const std::byte* block = store.Parameters(layer, e);
+      bool right = (block != nullptr) == placement.Hosts(layer, e, rank);
+      for (size_t i = 0; right && block != nullptr && i < kBlockBytes; ++i) {
+        right = block[i] == ExpertByte(layer, e, i);
+      }
+      if (block != nullptr) right = right && store.Checksum(layer, e) == store.SealedChecksum(layer, e);
+      if (!right) {
+        return absl::InternalError(absl::StrCat("layer ", layer, " expert ", e, " is not right"));
+      }
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status PollUntilStaged(ExpertStore* store, size_t budget) {
+  for (int i = 0; i < 10'000'000; ++i) {
+    BALLAST_ASSIGN_OR_RETURN(const bool done, store->Poll(budget));
+    if (done) return absl::OkStatus();
+    sched_yield();
+  }
+  return absl::DeadlineExceededError("never staged");
+}
+
+// Polls until nothing of a discarded plan is under way. All ranks have discarded by then.
+absl::Status PollUntilIdle(ExpertStore* store) {
+  for (int i = 0; i < 10'000'000 && store->staging(); ++i) {
+    BALLAST_RETURN_IF_ERROR(store->Poll(1 << 20).status());
+    sched_yield();
+  }
+  return store->staging() ? absl::DeadlineExceededError("never idle") : absl::OkStatus();
+}
+
+absl::Status Barrier(Communicator* comm) {
+  const std::byte mine{};
+  std::vector<std::byte> all(static_cast<size_t>(comm->size()));
+  return comm->AllGather(0, {&mine, 1}, all);
+}
+
+TEST_CASE("plans move experts byte for byte while the old ones stay", "[runtime][store]") {
+  const Placement initial = Initial();
+  for (const size_t chunk : {size_t{64}, size_t{192}, size_t{4096}}) {
+    for (const size_t budget : {size_t{1}, size_t{500}, size_t{1} << 20}) {
+      CAPTURE(chunk, budget);
+      const MigrationPlan forth = PlanFrom(initial, 1);
+      const Placement middle = *forth.Apply(initial);
+      const MigrationPlan back = *MakeMigrationPlan(
+          middle, {{0, {0, 1, kNoExpert, 2, 3, kNoExpert, 4, 5, kNoExpert}},
+                   {1, {0, 1, kNoExpert, 2, 3, kNoExpert, 4, 5, kNoExpert}}}, 2);
+      const Placement end = *back.Apply(middle);
+      const auto statuses = RunRanks(kRanks, [&](Transport* transport, Communicator* comm, int rank) {
+        const auto store = FilledStore(transport, initial, chunk);
+        for (int round = 0; round < 2; ++round) {
+          BALLAST_RETURN_IF_ERROR(store->Stage(forth, initial));
+          BALLAST_RETURN_IF_ERROR(PollUntilStaged(store.get(), budget));
+          BALLAST_RETURN_IF_ERROR(CheckHolds(*store, initial, rank));
+          BALLAST_RETURN_IF_ERROR(Barrier(comm));
+          store->Commit(middle);
+          BALLAST_RETURN_IF_ERROR(CheckHolds(*store, middle, rank));
+          BALLAST_RETURN_IF_ERROR(store->Stage(back, middle));
+          BALLAST_RETURN_IF_ERROR(PollUntilStaged(store.get(), budget));
+          BALLAST_RETURN_IF_ERROR(Barrier(comm));
+          store->Commit(end);
+          BALLAST_RETURN_IF_ERROR(CheckHolds(*store, end, rank));
+        }
+        const bool counted = store->bytes_received() ==
+                             store->copies_received() * static_cast<int64_t>(kBlockBytes);
+        return counted ? absl::OkStatus() : absl::InternalError("bytes are miscounted");
+      });
+      REQUIRE(FirstError(statuses) == "");
+    }
+  }
+}
+
+TEST_CASE("a plan given up with messages under way leaves everything as it was",
+          "[runtime][store]") {
+  const Placement initial = Initial();
+  // Each rank polls another number of times before it gives up: none, some, all.
+  for (int polls : {0, 1, 3, 8, 40}) {
+    CAPTURE(polls);
+    const auto statuses = RunRanks(kRanks, [&](Transport* transport, Communicator* comm, int rank) {
+      const auto store = FilledStore(transport, initial);
+      for (int64_t plan_id = 1; plan_id <= 3; ++plan_id) {
+        const MigrationPlan plan = *MakeMigrationPlan(
+            initial, {{0, {0, 1, 4, 2, 3, 0, 4, 5, 2}}}, plan_id);
+        BALLAST_RETURN_IF_ERROR(store->Stage(plan, initial));
+        for (int i = 0; i < polls * (rank + 1); ++i) {
+          BALLAST_RETURN_IF_ERROR(store->Poll(100).status());
+        }
+        BALLAST_RETURN_IF_ERROR(Barrier(comm));
+        store->Discard();
+        if (store->draining() &&
+            store->Stage(plan, initial).code() != absl::StatusCode::kFailedPrecondition) {
+          return absl::InternalError("a plan was staged on top of another");
+        }
+        BALLAST_RETURN_IF_ERROR(PollUntilIdle(store.get()));
+        BALLAST_RETURN_IF_ERROR(CheckHolds(*store, initial, rank));
+        BALLAST_RETURN_IF_ERROR(Barrier(comm));
+      }
+      // All blocks are free again: a whole plan still fits.
+      const MigrationPlan plan = *MakeMigrationPlan(
+          initial, {{0, {0, 1, 4, 2, 3, 0, 4, 5, 2}}}, 4);
+      BALLAST_RETURN_IF_ERROR(store->Stage(plan, initial));
+      BALLAST_RETURN_IF_ERROR(PollUntilStaged(store.get(), 300));
+      store->Commit(*plan.Apply(initial));
+      return CheckHolds(*store, *plan.Apply(initial), rank);
+    });
+    REQUIRE(FirstError(statuses) == "");
+  }
+}
+
+TEST_CASE("a copy of a corrupted expert is found out and never counts as staged",
+          "[runtime][store]") {
+  const Placement initial = Initial();
+  const MigrationPlan plan = PlanFrom(initial, 1);
+  std::atomic<int> later_true = 0;
+  const auto statuses = RunRanks(kRanks, [&](Transport* transport, Communicator* comm, int rank) {
+    const auto store = FilledStore(transport, initial);
+    // One bit of expert 4 of layer 0 flips in the memory of its only holder, after it was sealed.
+    if (rank == 2) store->Allocate(0, 4)[777] ^= std::byte{0x10};
+    BALLAST_RETURN_IF_ERROR(store->Stage(plan, initial));
+    absl::Status status = PollUntilStaged(store.get(), 1 << 20);
+    for (int i = 0; rank == 0 && i < 100; ++i) {
+      const auto again = store->Poll(1 << 20);
+      if (again.ok() && *again) ++later_true;
+    }
+    BALLAST_RETURN_IF_ERROR(Barrier(comm));
+    store->Discard();
+    BALLAST_RETURN_IF_ERROR(PollUntilIdle(store.get()));
+    if (rank != 2) BALLAST_RETURN_IF_ERROR(CheckHolds(*store, initial, rank));
+    return status;
+  });
+  REQUIRE(statuses[1].ok());
+  REQUIRE(statuses[2].ok());
+  const std::string text(statuses[0].message());
+  CAPTURE(text);
+  REQUIRE(statuses[0].code() == absl::StatusCode::kDataLoss);
+  for (const char* part : {"layer 0", "expert 4", "rank 2"}) {
+    REQUIRE(text.find(part) != std::string::npos);
+  }
+  REQUIRE(later_true == 0);
+}
+
+TEST_CASE("a plan too large for the staging memory is refused by all ranks alike",
+          "[runtime][store]") {
+  const Placement initial = Initial();
+  const MigrationPlan plan = PlanFrom(initial, 1);
+  const auto statuses = RunRanks(kRanks, [&](Transport* transport, Communicator*, int rank) {
+    const auto store = FilledStore(transport, initial, 192, /*staging=*/1);
+    const absl::Status status = store->Stage(plan, initial);
+    if (store->staging()) return absl::InternalError("the store stages");
+    BALLAST_RETURN_IF_ERROR(CheckHolds(*store, initial, rank));
+    return status;
+  });
+  for (const absl::Status& status : statuses) {
+    REQUIRE(status.code() == absl::StatusCode::kResourceExhausted);
+    REQUIRE(status == statuses[0]);
+  }
+}
+
+TEST_CASE("a rank that stages late is waited for", "[runtime][store]") {
+  const Placement initial = Initial();
+  const MigrationPlan plan = PlanFrom(initial, 1);
+  std::atomic<int> polled = 0;
+  const auto statuses = RunRanks(kRanks, [&](Transport* transport, Communicator*, int rank) {
+    const auto store = FilledStore(transport, initial);
+    while (rank == 1 && polled < 2) sched_yield();
+    BALLAST_RETURN_IF_ERROR(store->Stage(plan, initial));
+    for (int i = 0; rank != 1 && i < 50; ++i) {
+      BALLAST_ASSIGN_OR_RETURN(const bool done, store->Poll(1 << 20));
+      // Rank 1 sends to rank 0 and has expert 0 of layer 0 to come: ranks 0 and 1 cannot be done.
+      if (rank == 0 && done) return absl::InternalError("staged without the others");
+    }
+    if (rank != 1) ++polled;
+    BALLAST_RETURN_IF_ERROR(PollUntilStaged(store.get(), 1 << 20));
+    store->Commit(*plan.Apply(initial));
+    return CheckHolds(*store, *plan.Apply(initial), rank);
+  });
+  REQUIRE(FirstError(statuses) == "");
+}
+
+TEST_CASE("the block checksum sees every bit and every piece", "[runtime][store]") {
+  std::vector<std::byte> block(150'001);
+  for (size_t i = 0; i < block.size(); ++i) block[i] = ExpertByte(1, 1, i);
+  const uint64_t sum = BlockChecksum(block);
+  for (const size_t at : {size_t{0}, size_t{31}, size_t{65'535}, size_t{65'536}, size_t{150'000}}) {
+    for (int bit = 0; bit < 8; ++bit) {
+      block[at] ^= std::byte{1} << bit;
+      REQUIRE(BlockChecksum(block) != sum);
+      block[at] ^= std::byte{1} << bit;
+    }
+  }
+  REQUIRE(BlockChecksum(block) == sum);
+  REQUIRE(BlockChecksum(std::span(block).first(150'000)) != sum);
+}
+
+}  // namespace
+}  // namespace ballast

@@ -1,0 +1,216 @@
+#include "tests/support/cluster.h"
+
+#include <algorithm>
+#include <condition_variable>
+#include <mutex>
+#include <utility>
+
+#include "base/random.h"
+#include "base/status.h"
+
+namespace ballast::testing {
+namespace {
+
+// Gathers the replies to a set of requests.
+class Collector {
+ public:
+  explicit Collector(size_t count) : replies_(count), open_(count) {}
+
+  void Take(size_t index, const TokenEvent& event) {
+    const std::lock_guard lock(mutex_);
+    if (event.token >= 0) replies_[index].tokens.push_back(event.token);
+    if (event.finish == FinishReason::kNone) return;
+    replies_[index].finish = event.finish;
+    if (--open_ == 0) all_ended_.notify_all();
+  }
+  bool Wait(std::chrono::seconds timeout) {
+    std::unique_lock lock(mutex_);
+    return all_ended_.wait_for(lock, timeout, [this] { return open_ == 0; });
+  }
+  std::vector<Reply> replies() {
+    const std::lock_guard lock(mutex_);
+    return replies_;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable all_ended_;
+  std::vector<Reply> replies_;  // guarded by mutex_
+  size_t open_;                 // guarded by mutex_
+};
+
+class CollectorSink : public TokenSink {
+ public:
+  CollectorSink(std::shared_ptr<Collector> collector, size_t index)
+      : collector_(std::move(collector)), index_(index) {}
+  void OnEvent(const TokenEvent& event) override { collector_->Take(index_, event); }
+
+ private:
+  std::shared_ptr<Collector> collector_;
+  size_t index_;
+};
+
+class NoObserver : public EngineObserver {
+  void OnStep(const StepRecord&) override {}
+  void OnPlanEnded(const Rebalancer::Outcome&, const Placement&) override {}
+};
+
+}  // namespace
+
+// Rank 0's observer: counts, then hands on to the leader.
+struct Cluster::Counter : EngineObserver {
+  explicit Counter(Cluster* owner) : cluster(owner) {}
+  void OnStep(const StepRecord& record) override {
+    ++cluster->steps_;
+    cluster->leader_->OnStep(record);
+  }
+  void OnPlanEnded(const Rebalancer::Outcome& outcome, const Placement& in_force) override {
+    const bool applied = outcome.done == Command::kFlip;
+    cluster->epoch_ = in_force.epoch();
+    cluster->copies_ += applied ? outcome.copies : 0;
+    ++(applied ? cluster->flips_ : cluster->aborts_);
+    cluster->leader_->OnPlanEnded(outcome, in_force);
+  }
+  Cluster* cluster;
+};
+
+struct Cluster::Rank {
+  std::unique_ptr<Transport> transport;
+  std::unique_ptr<Communicator> communicator;
+  std::unique_ptr<ControlChannel> channel;
+  std::unique_ptr<EngineObserver> observer;
+  std::unique_ptr<Engine> engine;
+  absl::Status status;
+};
+
+absl::StatusOr<std::unique_ptr<Cluster>> Cluster::Start(const ClusterOptions& options) {
+  std::unique_ptr<Cluster> cluster(new Cluster);
+  BALLAST_RETURN_IF_ERROR(cluster->Prepare(options));
+  for (auto& rank : cluster->ranks_) {
+    cluster->threads_.emplace_back([rank = rank.get()] { rank->status = rank->engine->Run(); });
+  }
+  return cluster;
+}
+
+absl::Status Cluster::Prepare(const ClusterOptions& options) {
+  BALLAST_ASSIGN_OR_RETURN(checkpoint_, Checkpoint::Open(options.model));
+  const ModelConfig& config = checkpoint_->config();
+  const int n = options.num_ranks;
+  const int32_t share = (config.gate.num_experts + n - 1) / n;
+  const int32_t slots = options.slots_per_rank > 0
+                            ? options.slots_per_rank
+                            : std::min(share + 2, config.gate.num_experts);
+  BALLAST_ASSIGN_OR_RETURN(const auto policy, MakePolicy(options.policy));
+  BALLAST_ASSIGN_OR_RETURN(
+      const Placement placement,
+      Placement::Contiguous(config.num_moe_layers(), config.gate.num_experts,
+                            Topology::Uniform(n, slots), policy->fills_spare_slots_at_start()));
+  fabric_ = std::make_unique<LocalFabric>(n);
+  std::vector<std::unique_ptr<ControlChannel>> leader_ends;
+  for (int r = 0; r < n; ++r) {
+    BALLAST_ASSIGN_OR_RETURN(auto pair, ControlChannel::MakePair());
+    leader_ends.push_back(std::move(pair.first));
+    auto rank = std::make_unique<Rank>();
+    rank->channel = std::move(pair.second);
+    rank->transport = fabric_->MakeTransport(r);
+    rank->communicator =
+        std::make_unique<Communicator>(rank->transport.get(), Communicator::Options{});
+    ranks_.push_back(std::move(rank));
+  }
+  BALLAST_ASSIGN_OR_RETURN(
+      frontend_, Frontend::Create({.context_tokens = config.context_tokens,
+                                   .vocab_size = config.vocab_size},
+                                  std::move(leader_ends), [](int, absl::Status) {}));
+  BALLAST_ASSIGN_OR_RETURN(metrics_,
+                           RankMetrics::Create({.rank = 0,
+                                                .node = "test",
+                                                .backend = "cpu",
+                                                .version = "test",
+                                                .commit = "",
+                                                .model = "tiny",
+                                                .num_layers = config.num_moe_layers(),
+                                                .num_experts = config.gate.num_experts,
+                                                .top_k = config.gate.top_k}));
+  Leader::Options leader;
+  leader.controller.policy = options.policy;
+  leader.controller.num_groups = config.gate.num_groups;
+  leader.controller.window_tokens = options.window_tokens;
+  leader.controller.min_gain = options.min_gain;
+  leader.controller.force_every_steps = options.rebalance_every;
+  leader.controller.max_incoming_per_rank = slots;
+  BALLAST_ASSIGN_OR_RETURN(
+      leader_, Leader::Create(leader, placement,
+                              RankObserver(0, n, config.num_moe_layers(), metrics_.get()),
+                              metrics_.get(), [this](std::vector<std::byte> plan) {
+                                return frontend_->BroadcastPlan(std::move(plan));
+                              }));
+  EngineOptions engine;
+  engine.dtype = options.dtype;
+  engine.split = options.split;
+  engine.kv_bytes = options.kv_bytes;
+  engine.scheduler.max_seqs = options.max_seqs;
+  engine.scheduler.max_batch_tokens = options.max_batch_tokens;
+  engine.scheduler.prefill_chunk = options.prefill_chunk;
+  engine.rebalancer.slice_bytes = options.slice_bytes;
+  engine.chunk_bytes = options.chunk_bytes;
+  const KernelSet& kernels = options.kernels != nullptr ? *options.kernels : PlainKernels();
+  for (size_t r = 0; r < ranks_.size(); ++r) {
+    Rank& rank = *ranks_[r];
+    if (r == 0) {
+      rank.observer = std::make_unique<Counter>(this);
+    } else {
+      rank.observer = std::make_unique<NoObserver>();
+    }
+    BALLAST_ASSIGN_OR_RETURN(
+        rank.engine, Engine::Create(engine, *checkpoint_, kernels, placement, rank.transport.get(),
+                                    rank.communicator.get(), rank.channel.get(),
+                                    rank.observer.get()));
+  }
+  return absl::OkStatus();
+}
+
+Cluster::~Cluster() { Stop(); }
+
+absl::StatusOr<std::vector<Reply>> Cluster::Generate(std::vector<GenerationRequest> requests) {
+  auto collector = std::make_shared<Collector>(requests.size());
+  for (size_t i = 0; i < requests.size(); ++i) {
+    BALLAST_RETURN_IF_ERROR(frontend_
+                                ->Submit(std::move(requests[i]),
+                                         std::make_shared<CollectorSink>(collector, i))
+                                .status());
+  }
+  if (!collector->Wait(std::chrono::seconds(240))) {
+    return absl::DeadlineExceededError("requests without an end");
+  }
+  return collector->replies();
+}
+
+std::vector<absl::Status> Cluster::Stop() {
+  std::vector<absl::Status> statuses;
+  if (!threads_.empty()) frontend_->DrainAndStop(60'000);
+  for (std::thread& thread : threads_) thread.join();
+  threads_.clear();
+  for (auto& rank : ranks_) statuses.push_back(rank->status);
+  return statuses;
+}
+
+std::vector<GenerationRequest> RandomRequests(int count, int32_t vocab, int32_t longest_prompt,
+                                              int32_t max_tokens, double temperature,
+                                              uint64_t seed) {
+  Random random(seed);
+  std::vector<GenerationRequest> requests(static_cast<size_t>(count));
+  for (size_t i = 0; i < requests.size(); ++i) {
+    GenerationRequest& request = requests[i];
+    request.prompt.resize(1 + random.Below(static_cast<uint32_t>(longest_prompt)));
+    for (int32_t& token : request.prompt) {
+      token = static_cast<int32_t>(random.Below(static_cast<uint32_t>(vocab)));
+    }
+    request.max_tokens = max_tokens;
+    request.sampling.temperature = temperature;
+    request.sampling.top_p = i % 2 == 0 ? 1.0 : 0.9;
+    request.sampling.seed = i;
+  }
+  return requests;
+}
+
+}  // namespace ballast::testing

@@ -1,0 +1,88 @@
+#ifndef BALLAST_TESTS_SUPPORT_CLUSTER_H_
+#define BALLAST_TESTS_SUPPORT_CLUSTER_H_
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "comm/control_channel.h"
+#include "comm/transport.h"
+#include "monitor/metrics.h"
+#include "runtime/engine.h"
+#include "runtime/frontend.h"
+#include "runtime/leader.h"
+
+namespace ballast::testing {
+
+struct ClusterOptions {
+  std::string model;  // checkpoint folder
+  int num_ranks = 1;
+  int32_t slots_per_rank = 0;  // 0: what the experts need and two more
+  DType dtype = DType::kF32;
+  const KernelSet* kernels = nullptr;  // nullptr: plain
+  std::string policy = "eplb";
+  SplitMode split = SplitMode::kExact;
+  int32_t rebalance_every = 0;
+  int64_t window_tokens = 256;
+  double min_gain = 0.02;
+  int32_t prefill_chunk = 128, max_seqs = 64, max_batch_tokens = 512;
+  int64_t kv_bytes = 8 << 20;
+  size_t chunk_bytes = 4 << 10, slice_bytes = 16 << 10;
+};
+
+// What came back of one request.
+struct Reply {
+  std::vector<int32_t> tokens;
+  FinishReason finish = FinishReason::kNone;
+  bool operator==(const Reply&) const = default;
+};
+
+// A whole server in one process: the ranks are threads. Stopped by the destructor at the latest.
+class Cluster {
+ public:
+  static absl::StatusOr<std::unique_ptr<Cluster>> Start(const ClusterOptions& options);
+  ~Cluster();
+
+  // Submits all requests at once and waits for all replies, in order of the requests.
+  absl::StatusOr<std::vector<Reply>> Generate(std::vector<GenerationRequest> requests);
+
+  // Drains, stops and joins. What the ranks' step loops returned.
+  std::vector<absl::Status> Stop();
+
+  Frontend& frontend() { return *frontend_; }
+  Leader& leader() { return *leader_; }
+  // Of the placement in force on rank 0, and copies that plans in force have made so far.
+  int64_t epoch() const { return epoch_; }
+  int64_t copies() const { return copies_; }
+  int64_t flips() const { return flips_; }
+  int64_t aborts() const { return aborts_; }
+  int64_t steps() const { return steps_; }
+
+ private:
+  struct Rank;
+  struct Counter;
+  Cluster() = default;
+  absl::Status Prepare(const ClusterOptions& options);
+
+  std::unique_ptr<Checkpoint> checkpoint_;
+  std::unique_ptr<LocalFabric> fabric_;
+  std::unique_ptr<RankMetrics> metrics_;
+  std::unique_ptr<Frontend> frontend_;
+  std::unique_ptr<Leader> leader_;
+  std::vector<std::unique_ptr<Rank>> ranks_;
+  std::vector<std::thread> threads_;
+  std::atomic<int64_t> epoch_ = 0, copies_ = 0, flips_ = 0, aborts_ = 0, steps_ = 0;
+};
+
+// `count` prompts of different lengths, random from the seed; request i samples with seed i.
+std::vector<GenerationRequest> RandomRequests(int count, int32_t vocab, int32_t longest_prompt,
+                                              int32_t max_tokens, double temperature,
+                                              uint64_t seed);
+
+}  // namespace ballast::testing
+
+#endif  // BALLAST_TESTS_SUPPORT_CLUSTER_H_
