@@ -108,8 +108,8 @@ absl::Status ControlChannel::Send(std::span<const std::byte> payload) {
   const std::lock_guard lock(send_mutex_);
   const size_t unsent = out_.size() - out_at_;
   if (unsent + kHeaderBytes + payload.size() > kMaxUnsentBytes) {
-    return absl::ResourceExhaustedError(
-        absl::StrCat("control channel: ", unsent, " bytes wait to be sent; the peer does not read"));
+    return absl::ResourceExhaustedError(absl::StrCat(
+        "control channel: ", unsent, " bytes wait to be sent; the peer does not read"));
   }
   const uint32_t header[2] = {kFrameMagic, static_cast<uint32_t>(payload.size())};
   const auto head = std::as_bytes(std::span(header));

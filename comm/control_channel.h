@@ -24,7 +24,8 @@ class ControlChannel {
  public:
   static constexpr uint32_t kMaxFrameBytes = 64u << 20;
 
-  // Takes over a connected stream socket and makes it non-blocking (and TCP_NODELAY where it is TCP).
+  // Takes over a connected stream socket and makes it non-blocking (and TCP_NODELAY where it is
+  // TCP).
   explicit ControlChannel(int fd);
   ~ControlChannel();
   ControlChannel(const ControlChannel&) = delete;

@@ -306,8 +306,8 @@ std::string CompletionText::Show(std::string text, bool last) {
 std::string CompletionJson(const CompletionHeader& header, const CompletionPart& part,
                            bool with_token_ids, const CompletionUsage* usage) {
   ordered_json choice = {{"index", 0}, {"text", part.text}, {"logprobs", nullptr}};
-  choice["finish_reason"] =
-      part.finish == FinishReason::kNone ? ordered_json(nullptr) : ordered_json(NameOf(part.finish));
+  choice["finish_reason"] = part.finish == FinishReason::kNone ? ordered_json(nullptr)
+                                                               : ordered_json(NameOf(part.finish));
   if (with_token_ids) choice["token_ids"] = part.token_ids;
   ordered_json answer = {{"id", header.id},
                          {"object", "text_completion"},

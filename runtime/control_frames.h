@@ -13,10 +13,10 @@
 
 namespace ballast {
 
-// Leader to rank. Every frame carries `wake_seq`, which rises by one with each *broadcast*: whatever
-// the leader has to say to one rank, all others get a frame with the same number (WakeFrame if
-// nothing else). Ranks compare the number in the step header, so that none falls asleep while
-// another has been told to work.
+// Leader to rank. Every frame carries `wake_seq`, which rises by one with each *broadcast*:
+// whatever the leader has to say to one rank, all others get a frame with the same number
+// (WakeFrame if nothing else). Ranks compare the number in the step header, so that none falls
+// asleep while another has been told to work.
 struct SubmitFrame {
   GenerationRequest request;
 };

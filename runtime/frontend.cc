@@ -148,7 +148,7 @@ class Frontend::State {
   std::set<std::pair<int64_t, uint64_t>> deadlines_; // (deadline, id) of each pending request
   std::vector<Delivery> deliveries_;                 // in order
   std::vector<bool> closed_;                         // channels that broke, by rank
-  std::vector<int64_t> work_;                        // tokens that pending requests may need, by rank
+  std::vector<int64_t> work_;  // tokens that pending requests may need, by rank
   std::vector<RankStatusFrame> rank_status_;
   FrontendStats counts_;
   uint64_t next_id_ = 1;
@@ -193,7 +193,8 @@ absl::StatusOr<uint64_t> Frontend::State::Submit(GenerationRequest request,
   const std::lock_guard lock(mutex_);
   if (failed_ || draining_) {
     ++counts_.rejected;
-    return absl::UnavailableError(failed_ ? "the server has lost a rank" : "the server is draining");
+    return absl::UnavailableError(failed_ ? "the server has lost a rank"
+                                          : "the server is draining");
   }
   if (static_cast<int64_t>(pending_.size()) >= options_.max_pending) {
     ++counts_.rejected;
@@ -205,8 +206,8 @@ absl::StatusOr<uint64_t> Frontend::State::Submit(GenerationRequest request,
   const auto prompt_tokens = static_cast<int64_t>(request.prompt.size());
   Pending pending;
   pending.rank = static_cast<int>(std::min_element(work_.begin(), work_.end()) - work_.begin());
-  pending.work_tokens =
-      prompt_tokens + std::min<int64_t>(request.max_tokens, options_.context_tokens - prompt_tokens);
+  pending.work_tokens = prompt_tokens + std::min<int64_t>(request.max_tokens,
+                                                          options_.context_tokens - prompt_tokens);
   const int64_t timeout = timeout_ms > 0 ? timeout_ms : options_.request_timeout_ms;
   pending.deadline_ns = NowNs() + std::min(timeout, kMaxTimeoutMs) * kNsPerMs;
   pending.sink = std::move(sink);
@@ -376,7 +377,8 @@ void Frontend::State::Handle(int rank, const RankFrame& frame) {
   }
   for (const TokenEvent& event : std::get<EventsFrame>(frame.body).events) {
     const auto it = pending_.find(event.request_id);
-    // What was cancelled here may still be under way there; a rank speaks for its own requests only.
+    // What was cancelled here may still be under way there; a rank speaks for its own requests
+    // only.
     if (it == pending_.end() || it->second.rank != rank) continue;
     if (event.token >= 0) ++counts_.tokens_generated;
     if (event.finish == FinishReason::kNone) {

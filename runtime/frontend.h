@@ -49,13 +49,15 @@ class Frontend {
   ~Frontend();
 
   // Checks the request, gives it an id (returned) and starts it. `timeout_ms` 0: the default.
-  // ERRORS kInvalidArgument: "field: value and what is allowed" (prompt empty or beyond the context,
+  // ERRORS kInvalidArgument: "field: value and what is allowed" (prompt empty or beyond the
+  // context,
   //        token id outside the vocabulary, max_tokens < 1, temperature, top_p)
   //        kResourceExhausted: max_pending reached    kUnavailable: draining or failed
   absl::StatusOr<uint64_t> Submit(GenerationRequest request, std::shared_ptr<TokenSink> sink,
                                   int64_t timeout_ms = 0);
-  // The request ends with `reason` (if it has not ended); unknown ids are ignored. The rank is told,
-  // and the sink hears the end without waiting for it. kStop is for a stop string that was found.
+  // The request ends with `reason` (if it has not ended); unknown ids are ignored. The rank is
+  // told, and the sink hears the end without waiting for it. kStop is for a stop string that was
+  // found.
   void Cancel(uint64_t request_id, FinishReason reason = FinishReason::kCancelled);
   // A migration plan for all ranks.
   absl::Status BroadcastPlan(std::vector<std::byte> plan);

@@ -17,7 +17,7 @@ struct SamplingParams {
 struct GenerationRequest {
   uint64_t id = 0;                  // unique while the server lives; given by the front end
   std::vector<int32_t> prompt;      // at least one token
-  std::vector<int32_t> generated;   // tokens already sent to the client (a sequence that is resumed)
+  std::vector<int32_t> generated;  // tokens already sent to the client (a sequence that is resumed)
   int32_t max_tokens = 16;          // counted from the end of the prompt, `generated` included
   SamplingParams sampling;
 };

@@ -149,7 +149,8 @@ bool HttpConnection::PeerGone() {
   }
   if (socket_ < 0) return false;
   pollfd entry{socket_, POLLRDHUP, 0};
-  const bool gone = poll(&entry, 1, 0) > 0 && (entry.revents & (POLLRDHUP | POLLHUP | POLLERR)) != 0;
+  const bool gone =
+      poll(&entry, 1, 0) > 0 && (entry.revents & (POLLRDHUP | POLLHUP | POLLERR)) != 0;
   if (gone) CloseAfterwards();
   return gone;
 }

@@ -35,8 +35,8 @@ struct HttpBackend {
   std::function<HttpReply(const std::string& body)> rebalance = {};  // POST /v1/rebalance
 };
 
-// The HTTP side: POST /v1/completions, GET /v1/models, GET /healthz, GET /readyz, GET /v1/placement,
-// POST /v1/rebalance (from this machine only). Errors have OpenAI's form.
+// The HTTP side: POST /v1/completions, GET /v1/models, GET /healthz, GET /readyz, GET
+// /v1/placement, POST /v1/rebalance (from this machine only). Errors have OpenAI's form.
 //
 // A client that goes away frees its sequence, also between tokens and while it waits for a whole
 // answer. A few threads are kept for the endpoints that answer at once: completions beyond

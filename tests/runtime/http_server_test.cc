@@ -354,8 +354,9 @@ TEST_CASE("a connection stays open and closes on request", "[runtime][unit]") {
     REQUIRE(client.Request("POST", "/v1/completions", "{")->status == 400);
     REQUIRE(client.Request("GET", "/nothing")->status == 404);
   }
-  REQUIRE(client.Request("GET", "/healthz", "", "Connection: close\r\n")->headers.at("connection") ==
-          "close");
+  REQUIRE(
+      client.Request("GET", "/healthz", "", "Connection: close\r\n")->headers.at("connection") ==
+      "close");
   const auto after = client.Request("GET", "/healthz");
   REQUIRE(after.status().code() == absl::StatusCode::kUnavailable);
 }

@@ -105,7 +105,10 @@ std::string Reference(std::string_view bytes) {
       const int open = 6 * (length - static_cast<int>(n));
       const uint32_t low = code << open, high = low + ((1u << open) - 1);
       // Some character must begin like this.
-      const uint32_t least = length == 1 ? 0u : length == 2 ? 0x80u : length == 3 ? 0x800u : 0x10000u;
+      const uint32_t least = length == 1   ? 0u
+                             : length == 2 ? 0x80u
+                             : length == 3 ? 0x800u
+                                           : 0x10000u;
       const bool possible = high >= least && low <= 0x10ffff && !(low >= 0xd800 && high <= 0xdfff);
       if (!possible) break;
       best = n;
@@ -119,7 +122,8 @@ std::string Reference(std::string_view bytes) {
 
 TEST_CASE("random bytes decode as the definition says", "[runtime][unit][property]") {
   Random random(7);
-  const std::string alphabet = "aZ\x80\x8f\x90\x9f\xa0\xbf\xc0\xc2\xdf\xe0\xe6\xed\xef\xf0\xf4\xf5\xff";
+  const std::string alphabet =
+      "aZ\x80\x8f\x90\x9f\xa0\xbf\xc0\xc2\xdf\xe0\xe6\xed\xef\xf0\xf4\xf5\xff";
   for (int round = 0; round < 20'000; ++round) {
     std::string bytes;
     for (uint32_t n = random.Below(12); n > 0; --n) {

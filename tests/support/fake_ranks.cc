@@ -78,11 +78,13 @@ void FakeRanks::Run(Rank& rank) {
     EventsFrame events;
     for (auto it = active.begin(); it != active.end();) {
       GenerationRequest& request = it->second;
-      TokenEvent event{request.id, options_.reply(request, static_cast<int>(request.generated.size())),
+      TokenEvent event{request.id,
+                       options_.reply(request, static_cast<int>(request.generated.size())),
                        FinishReason::kNone};
       if (event.token < 0) event.finish = FinishReason::kStop;
       request.generated.push_back(event.token);
-      if (event.token >= 0 && static_cast<int32_t>(request.generated.size()) >= request.max_tokens) {
+      if (event.token >= 0 &&
+          static_cast<int32_t>(request.generated.size()) >= request.max_tokens) {
         event.finish = FinishReason::kLength;
       }
       events.events.push_back(event);
