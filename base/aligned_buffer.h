@@ -14,7 +14,9 @@ namespace ballast {
 
 inline constexpr size_t kCacheLineBytes = 64;
 
-constexpr size_t RoundUp(size_t n, size_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+constexpr size_t RoundUp(size_t n, size_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
 
 // A block of bytes, 64-byte aligned, zero at first, never moved. Movable, not copyable.
 class AlignedBuffer {

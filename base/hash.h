@@ -26,7 +26,8 @@ inline uint64_t Hash64(std::span<const std::byte> bytes, uint64_t seed = 0) {
   uint64_t tail[4] = {};
   if (at < bytes.size()) std::memcpy(tail, bytes.data() + at, bytes.size() - at);
   uint64_t hash = Mix64(bytes.size() ^ seed);
-  for (int i = 0; i < 4; ++i) hash = Mix64(hash ^ Mix64(lanes[i]) ^ (tail[i] * 0xd1b54a32d192ed03ull));
+  for (int i = 0; i < 4; ++i)
+    hash = Mix64(hash ^ Mix64(lanes[i]) ^ (tail[i] * 0xd1b54a32d192ed03ull));
   return hash;
 }
 

@@ -43,12 +43,14 @@ function(ballast_mpi_test name)
   cmake_parse_arguments(arg "" "" "NP;SOURCES;LIBS" ${ARGN})
   add_executable(${name}_mpi_test ${arg_SOURCES})
   target_link_libraries(${name}_mpi_test PRIVATE ${arg_LIBS} ballast_flags MPI::MPI_CXX)
-  # Open MPI leaves memory behind; mpirun as root and with more ranks than cores has to be asked for.
+  # Open MPI leaves memory behind and orders its own locks badly; mpirun as root and with more ranks than cores has to
+  # be asked for.
   set(environment
     OMPI_ALLOW_RUN_AS_ROOT=1
     OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
     OMPI_MCA_btl_vader_single_copy_mechanism=none
-    ASAN_OPTIONS=detect_leaks=0)
+    ASAN_OPTIONS=detect_leaks=0
+    TSAN_OPTIONS=suppressions=${PROJECT_SOURCE_DIR}/tests/mpi/tsan_suppressions.txt)
   foreach(np IN LISTS arg_NP)
     add_test(NAME ${name}.np${np}
       COMMAND ${MPIEXEC_EXECUTABLE} --oversubscribe --bind-to none ${MPIEXEC_NUMPROC_FLAG} ${np}

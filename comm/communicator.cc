@@ -21,7 +21,8 @@ constexpr size_t kHeaderRoom = kCacheLineBytes;
 static_assert(sizeof(MessageHeader) <= kHeaderRoom);
 constexpr int kPollsBeforeSleep = 20'000;
 
-// Gives the core away between polls: ranks may outnumber cores. After many fruitless polls it sleeps.
+// Gives the core away between polls: ranks may outnumber cores. After many fruitless polls it
+// sleeps.
 void Relax(int polls) {
   if (polls < kPollsBeforeSleep) {
     sched_yield();

@@ -59,12 +59,14 @@ class Communicator {
     // Room for a payload of `bytes` to `peer`, 64-byte aligned; written before Post.
     std::span<std::byte> SendBuffer(int peer, size_t bytes);
     // Starts the exchange. `send_bytes[p]`: length of the payload to p, at most what SendBuffer
-    // gave. `recv_capacity[p]`: most that p may send. A zero on one side must be a zero on the other.
+    // gave. `recv_capacity[p]`: most that p may send. A zero on one side must be a zero on the
+    // other.
     absl::Status Post(int64_t epoch, std::span<const size_t> send_bytes,
                       std::span<const size_t> recv_capacity);
     // ERRORS as AllGather
     absl::Status Wait();
-    // The payload from `peer`, until the next SendBuffer or Post. A rank's own payload is not copied.
+    // The payload from `peer`, until the next SendBuffer or Post. A rank's own payload is not
+    // copied.
     std::span<const std::byte> Received(int peer) const { return received_[peer]; }
 
    private:

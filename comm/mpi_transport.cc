@@ -16,7 +16,8 @@ absl::Status MpiError(const char* call, int code) {
   char text[MPI_MAX_ERROR_STRING];
   int length = 0;
   MPI_Error_string(code, text, &length);
-  return absl::UnavailableError(absl::StrCat(call, " failed: ", std::string(text, static_cast<size_t>(length))));
+  return absl::UnavailableError(
+      absl::StrCat(call, " failed: ", std::string(text, static_cast<size_t>(length))));
 }
 
 class MpiTransport : public Transport {
@@ -94,7 +95,8 @@ class MpiRuntimeImpl : public MpiRuntime {
     int code = MPI_Init_thread(argc, argv, MPI_THREAD_FUNNELED, &provided);
     if (code != MPI_SUCCESS) return MpiError("MPI_Init_thread", code);
     if (provided < MPI_THREAD_FUNNELED) {
-      return absl::FailedPreconditionError("this MPI library does not allow threads beside its own");
+      return absl::FailedPreconditionError(
+          "this MPI library does not allow threads beside its own");
     }
     code = MPI_Comm_dup(MPI_COMM_WORLD, &comm_);
     if (code != MPI_SUCCESS) return MpiError("MPI_Comm_dup", code);

@@ -160,7 +160,8 @@ absl::Status Server::StartMetrics() {
   auto exporter = MetricsExporter::Start({.host = flags_.host, .port = port},
                                          [this] { return metrics_->Render(); });
   if (!exporter.ok()) {
-    return absl::InvalidArgumentError(absl::StrCat("--metrics-port: ", std::string(exporter.status().message())));
+    return absl::InvalidArgumentError(
+        absl::StrCat("--metrics-port: ", std::string(exporter.status().message())));
   }
   exporter_ = *std::move(exporter);
   return absl::OkStatus();
@@ -225,8 +226,9 @@ absl::Status Server::ConnectControl() {
                                      .context_tokens = config.context_tokens,
                                      .vocab_size = config.vocab_size},
                                     *std::move(channels), [](int rank, absl::Status status) {
-                                      LogError("frontend", absl::StrCat("lost rank ", rank, ": ",
-                                                                        std::string(status.message())));
+                                      LogError("frontend",
+                                               absl::StrCat("lost rank ", rank, ": ",
+                                                            std::string(status.message())));
                                     }));
   }
   BALLAST_ASSIGN_OR_RETURN(channel_, connected.get());
@@ -249,10 +251,11 @@ absl::Status Server::StartLeader() {
   options.controller.max_incoming_per_rank = most_slots;
   options.step_log = flags_.step_log;
   RankObserver observer(0, mpi_->size(), config.num_moe_layers(), metrics_.get());
-  BALLAST_ASSIGN_OR_RETURN(leader_, Leader::Create(options, *placement_, std::move(observer),
-                                                   metrics_.get(), [this](std::vector<std::byte> plan) {
-                                                     return frontend_->BroadcastPlan(std::move(plan));
-                                                   }));
+  BALLAST_ASSIGN_OR_RETURN(leader_,
+                           Leader::Create(options, *placement_, std::move(observer), metrics_.get(),
+                                          [this](std::vector<std::byte> plan) {
+                                            return frontend_->BroadcastPlan(std::move(plan));
+                                          }));
   return absl::OkStatus();
 }
 
@@ -291,7 +294,8 @@ absl::Status Server::StartHttp() {
        .placement = [this] { return HttpReply{200, leader_->PlacementJson()}; },
        .rebalance = [this](const std::string&) { return HttpReply{200, leader_->Rebalance()}; }});
   if (!http.ok()) {
-    return absl::InvalidArgumentError(absl::StrCat("--port: ", std::string(http.status().message())));
+    return absl::InvalidArgumentError(
+        absl::StrCat("--port: ", std::string(http.status().message())));
   }
   http_ = *std::move(http);
   signal_thread_ = std::thread(&Server::AwaitSignal, this);
@@ -305,15 +309,18 @@ absl::Status Server::Announce() {
       placement_->epoch(), std::as_bytes(std::span(&mine, 1)),
       std::as_writable_bytes(std::span(metrics_ports))));
   if (!is_leader()) return absl::OkStatus();
-  LogInfo("serve", absl::StrCat("model ", checkpoint_->config().name, " in ", NameOf(dtype_), " on ",
-                                mpi_->size(), " ranks (", kernels_->name, ", ", mpi_->library_version(),
-                                "), ", placement_->topology().slots_on(0),
-                                " slots per rank, policy ", flags_.policy, ", split ", flags_.split));
+  LogInfo("serve",
+          absl::StrCat("model ", checkpoint_->config().name, " in ", NameOf(dtype_), " on ",
+                       mpi_->size(), " ranks (", kernels_->name, ", ", mpi_->library_version(),
+                       "), ", placement_->topology().slots_on(0), " slots per rank, policy ",
+                       flags_.policy, ", split ", flags_.split));
   LogInfo("serve", absl::StrCat("ready: http://", flags_.host, ":", http_->port()));
   ready_ = true;
   if (flags_.ready_file.empty()) return absl::OkStatus();
-  const nlohmann::json ready = {
-      {"pid", getpid()}, {"host", flags_.host}, {"port", http_->port()}, {"metrics_ports", metrics_ports}};
+  const nlohmann::json ready = {{"pid", getpid()},
+                                {"host", flags_.host},
+                                {"port", http_->port()},
+                                {"metrics_ports", metrics_ports}};
   const std::string unfinished = flags_.ready_file + ".new";
   std::ofstream(unfinished) << ready.dump() << "\n";
   if (std::rename(unfinished.c_str(), flags_.ready_file.c_str()) != 0) {
@@ -322,7 +329,8 @@ absl::Status Server::Announce() {
   return absl::OkStatus();
 }
 
-// The leader alone heeds the signals, which are blocked everywhere: the others stop when it says so.
+// The leader alone heeds the signals, which are blocked everywhere: the others stop when it says
+// so.
 void Server::AwaitSignal() {
   const sigset_t signals = StopSignals();
   int signal = 0;

@@ -96,8 +96,10 @@ RunCommand AddServeCommand(CLI::App* app) {
   AddEngineFlags(app, flags.get());
   AddPlacementFlags(app, flags.get());
   app->footer(
-      "Every flag can be set by an environment variable (BALLAST_PORT for --port) or in the file of\n"
-      "--config ({\"port\": 8081}). A flag wins over the environment, the environment over the file.\n"
+      "Every flag can be set by an environment variable (BALLAST_PORT for --port) or in the file "
+      "of\n"
+      "--config ({\"port\": 8081}). A flag wins over the environment, the environment over the "
+      "file.\n"
       "Example: mpirun -n 4 --bind-to none ballast serve --model deploy/demo/model");
   return [flags](int* argc, char*** argv) { return Serve(*flags, argc, argv); };
 }

@@ -78,7 +78,8 @@ void AttentionTyped(const AttentionArgs& a) {
     const int num_keys = a.index.position[t] + 1;
     const int32_t* blocks = a.index.block_table.data() + a.index.table_offset[t];
     for (int h = 0; h < a.num_heads; ++h) {
-      const float* q = a.q + static_cast<size_t>(t) * a.stride + static_cast<size_t>(h) * a.head_dim;
+      const float* q =
+          a.q + static_cast<size_t>(t) * a.stride + static_cast<size_t>(h) * a.head_dim;
       OnlineSoftmax state;
       for (int begin = 0; begin < num_keys; begin += kKvBlockTokens) {
         const size_t at = (static_cast<size_t>(blocks[begin / kKvBlockTokens]) * a.kv_heads +
@@ -153,7 +154,8 @@ void KvWrite(const KvWriteArgs& a, Stream) {
 void Attention(const AttentionArgs& a, Stream) {
   BALLAST_CHECK(a.head_dim <= kMaxHeadDim && a.num_heads % a.kv_heads == 0);
   if (a.cache.type == DType::kF32) {
-    a.act_type == DType::kF32 ? AttentionTyped<float, float>(a) : AttentionTyped<float, BFloat16>(a);
+    a.act_type == DType::kF32 ? AttentionTyped<float, float>(a)
+                              : AttentionTyped<float, BFloat16>(a);
   } else {
     a.act_type == DType::kF32 ? AttentionTyped<BFloat16, float>(a)
                               : AttentionTyped<BFloat16, BFloat16>(a);

@@ -47,7 +47,8 @@ struct RotaryArgs {
 // order of its sums is fixed by the position alone.
 inline constexpr int kKvBlockTokens = 64;
 
-// The cache of one layer: blocks of [kv_heads, kKvBlockTokens, head_dim] keys, and the same of values.
+// The cache of one layer: blocks of [kv_heads, kKvBlockTokens, head_dim] keys, and the same of
+// values.
 struct KvLayerView {
   DType type = DType::kF32;
   void* keys = nullptr;
@@ -74,8 +75,9 @@ struct KvWriteArgs {
 };
 
 // y = softmax(q Kᵀ / sqrt(head_dim)) V over positions 0 .. position[t].
-// SHAPES q [T, num_heads, head_dim] fp32, rows `stride` floats apart  y [T, num_heads * head_dim] of act_type
-// ORDER  blocks of kKvBlockTokens keys in ascending position; inside a block maximum first, then
+// SHAPES q [T, num_heads, head_dim] fp32, rows `stride` floats apart  y [T, num_heads * head_dim]
+// of act_type ORDER  blocks of kKvBlockTokens keys in ascending position; inside a block maximum
+// first, then
 //        exponentials, then keys in ascending position. REQUIRES head_dim <= 256.
 struct AttentionArgs {
   int32_t num_rows = 0, num_heads = 0, kv_heads = 0, head_dim = 0;

@@ -67,7 +67,7 @@ struct PackArgs {
 
 // What arrived at this rank, grouped by expert.
 struct Grouped {
-  std::vector<int32_t> group_begin;    // [G+1] first row of each local expert, multiples of kRowBlock
+  std::vector<int32_t> group_begin;  // [G+1] first row of each local expert, multiples of kRowBlock
   std::vector<int32_t> group_rows;     // [G] rows in use
   std::vector<int32_t> source_begin;   // [R+1] first copy of each source, into position
   std::vector<int32_t> position;       // [copies received] row of the copy in the grouped order
@@ -98,7 +98,8 @@ struct ReturnArgs {
 };
 
 // out[t] = base[t] + sum over k of weight[t, k] * result[t, k], k ascending, in fp32.
-// SHAPES weights [T, K]; returned[r]: rows of rank r in copy_index order, of `type`; base, out [T, H]
+// SHAPES weights [T, K]; returned[r]: rows of rank r in copy_index order, of `type`; base, out [T,
+// H]
 struct CombineArgs {
   int32_t num_tokens = 0, top_k = 0, width = 0;
   const Route* route = nullptr;

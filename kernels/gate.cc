@@ -23,7 +23,8 @@ absl::Status Check(const GateArgs& a) {
         " groups, top ", r.top_k, ": not a rule (at most ", kMaxExperts, " experts)"));
   }
   if (a.logits.size() != tokens * r.num_experts || a.ids.size() != tokens * r.top_k ||
-      a.weights.size() != a.ids.size() || a.histogram.size() != static_cast<size_t>(r.num_experts) ||
+      a.weights.size() != a.ids.size() ||
+      a.histogram.size() != static_cast<size_t>(r.num_experts) ||
       (!a.bias.empty() && a.bias.size() != static_cast<size_t>(r.num_experts))) {
     return absl::InvalidArgumentError("gate: array sizes do not fit the rule");
   }

@@ -26,8 +26,8 @@ struct GateRule {
 //   cannot be chosen; the top_k largest choices win; weight = score / (sum + 1e-20) * scale
 //
 // A NaN logit has score 0 and choice -inf.
-// SHAPES logits [T, E] fp32; bias [E] fp32 or empty; ids, weights [T, K]; histogram [E], overwritten
-// ORDER  ids by choice, largest first; equal choices (also of groups) by the lower id
+// SHAPES logits [T, E] fp32; bias [E] fp32 or empty; ids, weights [T, K]; histogram [E],
+// overwritten ORDER  ids by choice, largest first; equal choices (also of groups) by the lower id
 // SOURCE DeepSeek-V3 report (arXiv 2412.19437) §2.1.2; selection-only bias: arXiv 2408.15664
 struct GateArgs {
   GateRule rule;

@@ -31,9 +31,11 @@ class Matmul {
   DType dtype() const { return dtype_; }  // of x and w
 
   virtual size_t packed_bytes() const = 0;
-  // SHAPES w [n, k] row-major, bf16 or fp32 as `w_type`; `packed` holds packed_bytes(), 64-byte aligned
+  // SHAPES w [n, k] row-major, bf16 or fp32 as `w_type`; `packed` holds packed_bytes(), 64-byte
+  // aligned
   virtual absl::Status Pack(const void* w, DType w_type, std::byte* packed) const = 0;
-  // SHAPES x [m, k] dtype(), y [m, n] fp32; both with room for RoundUp(m, kRowBlock) rows. Rows from
+  // SHAPES x [m, k] dtype(), y [m, n] fp32; both with room for RoundUp(m, kRowBlock) rows. Rows
+  // from
   //        m up to there are read and written, and mean nothing.
   virtual absl::Status Run(const void* x, int m, const std::byte* packed, float* y) = 0;
 

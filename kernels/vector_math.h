@@ -36,9 +36,9 @@ inline float Dot(const A* a, const B* b, int n) {
   return SumLanes(lane);
 }
 
-// e^x within 2 ulp for |x| < 87; 0 below -87.5, and never more than e^88.5 (finite). Branch-free, so
-// that loops over it vectorise.
-// SOURCE the range reduction and polynomial of Cephes' expf (S. Moshier), fused.
+// e^x within 2 ulp for |x| < 87; 0 below -87.5, and never more than e^88.5 (finite). Branch-free,
+// so that loops over it vectorise. SOURCE the range reduction and polynomial of Cephes' expf (S.
+// Moshier), fused.
 inline float Exp(float x) {
   const float clamped = std::min(std::max(x, -87.5f), 88.5f);
   const float shifted = std::fma(clamped, 1.44269504088896341f, 12582912.0f);  // 1.5 * 2^23

@@ -93,7 +93,8 @@ absl::StatusOr<std::string> ReadFile(const std::string& path, size_t max_bytes) 
 absl::StatusOr<std::unique_ptr<Checkpoint>> Checkpoint::Open(const std::string& folder) {
   std::unique_ptr<Checkpoint> checkpoint(new Checkpoint);
   checkpoint->folder_ = folder;
-  BALLAST_ASSIGN_OR_RETURN(const std::string text, ReadFile(folder + "/config.json", kMaxJsonBytes));
+  BALLAST_ASSIGN_OR_RETURN(const std::string text,
+                           ReadFile(folder + "/config.json", kMaxJsonBytes));
   BALLAST_ASSIGN_OR_RETURN(checkpoint->config_, ModelConfig::FromJson(text));
   std::string name = folder;
   while (name.size() > 1 && name.back() == '/') name.pop_back();
@@ -115,8 +116,8 @@ absl::Status Checkpoint::OpenFiles() {
     names.clear();
     for (const auto& [tensor, file] : index["weight_map"].items()) {
       if (!file.is_string() || file.get<std::string>().find('/') != std::string::npos) {
-        return absl::InvalidArgumentError(absl::StrCat(index_path, ": weight_map of ", tensor, " is ",
-                                                       file.dump(), ", allowed: a file name"));
+        return absl::InvalidArgumentError(absl::StrCat(
+            index_path, ": weight_map of ", tensor, " is ", file.dump(), ", allowed: a file name"));
       }
       names.insert(file.get<std::string>());
     }
@@ -143,8 +144,8 @@ absl::Status Checkpoint::CheckTensors() const {
     }
     if (it->second->shape != shape) {
       return absl::InvalidArgumentError(absl::StrCat(folder_, ": tensor ", name, " has shape ",
-                                                     ToText(it->second->shape), ", config.json calls for ",
-                                                     ToText(shape)));
+                                                     ToText(it->second->shape),
+                                                     ", config.json calls for ", ToText(shape)));
     }
     // The correction bias decides between near-ties: rounding it to bf16 changes answers.
     if (name.ends_with("e_score_correction_bias") && it->second->dtype != DType::kF32) {

@@ -140,7 +140,8 @@ void Decoder::Embed(const Batch& batch) {
   const size_t hidden = static_cast<size_t>(config_.hidden);
   float* to = residual_.as<float>();
   for (int32_t token : batch.token) {
-    std::memcpy(to, embedding_.data() + static_cast<size_t>(token) * hidden, hidden * sizeof(float));
+    std::memcpy(to, embedding_.data() + static_cast<size_t>(token) * hidden,
+                hidden * sizeof(float));
     to += hidden;
   }
 }
@@ -196,7 +197,8 @@ absl::Status Decoder::RunDense(const Layer& layer, const Batch& batch) {
                                           branch_.as<float>()));
   float* residual = residual_.as<float>();
   const float* branch = branch_.as<float>();
-  const size_t count = static_cast<size_t>(batch.num_tokens()) * static_cast<size_t>(config_.hidden);
+  const size_t count =
+      static_cast<size_t>(batch.num_tokens()) * static_cast<size_t>(config_.hidden);
   for (size_t i = 0; i < count; ++i) residual[i] += branch[i];
   return absl::OkStatus();
 }
@@ -229,18 +231,22 @@ absl::StatusOr<std::span<const float>> Decoder::Logits(const Batch& batch) {
   const size_t hidden = static_cast<size_t>(config_.hidden), act = SizeOf(options_.dtype);
   const int wanted = static_cast<int>(batch.logit_rows.size());
   for (int i = 0; i < wanted; ++i) {
-    kernels_.rms_norm({.num_rows = 1, .width = config_.hidden,
-                       .x = residual_.as<float>() + static_cast<size_t>(batch.logit_rows[i]) * hidden,
-                       .weight = final_norm_.data(), .eps = config_.norm_eps,
-                       .act_type = options_.dtype,
-                       .y_act = logits_in_.data() + static_cast<size_t>(i) * hidden * act}, nullptr);
+    kernels_.rms_norm(
+        {.num_rows = 1,
+         .width = config_.hidden,
+         .x = residual_.as<float>() + static_cast<size_t>(batch.logit_rows[i]) * hidden,
+         .weight = final_norm_.data(),
+         .eps = config_.norm_eps,
+         .act_type = options_.dtype,
+         .y_act = logits_in_.data() + static_cast<size_t>(i) * hidden * act},
+        nullptr);
   }
   if (wanted > 0) {
     BALLAST_RETURN_IF_ERROR(
         head_matmul_->Run(logits_in_.data(), wanted, head_.data(), logits_.as<float>()));
   }
-  return std::span<const float>(logits_.as<float>(),
-                                static_cast<size_t>(wanted) * static_cast<size_t>(config_.vocab_size));
+  return std::span<const float>(
+      logits_.as<float>(), static_cast<size_t>(wanted) * static_cast<size_t>(config_.vocab_size));
 }
 
 absl::StatusOr<std::span<const float>> Decoder::Forward(

@@ -53,10 +53,9 @@ class Decoder {
   // Runs the batch. `between_layers` is called after every MoE layer.
   // SHAPES logits, valid until the next call: [N, vocab]; counts [num_moe_layers]
   // COLLECTIVE also with an empty batch
-  absl::StatusOr<std::span<const float>> Forward(const Batch& batch, KvCache* cache,
-                                                 DispatchTable* table,
-                                                 const std::function<absl::Status()>& between_layers,
-                                                 std::vector<LayerCounts>* counts);
+  absl::StatusOr<std::span<const float>> Forward(
+      const Batch& batch, KvCache* cache, DispatchTable* table,
+      const std::function<absl::Status()>& between_layers, std::vector<LayerCounts>* counts);
 
  private:
   struct Layer;

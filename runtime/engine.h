@@ -69,7 +69,8 @@ class Engine {
   ~Engine();
 
   // Steps until the leader says stop. COLLECTIVE.
-  // ERRORS kUnavailable, kDeadlineExceeded: a peer or the leader is lost; nothing more can be served
+  // ERRORS kUnavailable, kDeadlineExceeded: a peer or the leader is lost; nothing more can be
+  // served
   absl::Status Run();
 
   const ExpertStore& store() const { return *store_; }
@@ -78,7 +79,7 @@ class Engine {
   struct Header;
   Engine();
   absl::Status ReadFrames();
-  absl::Status Open(int32_t num_tokens);       // exchanges the headers and does what the leader says
+  absl::Status Open(int32_t num_tokens);  // exchanges the headers and does what the leader says
   absl::Status RunStep(const Batch& batch);
   absl::Status Rest();                         // nobody has tokens
   absl::Status SendEvents();

@@ -136,6 +136,7 @@ absl::Status ExpertStore::Stage(const MigrationPlan& plan, const Placement& curr
     }
   }
   plan_ = plan;
+  failed_ = false;
   return absl::OkStatus();
 }
 
@@ -245,6 +246,7 @@ absl::StatusOr<bool> ExpertStore::Poll(size_t byte_budget) {
       first_error.Update(moved.status());
     }
   }
+  failed_ = failed_ || !first_error.ok();
   if (!first_error.ok()) return first_error;
   if (!FlowsIdle()) return false;
   if (draining_) {
@@ -252,11 +254,11 @@ absl::StatusOr<bool> ExpertStore::Poll(size_t byte_budget) {
     Discard();
     return false;
   }
-  return true;
+  return !failed_;
 }
 
 void ExpertStore::Commit(const Placement& target) {
-  BALLAST_CHECK(plan_.has_value() && !draining_ && FlowsIdle());
+  BALLAST_CHECK(plan_.has_value() && !draining_ && !failed_ && FlowsIdle());
   for (const Placement::LayerRow& row : plan_->rows) {
     for (int32_t e = 0; e < options_.num_experts; ++e) {
       int32_t& block = block_of_expert_[At(row.layer, e)];

@@ -24,11 +24,12 @@ namespace ballast {
 // Stage and Poll bring new experts into spare blocks while the old ones serve; Commit changes the
 // table and frees the blocks of experts that left; no parameters move at that moment.
 //
-// Chunks travel in plan order on each pair of ranks, one at a time per pair, each with the plan, the
-// place and a checksum. The checksum of a whole expert, taken when it was packed from the
+// Chunks travel in plan order on each pair of ranks, one at a time per pair, each with the plan,
+// the place and a checksum. The checksum of a whole expert, taken when it was packed from the
 // checkpoint, travels along and is verified by the receiver: it covers every byte that the products
 // read, derived layouts included.
-// THREADS one (the step thread). COLLECTIVE in effect: all ranks stage the same plans in the same order.
+// THREADS one (the step thread). COLLECTIVE in effect: all ranks stage the same plans in the same
+// order.
 class ExpertStore {
  public:
   struct Options {
@@ -51,14 +52,16 @@ class ExpertStore {
   const std::byte* Parameters(int32_t layer, int32_t expert) const;
 
   // Starts to carry out `plan`; `current` is the placement in force.
-  // ERRORS kFailedPrecondition: a plan is being staged, or an abandoned one still has messages under
+  // ERRORS kFailedPrecondition: a plan is being staged, or an abandoned one still has messages
+  // under
   //        way; kResourceExhausted: the plan brings more experts to some rank than staging_blocks
   //        (every rank finds the same, so all refuse together)
   absl::Status Stage(const MigrationPlan& plan, const Placement& current);
 
   // Moves at most about `byte_budget` bytes each way. True once everything has arrived, has been
   // sent, and is verified.
-  // ERRORS kDataLoss: a checksum does not match, with layer, expert and source
+  // ERRORS kDataLoss: a checksum does not match, with layer, expert and source; the plan is then
+  //        never said to be staged
   absl::StatusOr<bool> Poll(size_t byte_budget);
 
   // Checksum of an expert's block as it is in memory now. REQUIRES Parameters(layer, expert).
@@ -104,6 +107,7 @@ class ExpertStore {
   std::vector<Staged> staged_;              // experts coming in with plan_
   std::vector<std::unique_ptr<Flow>> sends_, receives_;  // per peer
   bool draining_ = false;
+  bool failed_ = false;  // some of plan_ has arrived wrong: it can only be discarded
   int64_t bytes_received_ = 0;
   int64_t copies_received_ = 0;
 };

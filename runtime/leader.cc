@@ -97,7 +97,8 @@ void Leader::Handle(const StepRecord& record) {
   std::fill(counts_.begin(), counts_.end(), 0);
   for (size_t layer = 0; layer < record.layers.size(); ++layer) {
     const std::vector<int32_t>& by_source = record.layers[layer].counts;
-    for (size_t i = 0; i < by_source.size(); ++i) counts_[layer * experts + i % experts] += by_source[i];
+    for (size_t i = 0; i < by_source.size(); ++i)
+      counts_[layer * experts + i % experts] += by_source[i];
   }
   controller_->OnStep(record.step, record.num_tokens, counts_);
   WriteStep(record);
@@ -155,10 +156,11 @@ std::optional<MigrationPlan> Leader::Plan(bool force, Decision* why) {
 
 void Leader::WriteStep(const StepRecord& record) {
   if (log_ == nullptr) return;
-  std::string line = absl::StrCat(
-      "{\"step\":", record.step, ",\"unix_us\":", record.end_unix_us, ",\"wall_us\":", record.wall_us,
-      ",\"tokens\":", record.num_tokens, ",\"epoch\":", record.epoch,
-      ",\"copies\":", record.copies_committed, ",\"stall_us\":", record.stall_us, ",\"cpu_us\":");
+  std::string line =
+      absl::StrCat("{\"step\":", record.step, ",\"unix_us\":", record.end_unix_us,
+                   ",\"wall_us\":", record.wall_us, ",\"tokens\":", record.num_tokens,
+                   ",\"epoch\":", record.epoch, ",\"copies\":", record.copies_committed,
+                   ",\"stall_us\":", record.stall_us, ",\"cpu_us\":");
   AppendArray(&line, record.cpu_us);
   absl::StrAppend(&line, ",\"load\":[");
   for (size_t layer = 0; layer < record.layers.size(); ++layer) {
@@ -185,7 +187,8 @@ void Leader::PublishHotExperts() {
                      [&](int32_t a, int32_t b) { return load[a] > load[b]; });
     const size_t count = std::min(order.size(), static_cast<size_t>(options_.hot_experts));
     for (size_t i = 0; i < count; ++i) {
-      hot.push_back({layer, order[i], static_cast<double>(load[order[i]]) / static_cast<double>(total)});
+      hot.push_back(
+          {layer, order[i], static_cast<double>(load[order[i]]) / static_cast<double>(total)});
     }
   }
   metrics_->SetHotExperts(std::move(hot));
@@ -199,7 +202,8 @@ std::string Leader::PlacementJson() const {
   json["replicas"] = nlohmann::json::array();
   for (int32_t layer = 0; layer < placement.num_layers(); ++layer) {
     nlohmann::json row = nlohmann::json::array();
-    for (int32_t e = 0; e < placement.num_experts(); ++e) row.push_back(placement.num_replicas(layer, e));
+    for (int32_t e = 0; e < placement.num_experts(); ++e)
+      row.push_back(placement.num_replicas(layer, e));
     json["replicas"].push_back(std::move(row));
   }
   return json.dump();

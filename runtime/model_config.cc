@@ -98,17 +98,17 @@ absl::Status CheckShape(const ModelConfig& c) {
     return absl::InvalidArgumentError(absl::StrCat("config.json: ", parts...));
   };
   if (c.num_heads % c.num_kv_heads != 0) {
-    return bad("num_attention_heads is ", c.num_heads, ", allowed: a multiple of num_key_value_heads (",
-               c.num_kv_heads, ")");
+    return bad("num_attention_heads is ", c.num_heads,
+               ", allowed: a multiple of num_key_value_heads (", c.num_kv_heads, ")");
   }
   if (c.num_dense_layers > c.num_layers) {
-    return bad("first_k_dense_replace is ", c.num_dense_layers, ", allowed: at most num_hidden_layers (",
-               c.num_layers, ")");
+    return bad("first_k_dense_replace is ", c.num_dense_layers,
+               ", allowed: at most num_hidden_layers (", c.num_layers, ")");
   }
   if (c.hidden % 8 != 0) return bad("hidden_size is ", c.hidden, ", allowed: a multiple of 8");
   if (c.rotary_dim % 2 != 0 || c.rotary_dim > c.head_dim) {
-    return bad("partial_rotary_factor gives ", c.rotary_dim, " rotary dimensions, allowed: an even ",
-               "number up to head_dim (", c.head_dim, ")");
+    return bad("partial_rotary_factor gives ", c.rotary_dim,
+               " rotary dimensions, allowed: an even ", "number up to head_dim (", c.head_dim, ")");
   }
   const GateRule& g = c.gate;
   if (g.num_experts % g.num_groups != 0 || g.top_groups > g.num_groups ||

@@ -159,7 +159,8 @@ absl::Status MoeExecutor::RunExperts(const DispatchTable::Layer& layer) {
 
 absl::Status MoeExecutor::Return(int64_t epoch, const Args& args) {
   for (size_t r = 0; r < out_.size(); ++r) {
-    const size_t copies = static_cast<size_t>(grouped_.source_begin[r + 1] - grouped_.source_begin[r]);
+    const size_t copies =
+        static_cast<size_t>(grouped_.source_begin[r + 1] - grouped_.source_begin[r]);
     send_bytes_[r] = copies * row_bytes_;
     recv_bytes_[r] = route_.message[r].num_copies * row_bytes_;
     kernels_.pack_results({.grouped = &grouped_,

@@ -15,15 +15,16 @@ Rebalancer::Rebalancer(const Options& options, ExpertStore* store, Placement ini
 }
 
 void Rebalancer::OnPlan(MigrationPlan plan) {
-  // Every rank checks the same plan against the same placement: all find it sound, or none stages it.
+  // What is wrong with a plan is wrong on every rank: then none of them stages any of it.
   auto target = plan.Apply(placement_);
-  absl::Status status = target.ok() ? store_->Stage(plan, placement_) : target.status();
+  absl::Status status = target.status();
+  if (status.ok()) status = store_->Stage(plan, placement_);
   if (plan.plan_id <= aborted_through_) {
     // The others gave it up before it got here, and may have sent parts of it: take these in.
     if (status.ok()) store_->Discard();
     return;
   }
-  if (status.ok()) target_ = *std::move(target);
+  if (target.ok()) target_ = *std::move(target);
   if (!status.ok()) LogWarning("rebalancer", std::string(status.message()));
   plan_ = std::move(plan);
   plan_began_ns_ = NowNs();

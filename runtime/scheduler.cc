@@ -20,7 +20,10 @@ int32_t Scheduler::MostTokens(const GenerationRequest& request) const {
 
 void Scheduler::Add(GenerationRequest request, std::vector<TokenEvent>* events) {
   const size_t known = request.prompt.size() + request.generated.size();
-  const bool bad = request.prompt.empty() || request.max_tokens < 1 ||
+  const auto unknown = [this](int32_t token) { return token < 0 || token >= options_.vocab_size; };
+  const bool bad = std::ranges::any_of(request.prompt, unknown) ||
+                   std::ranges::any_of(request.generated, unknown) || request.prompt.empty() ||
+                   request.max_tokens < 1 ||
                    known >= static_cast<size_t>(options_.context_tokens) ||
                    static_cast<int64_t>(request.generated.size()) >= request.max_tokens ||
                    BlocksFor(MostTokens(request)) > cache_->num_blocks();

@@ -33,7 +33,8 @@ class Scheduler {
   };
   Scheduler(const Options& options, KvCache* cache);
 
-  // Takes a request in. One that can never fit is answered with kFailed in `events`.
+  // Takes a request in. One that can never fit, or has a token outside the vocabulary, is answered
+  // with kFailed in `events`.
   void Add(GenerationRequest request, std::vector<TokenEvent>* events);
   // Ends the request, if it is here, with kCancelled.
   void Cancel(uint64_t request_id, std::vector<TokenEvent>* events);

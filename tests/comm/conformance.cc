@@ -13,7 +13,8 @@ namespace {
 
 // Byte `i` of what `from` sends to `to` in round `round`.
 std::byte Pattern(int from, int to, int round, size_t i) {
-  const uint64_t place = (static_cast<uint64_t>(from) << 40) ^ (static_cast<uint64_t>(to) << 32) ^ i;
+  const uint64_t place =
+      (static_cast<uint64_t>(from) << 40) ^ (static_cast<uint64_t>(to) << 32) ^ i;
   return static_cast<std::byte>(RandomBits(static_cast<uint64_t>(round), place));
 }
 

@@ -16,7 +16,8 @@ namespace {
 struct Shape {
   int n, k;
 };
-constexpr Shape kShapes[] = {{8, 8}, {64, 32}, {32, 64}, {40, 24}, {130, 72}, {1040, 88}, {513, 40}};
+constexpr Shape kShapes[] = {{8, 8},    {64, 32},   {32, 64}, {40, 24},
+                             {130, 72}, {1040, 88}, {513, 40}};
 
 struct Backend {
   const KernelSet* kernels;
@@ -121,7 +122,8 @@ TEST_CASE("a row's bits depend on the row alone", "[kernels][property]") {
       Product product(backend, shape, RandomValues(n * k, 3));
       const auto row = RandomValues(k, 4);
       const auto alone = product.Run(row);
-      for (const size_t m : {size_t{2}, size_t{15}, size_t{16}, size_t{17}, size_t{33}, size_t{100}}) {
+      for (const size_t m :
+           {size_t{2}, size_t{15}, size_t{16}, size_t{17}, size_t{33}, size_t{100}}) {
         for (const size_t at : {size_t{0}, m / 2, m - 1}) {
           CAPTURE(m, at);
           auto x = RandomValues(m * k, 5 + m);

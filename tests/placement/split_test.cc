@@ -22,10 +22,11 @@ void* operator new(std::size_t bytes, const std::nothrow_t&) noexcept {
   ++num_allocations;
   return std::malloc(bytes == 0 ? 1 : bytes);
 }
-void operator delete(void* p) noexcept {
+// Not inlined: GCC would warn of a free of what new gave.
+[[gnu::noinline]] void operator delete(void* p) noexcept {
   std::free(p);
 }
-void operator delete(void* p, std::size_t) noexcept {
+[[gnu::noinline]] void operator delete(void* p, std::size_t) noexcept {
   std::free(p);
 }
 

@@ -121,6 +121,12 @@ absl::Status Cluster::Prepare(const ClusterOptions& options) {
       frontend_, Frontend::Create({.context_tokens = config.context_tokens,
                                    .vocab_size = config.vocab_size},
                                   std::move(leader_ends), [](int, absl::Status) {}));
+  BALLAST_RETURN_IF_ERROR(StartLeader(options, placement));
+  return MakeEngines(options, placement);
+}
+
+absl::Status Cluster::StartLeader(const ClusterOptions& options, const Placement& placement) {
+  const ModelConfig& config = checkpoint_->config();
   BALLAST_ASSIGN_OR_RETURN(metrics_,
                            RankMetrics::Create({.rank = 0,
                                                 .node = "test",
@@ -137,13 +143,18 @@ absl::Status Cluster::Prepare(const ClusterOptions& options) {
   leader.controller.window_tokens = options.window_tokens;
   leader.controller.min_gain = options.min_gain;
   leader.controller.force_every_steps = options.rebalance_every;
-  leader.controller.max_incoming_per_rank = slots;
+  leader.controller.max_incoming_per_rank = placement.topology().slots_on(0);
   BALLAST_ASSIGN_OR_RETURN(
-      leader_, Leader::Create(leader, placement,
-                              RankObserver(0, n, config.num_moe_layers(), metrics_.get()),
-                              metrics_.get(), [this](std::vector<std::byte> plan) {
-                                return frontend_->BroadcastPlan(std::move(plan));
-                              }));
+      leader_,
+      Leader::Create(leader, placement,
+                     RankObserver(0, options.num_ranks, config.num_moe_layers(), metrics_.get()),
+                     metrics_.get(), [this](std::vector<std::byte> plan) {
+                       return frontend_->BroadcastPlan(std::move(plan));
+                     }));
+  return absl::OkStatus();
+}
+
+absl::Status Cluster::MakeEngines(const ClusterOptions& options, const Placement& placement) {
   EngineOptions engine;
   engine.dtype = options.dtype;
   engine.split = options.split;

@@ -67,6 +67,8 @@ class Cluster {
   struct Counter;
   Cluster() = default;
   absl::Status Prepare(const ClusterOptions& options);
+  absl::Status StartLeader(const ClusterOptions& options, const Placement& placement);
+  absl::Status MakeEngines(const ClusterOptions& options, const Placement& placement);
 
   std::unique_ptr<Checkpoint> checkpoint_;
   std::unique_ptr<LocalFabric> fabric_;

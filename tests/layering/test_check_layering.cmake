@@ -1,0 +1,58 @@
+# Checks the checker: it accepts a good tree and names every breach of a bad one.
+#   cmake -DWORK=<scratch folder> -P test_check_layering.cmake
+cmake_minimum_required(VERSION 3.25)
+set(CHECK "${CMAKE_CURRENT_LIST_DIR}/check_layering.cmake")
+
+function(run root result output)
+  execute_process(COMMAND "${CMAKE_COMMAND}" -DROOT=${root} -P "${CHECK}"
+    RESULT_VARIABLE code OUTPUT_VARIABLE out ERROR_VARIABLE err)
+  set(${result} ${code} PARENT_SCOPE)
+  set(${output} "${out}${err}" PARENT_SCOPE)
+endfunction()
+
+file(REMOVE_RECURSE "${WORK}")
+file(WRITE "${WORK}/good/comm/mpi_a.cc" "#include <mpi.h>\n#include \"base/a.h\"\n#include \"comm/b.h\"\n")
+file(WRITE "${WORK}/good/runtime/a.cc" "#include \"kernels/a.h\"\n#include \"comm/b.h\"\n#include <vector>\n")
+file(WRITE "${WORK}/good/kernels/a.cu" "#include <cuda_runtime.h>\nint a[] = {1};\n")
+string(REPEAT "  ++a;\n" 68 body)
+file(WRITE "${WORK}/good/placement/function.cc" "int a;\nvoid F() {\n${body}}\n")
+run("${WORK}/good" code output)
+if(NOT code EQUAL 0)
+  message(FATAL_ERROR "a good tree is refused: ${output}")
+endif()
+
+string(REPEAT "x" 101 wide)
+string(REPEAT "x" 100 fits)
+string(REPEAT "int a;\n" 501 long)
+file(WRITE "${WORK}/bad/base/up.h" "#include \"kernels/a.h\"\n")
+file(WRITE "${WORK}/bad/comm/up.cc" "int a[2];\n#include \"runtime/a.h\"\n")
+file(WRITE "${WORK}/bad/kernels/sibling.h" "#include \"comm/a.h\"\n")
+file(WRITE "${WORK}/bad/runtime/deploys.cc" "#include \"deploy/a.h\"\n")
+file(WRITE "${WORK}/bad/runtime/mpi.cc" "#include <mpi.h>\n")
+file(WRITE "${WORK}/bad/comm/nccl.h" "#include <nccl.h>\n")
+file(WRITE "${WORK}/bad/kernels/cuda.cc" "#include <cuda_runtime.h>\n")
+file(WRITE "${WORK}/bad/monitor/metrics.h" "#include <prometheus/counter.h>\n")
+file(WRITE "${WORK}/bad/placement/local.cc" "#include \"local.h\"\n")
+file(WRITE "${WORK}/bad/placement/wide.cc" "${fits}\n${wide}\n")
+file(WRITE "${WORK}/bad/placement/long.cc" "${long}")
+string(REPEAT "  ++a;\n" 69 body)
+file(WRITE "${WORK}/bad/placement/function.cc" "int a;\nvoid F() {\n${body}}\n")
+run("${WORK}/bad" code output)
+foreach(wanted
+    "base/up.h:1:" "comm/up.cc:2:" "kernels/sibling.h:1:" "runtime/deploys.cc:1:" "runtime/mpi.cc:1:"
+    "comm/nccl.h:1:" "kernels/cuda.cc:1:" "monitor/metrics.h:1:" "placement/local.cc:1:"
+    "placement/wide.cc:2: 101 columns" "placement/long.cc: 501 lines" "placement/function.cc:2: a function of 71 lines"
+    "12 breaches in 12 files")
+  string(FIND "${output}" "${wanted}" at)
+  if(at EQUAL -1)
+    message(FATAL_ERROR "'${wanted}' is not reported in:\n${output}")
+  endif()
+endforeach()
+if(code EQUAL 0)
+  message(FATAL_ERROR "a bad tree is accepted")
+endif()
+run("${WORK}/nothing" code output)
+if(code EQUAL 0)
+  message(FATAL_ERROR "an empty tree is accepted")
+endif()
+file(REMOVE_RECURSE "${WORK}")
