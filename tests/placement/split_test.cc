@@ -13,12 +13,12 @@ std::atomic<int64_t> num_allocations{0};
 }  // namespace
 
 // Counts what the program allocates, for the test that the splitter does not.
-void* operator new(std::size_t bytes) {
+[[gnu::noinline]] void* operator new(std::size_t bytes) {
   ++num_allocations;
   if (void* p = std::malloc(bytes == 0 ? 1 : bytes)) return p;
   throw std::bad_alloc();
 }
-void* operator new(std::size_t bytes, const std::nothrow_t&) noexcept {
+[[gnu::noinline]] void* operator new(std::size_t bytes, const std::nothrow_t&) noexcept {
   ++num_allocations;
   return std::malloc(bytes == 0 ? 1 : bytes);
 }
