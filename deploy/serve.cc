@@ -285,7 +285,7 @@ absl::Status Server::StartEngine() {
 
 absl::Status Server::StartHttp() {
   auto http = HttpServer::Start(
-      // Every admitted request holds a thread, and some are kept for the endpoints that answer at once.
+      // A thread per admitted request, and some for the endpoints that answer at once.
       {.host = flags_.host, .port = flags_.port, .threads = flags_.max_queue + 8},
       {.frontend = frontend_.get(),
        .tokenizer = *tokenizer_,

@@ -1,5 +1,6 @@
-// CUDA twins of RmsNorm, SiluMul and Rotary: the same operations in the same order, so the same bits
-// as the CPU's. Compiled with -fmad=false: a fused multiply-add stands where the source says fmaf.
+// CUDA twins of RmsNorm, SiluMul and Rotary: the same operations in the same order, so the same
+// bits as the CPU's. Compiled with -fmad=false: a fused multiply-add stands where the source says
+// fmaf.
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
@@ -110,13 +111,15 @@ void RmsNorm(const RmsNormArgs& a, Stream stream) {
 void SiluMul(const SiluMulArgs& a, Stream stream) {
   const size_t count = static_cast<size_t>(a.num_rows) * a.width;
   if (count == 0) return;
-  SiluMulKernel<<<static_cast<unsigned>((count + kThreads - 1) / kThreads), kThreads, 0, stream>>>(a);
+  SiluMulKernel<<<static_cast<unsigned>((count + kThreads - 1) / kThreads), kThreads, 0, stream>>>(
+      a);
 }
 
 void Rotary(const RotaryArgs& a, Stream stream) {
   const size_t count = static_cast<size_t>(a.num_rows) * a.num_heads * (a.rotary_dim / 2);
   if (count == 0) return;
-  RotaryKernel<<<static_cast<unsigned>((count + kThreads - 1) / kThreads), kThreads, 0, stream>>>(a);
+  RotaryKernel<<<static_cast<unsigned>((count + kThreads - 1) / kThreads), kThreads, 0, stream>>>(
+      a);
 }
 
 }  // namespace ballast::cuda

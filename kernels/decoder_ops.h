@@ -97,7 +97,8 @@ void KvWrite(const KvWriteArgs& args, Stream stream);
 void Attention(const AttentionArgs& args, Stream stream);
 }  // namespace cpu
 
-// Pointers are to device memory. STREAM asynchronous; the arrays must live until the stream gets there.
+// Pointers are to device memory. STREAM asynchronous; the arrays must live until the stream gets
+// there.
 namespace cuda {
 void RmsNorm(const RmsNormArgs& args, Stream stream);
 void SiluMul(const SiluMulArgs& args, Stream stream);

@@ -32,11 +32,11 @@ struct ExpertStore::ChunkHeader {
 struct ExpertStore::Flow {
   int peer = 0;
   std::vector<Staged> items;
-  size_t next = 0;           // item of the chunk under way, or of the next one
-  size_t offset = 0;         // of that chunk
+  size_t next = 0;    // item of the chunk under way, or of the next one
+  size_t offset = 0;  // of that chunk
   bool posted = false;
   Transport::Handle handle = 0;
-  AlignedBuffer buffer;      // header in its own cache line, then the chunk
+  AlignedBuffer buffer;  // header in its own cache line, then the chunk
   bool done() const { return next == items.size() && !posted; }
 };
 
@@ -157,14 +157,14 @@ absl::StatusOr<size_t> ExpertStore::AdvanceSend(Flow* flow, size_t budget) {
     if (moved >= budget) break;
     const Staged& item = flow->items[flow->next];
     const size_t bytes = std::min(options_.chunk_bytes, options_.block_bytes - flow->offset);
-    const ChunkHeader header{kChunkMagic,      item.layer,   plan_->plan_id,
-                             plan_->base_epoch, item.expert, static_cast<uint32_t>(bytes),
-                             flow->offset,     item.checksum};
+    const ChunkHeader header{kChunkMagic,       item.layer,   plan_->plan_id,
+                             plan_->base_epoch, item.expert,  static_cast<uint32_t>(bytes),
+                             flow->offset,      item.checksum};
     std::memcpy(flow->buffer.data(), &header, sizeof header);
     std::memcpy(flow->buffer.data() + kCacheLineBytes, Block(item.block) + flow->offset, bytes);
-    BALLAST_ASSIGN_OR_RETURN(
-        flow->handle, transport_->PostSend(flow->peer, kTagMigration,
-                                           {flow->buffer.data(), kCacheLineBytes + bytes}));
+    BALLAST_ASSIGN_OR_RETURN(flow->handle,
+                             transport_->PostSend(flow->peer, kTagMigration,
+                                                  {flow->buffer.data(), kCacheLineBytes + bytes}));
     flow->posted = true;
     moved += bytes;
   }
@@ -175,8 +175,8 @@ absl::StatusOr<size_t> ExpertStore::AdvanceReceive(Flow* flow, size_t budget) {
   size_t moved = 0;
   while (!flow->done() && moved < budget) {
     if (!flow->posted) {
-      BALLAST_ASSIGN_OR_RETURN(flow->handle, transport_->PostRecv(flow->peer, kTagMigration,
-                                                                  flow->buffer.bytes()));
+      BALLAST_ASSIGN_OR_RETURN(
+          flow->handle, transport_->PostRecv(flow->peer, kTagMigration, flow->buffer.bytes()));
       flow->posted = true;
     }
     size_t received = 0;
@@ -193,8 +193,8 @@ absl::Status ExpertStore::TakeChunk(Flow* flow, size_t received) {
   const Staged& item = flow->items[flow->next];
   const size_t offset = flow->offset;
   const size_t bytes = std::min(options_.chunk_bytes, options_.block_bytes - offset);
-  // Whatever it is, it stands where this chunk belongs: the flow goes on behind it, so that the plan
-  // can be drained.
+  // Whatever it is, it stands where this chunk belongs: the flow goes on behind it, so that the
+  // plan can be drained.
   const bool last = offset + bytes == options_.block_bytes;
   flow->offset = last ? 0 : offset + bytes;
   flow->next += last;

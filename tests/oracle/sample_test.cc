@@ -1,5 +1,5 @@
-// The stored logits were written by compare.py --write-sample from the `transformers` implementation
-// in fp32, on the demo model.
+// The stored logits were written by compare.py --write-sample from the `transformers`
+// implementation in fp32, on the demo model.
 #include <catch2/catch.hpp>
 #include <cmath>
 #include <cstring>
@@ -38,7 +38,8 @@ Sample ReadSample() {
 
 void CheckAgainstSample(DType dtype, const KernelSet& kernels, float bound) {
   const Sample sample = ReadSample();
-  auto model = testing::SingleRankModel::Load(BALLAST_SOURCE_DIR "/deploy/demo/model", dtype, kernels);
+  auto model =
+      testing::SingleRankModel::Load(BALLAST_SOURCE_DIR "/deploy/demo/model", dtype, kernels);
   REQUIRE(model.ok());
   size_t row = 0, compared = 0;
   float largest = 0;

@@ -15,9 +15,8 @@ absl::StatusOr<std::unique_ptr<SingleRankModel>> SingleRankModel::Load(const std
       std::make_unique<Communicator>(model->transport_.get(), Communicator::Options{});
   BALLAST_ASSIGN_OR_RETURN(model->checkpoint_, Checkpoint::Open(folder));
   const ModelConfig& config = model->checkpoint_->config();
-  BALLAST_ASSIGN_OR_RETURN(model->decoder_,
-                           Decoder::Create(*model->checkpoint_, {.dtype = dtype}, kernels,
-                                           model->communicator_.get()));
+  BALLAST_ASSIGN_OR_RETURN(model->decoder_, Decoder::Create(*model->checkpoint_, {.dtype = dtype},
+                                                            kernels, model->communicator_.get()));
   const int32_t experts = config.gate.num_experts, layers = config.num_moe_layers();
   const int64_t blocks = (config.context_tokens + kKvBlockTokens - 1) / kKvBlockTokens;
   model->cache_ =
@@ -46,8 +45,7 @@ absl::StatusOr<std::vector<float>> SingleRankModel::Logits(std::span<const int32
                                                            int32_t chunk) {
   std::vector<float> all;
   const int32_t count = static_cast<int32_t>(tokens.size());
-  const std::vector<int32_t> blocks =
-      cache_->Take((count + kKvBlockTokens - 1) / kKvBlockTokens);
+  const std::vector<int32_t> blocks = cache_->Take((count + kKvBlockTokens - 1) / kKvBlockTokens);
   std::vector<LayerCounts> counts;
   for (int32_t begin = 0; begin < count; begin += chunk) {
     Batch batch;
@@ -58,9 +56,9 @@ absl::StatusOr<std::vector<float>> SingleRankModel::Logits(std::span<const int32
       batch.position.push_back(i);
       batch.table_offset.push_back(0);
     }
-    BALLAST_ASSIGN_OR_RETURN(const auto logits,
-                             decoder_->Forward(batch, cache_.get(), table_.get(),
-                                               [] { return absl::OkStatus(); }, &counts));
+    BALLAST_ASSIGN_OR_RETURN(const auto logits, decoder_->Forward(
+                                                    batch, cache_.get(), table_.get(),
+                                                    [] { return absl::OkStatus(); }, &counts));
     all.insert(all.end(), logits.begin(), logits.end());
   }
   cache_->Give(blocks);
