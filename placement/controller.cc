@@ -27,6 +27,8 @@ absl::Status CheckOptions(const ControllerOptions& options, const Topology& topo
   if (options.force_every_steps < 0) {
     return reject("force_every_steps", options.force_every_steps, "at least 0");
   }
+  if (options.batch_tokens < 1) return reject("batch_tokens", options.batch_tokens, "at least 1");
+  if (!(options.rho > 0.0)) return reject("rho", options.rho, "above 0");
   if (!(options.min_gain >= 0.0)) return reject("min_gain", options.min_gain, "at least 0");
   if (options.backoff_steps < 0)
     return reject("backoff_steps", options.backoff_steps, "at least 0");
@@ -77,7 +79,13 @@ Controller::Controller(ControllerOptions options, Placement initial, std::unique
     : options_(std::move(options)),
       placement_(std::move(initial)),
       policy_(std::move(policy)),
-      window_sums_(static_cast<size_t>(placement_.num_layers()) * placement_.num_experts(), 0) {}
+      window_sums_(static_cast<size_t>(placement_.num_layers()) * placement_.num_experts(), 0),
+      batch_(window_sums_.size(), 0) {
+  const PolicyContext context{placement_, options_.num_groups, options_.rho};
+  for (int32_t layer = 0; layer < placement_.num_layers(); ++layer) {
+    planners_.push_back(policy_->MakeLayerPlanner(context, layer));
+  }
+}
 
 std::span<const int64_t> Controller::window_load(int32_t layer) const {
   const size_t num_experts = placement_.num_experts();
@@ -87,6 +95,7 @@ std::span<const int64_t> Controller::window_load(int32_t layer) const {
 void Controller::OnStep(int64_t, int64_t num_tokens, std::span<const int32_t> counts) {
   BALLAST_CHECK(counts.size() == window_sums_.size() && num_tokens >= 0);
   if (num_tokens == 0) return;
+  AddToBatch(num_tokens, counts);
   const int64_t chunk_tokens = options_.window_tokens / kChunksPerWindow;
   if (window_.empty() || window_.back().num_tokens >= chunk_tokens) {
     spare_.num_tokens = 0;
@@ -108,6 +117,23 @@ void Controller::OnStep(int64_t, int64_t num_tokens, std::span<const int32_t> co
   }
 }
 
+// Hands whole batches to the planners: single steps of a few tokens would be noise to them.
+void Controller::AddToBatch(int64_t num_tokens, std::span<const int32_t> counts) {
+  for (size_t i = 0; i < batch_.size(); ++i) batch_[i] += counts[i];
+  batch_tokens_ += num_tokens;
+  if (batch_tokens_ < options_.batch_tokens) return;
+  const size_t num_experts = placement_.num_experts();
+  for (size_t layer = 0; layer < planners_.size(); ++layer) {
+    const auto of_layer =
+        std::span<const int32_t>(batch_).subspan(layer * num_experts, num_experts);
+    const bool any = std::any_of(of_layer.begin(), of_layer.end(), [](int32_t n) { return n > 0; });
+    if (any) planners_[layer]->OnBatch(of_layer);
+  }
+  std::fill(batch_.begin(), batch_.end(), 0);
+  batch_tokens_ = 0;
+  new_batch_ = true;
+}
+
 std::optional<MigrationPlan> Controller::Decide(int64_t step, bool force, Decision* why) {
   const bool periodic = options_.force_every_steps > 0 && step >= not_before_by_abort_ &&
                         step - last_start_ >= options_.force_every_steps;
@@ -117,11 +143,14 @@ std::optional<MigrationPlan> Controller::Decide(int64_t step, bool force, Decisi
     *why = Decision::kInFlight;
   } else if (!forced && step < not_before_) {
     *why = Decision::kTooSoon;
-  } else if (window_tokens_ < (forced ? 1 : options_.window_tokens)) {
+  } else if (!forced && policy_->meters_itself()
+                 ? !new_batch_
+                 : window_tokens_ < (forced ? 1 : options_.window_tokens)) {
     *why = Decision::kWindowNotFull;
   }
   if (*why != Decision::kNone) return std::nullopt;
 
+  new_batch_ = false;
   bool policy_stays = false;
   std::vector<Placement::LayerRow> rows = WithinLimit(WantedRows(forced, &policy_stays));
   if (rows.empty()) {
@@ -141,40 +170,47 @@ std::optional<MigrationPlan> Controller::Decide(int64_t step, bool force, Decisi
 }
 
 // The rows that the policy wants and that gain enough (all that differ, when forced).
-std::vector<Controller::Candidate> Controller::WantedRows(bool forced, bool* policy_stays) const {
+std::vector<Controller::Candidate> Controller::WantedRows(bool forced, bool* policy_stays) {
+  const bool gated = !forced && !policy_->meters_itself();
   std::vector<Candidate> wanted;
-  std::vector<Placement::LayerRow> rows;
   *policy_stays = true;
   for (int32_t layer = 0; layer < placement_.num_layers(); ++layer) {
-    const double now = Imbalance(placement_.hosts(layer), window_load(layer));
-    // No row can do better than 1, so most layers need no plan while the traffic is steady.
-    if (!forced && now - 1.0 < options_.min_gain) {
-      *policy_stays = false;
-      continue;
+    double now = 0.0;
+    if (gated) {
+      now = Imbalance(placement_.hosts(layer), window_load(layer));
+      // No row can do better than 1, so most layers need no plan while the traffic is steady.
+      if (now - 1.0 < options_.min_gain) {
+        *policy_stays = false;
+        continue;
+      }
     }
     std::optional<std::vector<int32_t>> row =
-        policy_->PlanLayer({.layer = layer,
-                            .current = &placement_,
-                            .load = window_load(layer),
-                            .num_groups = options_.num_groups});
+        planners_[layer]->Plan({.window = window_load(layer), .forced = forced});
     if (!row.has_value()) continue;
     *policy_stays = false;
     const std::span<const int32_t> held = placement_.expert_of_slot(layer);
     if (std::equal(held.begin(), held.end(), row->begin(), row->end())) continue;
-    rows.push_back({.layer = layer, .expert_of_slot = *std::move(row)});
-    wanted.push_back({.row = rows.back(), .gain = now});
+    wanted.push_back({.row = {.layer = layer, .expert_of_slot = *std::move(row)}, .gain = now});
   }
-  if (wanted.empty()) return wanted;
-  const absl::StatusOr<Placement> after = placement_.With(rows, placement_.epoch() + 1);
-  BALLAST_CHECK(after.ok());  // a policy's rows are valid
-  for (Candidate& candidate : wanted) {
-    const int32_t layer = candidate.row.layer;
-    candidate.gain -= Imbalance(after->hosts(layer), window_load(layer));
-  }
-  if (!forced) {
+  if (wanted.empty() || (!gated && options_.max_incoming_per_rank == 0)) return wanted;
+  MeasureGains(&wanted);
+  if (gated) {
     std::erase_if(wanted, [&](const Candidate& c) { return c.gain < options_.min_gain; });
   }
   return wanted;
+}
+
+// By how much each row would lower the imbalance of its layer.
+void Controller::MeasureGains(std::vector<Candidate>* wanted) const {
+  std::vector<Placement::LayerRow> rows;
+  for (const Candidate& candidate : *wanted) rows.push_back(candidate.row);
+  const absl::StatusOr<Placement> after = placement_.With(rows, placement_.epoch() + 1);
+  BALLAST_CHECK(after.ok());  // a policy's rows are valid
+  for (Candidate& candidate : *wanted) {
+    const int32_t layer = candidate.row.layer;
+    candidate.gain = Imbalance(placement_.hosts(layer), window_load(layer)) -
+                     Imbalance(after->hosts(layer), window_load(layer));
+  }
 }
 
 // The candidates with the largest gain whose copies fit under max_incoming_per_rank together.
@@ -222,7 +258,11 @@ double Controller::Imbalance(const LayerHosts& hosts, std::span<const int64_t> l
 
 void Controller::OnCommitted(int64_t plan_id, int64_t step) {
   BALLAST_CHECK(in_flight() && plan_id == last_plan_id_);
-  placement_ = *std::exchange(target_, std::nullopt);
+  const Placement before = std::exchange(placement_, *std::exchange(target_, std::nullopt));
+  for (int32_t layer = 0; layer < placement_.num_layers(); ++layer) {
+    const auto row = placement_.expert_of_slot(layer), old = before.expert_of_slot(layer);
+    if (!std::equal(row.begin(), row.end(), old.begin())) planners_[layer]->Adopt(row);
+  }
   not_before_ = step + options_.min_steps_between;
 }
 

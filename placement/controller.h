@@ -20,6 +20,8 @@ namespace ballast {
 struct ControllerOptions {
   std::string policy = "eplb";
   int32_t num_groups = 1;
+  double rho = 0.1;                // transfer of one copy, in ideal times of a layer and batch
+  int64_t batch_tokens = 1;        // tokens per batch for planners that look at batches
   int64_t window_tokens = 8192;    // tokens per layer that a decision looks back over
   int32_t min_steps_between = 16;  // steps between the end of one plan and the next
   int32_t force_every_steps = 0;   // 0: by trigger; N: plan every N steps whatever the gain
@@ -46,9 +48,9 @@ const char* NameOf(Decision decision);
 //   gain of a layer = T(window, placement in force) / mean - T(window, policy's row) / mean
 //
 // where T is the largest rank load under the exact split and mean is the window's load per rank.
-// Layers whose gain is at least min_gain take the policy's row. Under max_incoming_per_rank the
-// layers with the largest gain go first, and one that would bring any rank over the limit waits for
-// a later plan.
+// Layers whose gain is at least min_gain take the policy's row; a policy that meters itself needs
+// no gate. Under max_incoming_per_rank the layers with the largest gain go first, and one that
+// would bring any rank over the limit waits for a later plan.
 //
 // Call order: (OnStep Decide? (OnCommitted | OnAborted)?)*. At most one plan is in flight.
 class Controller {
@@ -91,18 +93,24 @@ class Controller {
   };
 
   Controller(ControllerOptions options, Placement initial, std::unique_ptr<Policy> policy);
-  std::vector<Candidate> WantedRows(bool forced, bool* policy_stays) const;
+  void AddToBatch(int64_t num_tokens, std::span<const int32_t> counts);
+  std::vector<Candidate> WantedRows(bool forced, bool* policy_stays);
+  void MeasureGains(std::vector<Candidate>* wanted) const;
   std::vector<Placement::LayerRow> WithinLimit(std::vector<Candidate> candidates) const;
   double Imbalance(const LayerHosts& hosts, std::span<const int64_t> load) const;
 
   ControllerOptions options_;
   Placement placement_;
   std::unique_ptr<Policy> policy_;
+  std::vector<std::unique_ptr<LayerPlanner>> planners_;  // [num_layers]
   std::deque<Chunk> window_;
   Chunk spare_;  // memory of the chunk that left the window last
   int64_t window_tokens_ = 0;
   std::vector<int64_t> window_sums_;  // [num_layers * E] over window_
-  std::optional<Placement> target_;   // where the plan in flight leads
+  std::vector<int32_t> batch_;        // [num_layers * E] steps not yet handed to the planners
+  int64_t batch_tokens_ = 0;
+  bool new_batch_ = false;           // the planners have seen one since the last plan was asked for
+  std::optional<Placement> target_;  // where the plan in flight leads
   int64_t last_plan_id_ = 0;
   int64_t last_start_ = 0;           // step of the last plan's start
   int64_t not_before_ = 0;           // no plan before this step, unless forced by the caller

@@ -6,19 +6,27 @@
 #include "base/status.h"
 #include "placement/eplb.h"
 #include "placement/migration_plan.h"
+#include "placement/regret.h"
 
 namespace ballast {
 namespace {
 
 // Leaves every layer as it started.
+class StayPlanner : public LayerPlanner {
+ public:
+  void OnBatch(std::span<const int32_t>) override {}
+  std::optional<std::vector<int32_t>> Plan(const Input&) override { return std::nullopt; }
+  void Adopt(std::span<const int32_t>) override {}
+};
+
 class StayPolicy : public Policy {
  public:
   StayPolicy(const char* name, bool fills_spare) : name_(name), fills_spare_(fills_spare) {}
 
   const char* name() const override { return name_; }
   bool fills_spare_slots_at_start() const override { return fills_spare_; }
-  std::optional<std::vector<int32_t>> PlanLayer(const LayerPlanInput&) const override {
-    return std::nullopt;
+  std::unique_ptr<LayerPlanner> MakeLayerPlanner(const PolicyContext&, int32_t) const override {
+    return std::make_unique<StayPlanner>();
   }
 
  private:
@@ -26,7 +34,48 @@ class StayPolicy : public Policy {
   bool fills_spare_;
 };
 
+// Whether the nodes are equal blocks of consecutive ranks, as EPLB's hierarchical form numbers
+// them.
+bool NodesAreBlocks(const Topology& topology) {
+  const int32_t num_nodes = topology.num_nodes();
+  if (topology.num_ranks() % num_nodes != 0) return false;
+  for (int32_t r = 0; r < topology.num_ranks(); ++r) {
+    if (topology.node_of_rank[r] != r / (topology.num_ranks() / num_nodes)) return false;
+  }
+  return true;
+}
+
 // A fresh EPLB placement for the window's load, renamed so that few copies move.
+class EplbPlanner : public LayerPlanner {
+ public:
+  EplbPlanner(const PolicyContext& context, int32_t layer)
+      : topology_(context.initial.topology()),
+        shape_{.num_slots = topology_.num_slots(),
+               .num_groups = 1,
+               .num_nodes = 1,
+               .num_ranks = topology_.num_ranks()} {
+    Adopt(context.initial.expert_of_slot(layer));
+    if (context.num_groups > 0 && context.initial.num_experts() % context.num_groups == 0 &&
+        NodesAreBlocks(topology_) && context.num_groups % topology_.num_nodes() == 0) {
+      shape_.num_groups = context.num_groups;
+      shape_.num_nodes = topology_.num_nodes();
+    }
+  }
+
+  void OnBatch(std::span<const int32_t>) override {}
+  std::optional<std::vector<int32_t>> Plan(const Input& input) override {
+    absl::StatusOr<EplbResult> planned = Eplb(input.window, shape_);
+    BALLAST_CHECK(planned.ok());  // a placement exists, so its shape has room for all experts
+    return AlignRow(topology_, row_, std::move(planned->expert_of_slot));
+  }
+  void Adopt(std::span<const int32_t> row) override { row_.assign(row.begin(), row.end()); }
+
+ private:
+  const Topology topology_;
+  EplbShape shape_;
+  std::vector<int32_t> row_;  // in force
+};
+
 class EplbPolicy : public Policy {
  public:
   const char* name() const override { return "eplb"; }
@@ -43,34 +92,9 @@ class EplbPolicy : public Policy {
     return absl::OkStatus();
   }
 
-  std::optional<std::vector<int32_t>> PlanLayer(const LayerPlanInput& input) const override {
-    if (!CheckSupport(*input.current).ok()) return std::nullopt;
-    const Topology& topology = input.current->topology();
-    const int32_t num_experts = input.current->num_experts();
-    EplbShape shape{.num_slots = topology.num_slots(),
-                    .num_groups = 1,
-                    .num_nodes = 1,
-                    .num_ranks = topology.num_ranks()};
-    if (input.num_groups > 0 && num_experts % input.num_groups == 0 && NodesAreBlocks(topology) &&
-        input.num_groups % topology.num_nodes() == 0) {
-      shape.num_groups = input.num_groups;
-      shape.num_nodes = topology.num_nodes();
-    }
-    absl::StatusOr<EplbResult> planned = Eplb(input.load, shape);
-    BALLAST_CHECK(planned.ok());  // a placement exists, so its shape has room for all experts
-    return AlignRow(topology, input.current->expert_of_slot(input.layer),
-                    std::move(planned->expert_of_slot));
-  }
-
- private:
-  // Whether the nodes are equal blocks of consecutive ranks, as the hierarchical form numbers them.
-  static bool NodesAreBlocks(const Topology& topology) {
-    const int32_t num_nodes = topology.num_nodes();
-    if (topology.num_ranks() % num_nodes != 0) return false;
-    for (int32_t r = 0; r < topology.num_ranks(); ++r) {
-      if (topology.node_of_rank[r] != r / (topology.num_ranks() / num_nodes)) return false;
-    }
-    return true;
+  std::unique_ptr<LayerPlanner> MakeLayerPlanner(const PolicyContext& context,
+                                                 int32_t layer) const override {
+    return std::make_unique<EplbPlanner>(context, layer);
   }
 };
 
@@ -81,6 +105,7 @@ absl::StatusOr<std::unique_ptr<Policy>> MakePolicy(const std::string& name) {
   if (name == "static") policy = std::make_unique<StayPolicy>("static", /*fills_spare=*/false);
   if (name == "never") policy = std::make_unique<StayPolicy>("never", /*fills_spare=*/true);
   if (name == "eplb") policy = std::make_unique<EplbPolicy>();
+  if (name == "regret") policy = MakeRegretPolicy();
   if (policy != nullptr) return policy;
   std::string choices;
   for (const std::string& known : PolicyNames()) {
@@ -91,7 +116,7 @@ absl::StatusOr<std::unique_ptr<Policy>> MakePolicy(const std::string& name) {
 }
 
 std::vector<std::string> PolicyNames() {
-  return {"static", "never", "eplb"};
+  return {"static", "never", "eplb", "regret"};
 }
 
 }  // namespace ballast

@@ -244,7 +244,7 @@ TEST_CASE("options and topologies that cannot work are refused by name",
   };
   const Topology even = Topology::Uniform(8, 5);
   REQUIRE(message({.policy = "best"}, even) ==
-          "unknown policy 'best'; the choices are static, never, eplb");
+          "unknown policy 'best'; the choices are static, never, eplb, regret");
   REQUIRE(message({.window_tokens = 0}, even).find("window_tokens is 0") == 0);
   REQUIRE(message({.min_gain = std::nan("")}, even).find("min_gain") == 0);
   REQUIRE(message({.max_incoming_per_rank = 4}, even).find("max_incoming_per_rank is 4") == 0);
@@ -263,15 +263,15 @@ TEST_CASE("eplb plans rows that are valid and balance the window", "[placement][
     std::vector<int64_t> load(kExperts);
     for (int64_t& l : load) l = random.Below(1000);
     const int32_t num_groups = static_cast<int32_t>(1 + random.Below(5));
-    const auto row = policy->PlanLayer(
-        {.layer = 1, .current = &current, .load = load, .num_groups = num_groups});
+    const PolicyContext context{.initial = current, .num_groups = num_groups};
+    const auto planner = policy->MakeLayerPlanner(context, 1);
+    const auto row = planner->Plan({.window = load});
     REQUIRE(row.has_value());
     const auto next = current.With(std::vector<Placement::LayerRow>{{1, *row}}, 1);
     REQUIRE(next.ok());
     // The same load asks for nothing more.
-    const auto again =
-        policy->PlanLayer({.layer = 1, .current = &*next, .load = load, .num_groups = num_groups});
-    REQUIRE(again == row);
+    planner->Adopt(*row);
+    REQUIRE(planner->Plan({.window = load}) == row);
   }
 }
 
