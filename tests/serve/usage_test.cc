@@ -111,6 +111,7 @@ TEST_CASE("a bad flag is named with its value and what is allowed", "[serve]") {
   RequireRefusal(OnFreePorts(DemoModel(), {"--max-seqs", "0"}), {"--max-seqs", "0", "1 to 65536"});
   RequireRefusal(OnFreePorts(DemoModel(), {"--dtype", "int3"}), {"--dtype", "int3", "bf16"});
   RequireRefusal(OnFreePorts(DemoModel(), {"--kv-bytes", "lots"}), {"--kv-bytes", "lots"});
+  RequireRefusal(OnFreePorts(DemoModel(), {"--kv-bytes", "10"}), {"--kv-bytes", "10", "at least"});
   RequireRefusal(OnFreePorts(DemoModel(), {"--slots-per-rank", "3"}),
                  {"--slots-per-rank", "3", "at least"});
   RequireRefusal(OnFreePorts(DemoModel(), {"--step-log", "/nowhere/steps"}),
@@ -214,6 +215,15 @@ TEST_CASE("a model that cannot be used is refused with the tensor or key", "[ser
     model.data[at + 1] = '\x7f';
     model.WriteWeights();
     RequireRefusal(OnFreePorts(model.path()), {kExpertTensor, "NaN"});
+  }
+  SECTION("NaN in what every rank loads") {
+    const json& entry = model.header["model.embed_tokens.weight"];
+    const size_t at = entry["data_offsets"][0].get<size_t>();
+    REQUIRE(entry["dtype"] == "BF16");
+    model.data[at] = '\xc0';
+    model.data[at + 1] = '\x7f';
+    model.WriteWeights();
+    RequireRefusal(OnFreePorts(model.path()), {"model.embed_tokens.weight", "NaN"});
   }
 }
 
