@@ -107,6 +107,7 @@ class ModelCopy {
 constexpr char kExpertTensor[] = "model.layers.2.mlp.experts.5.up_proj.weight";
 
 TEST_CASE("a bad flag is named with its value and what is allowed", "[serve]") {
+  RequireRefusal({"--model", DemoModel(), "--bogus=3"}, {"--bogus"});
   RequireRefusal({"--port", "0"}, {"--model"});
   RequireRefusal(OnFreePorts(DemoModel(), {"--max-seqs", "0"}), {"--max-seqs", "0", "1 to 65536"});
   RequireRefusal(OnFreePorts(DemoModel(), {"--dtype", "int3"}), {"--dtype", "int3", "bf16"});
@@ -136,6 +137,7 @@ TEST_CASE("a bad configuration file is named with the key and the value", "[serv
   refused(R"({"max-seqz": 3})", {"max-seqz", "max-seqs"});
   refused(R"({"max-seqs": "many"})", {"max-seqs", "many", "1 to 65536"});
   refused(R"({"max-seqs": [3]})", {"max-seqs", "[3]"});
+  refused(R"({"no-metrics": 7})", {"no-metrics", "7"});
   refused(R"({"max-seqs": 0})", {"max-seqs", "0", "1 to 65536"});
   refused(R"({"max-seqs": 3)", {"JSON"});
   RequireRefusal(OnFreePorts(DemoModel(), {"--config", dir / "absent.json"}),
@@ -156,6 +158,11 @@ TEST_CASE("a flag wins over the environment over the file over the default", "[s
   INFO(server.Log());
   REQUIRE(server.Log().find("33 slots per rank, policy never, split hash") != std::string::npos);
   REQUIRE(server.Stop() == 0);
+
+  WriteText(path, json{{"model", DemoModel()}, {"max-seqs", 0}}.dump());
+  RequireRefusal({"--config", path}, {"max-seqs", "0"});
+  WriteText(path, json{{"model", "/nowhere/of-the-file"}}.dump());
+  RequireRefusal({"--config", path}, {"/nowhere/of-the-file"});
 }
 
 TEST_CASE("help shows the defaults and exits 0", "[serve]") {
