@@ -49,6 +49,20 @@ sigset_t StopSignals() {
   return signals;
 }
 
+// A request past its deadline counts as failed.
+RequestResult ResultOf(RequestEnd end) {
+  switch (end) {
+    case RequestEnd::kFinished:
+      return RequestResult::kOk;
+    case RequestEnd::kCancelled:
+      return RequestResult::kCancelled;
+    case RequestEnd::kRejected:
+      return RequestResult::kRejected;
+    default:
+      return RequestResult::kFailed;
+  }
+}
+
 // One rank of the server, from start to stop. Members are destroyed in reverse order: HTTP first,
 // then what it calls.
 class Server {
@@ -231,7 +245,11 @@ absl::Status Server::ConnectControl() {
         frontend_, Frontend::Create({.max_pending = flags_.max_queue,
                                      .request_timeout_ms = flags_.request_timeout_ms,
                                      .context_tokens = config.context_tokens,
-                                     .vocab_size = config.vocab_size},
+                                     .vocab_size = config.vocab_size,
+                                     .on_end =
+                                         [this](RequestEnd end) {
+                                           metrics_->OnRequest(ResultOf(end));
+                                         }},
                                     *std::move(channels), [](int rank, absl::Status status) {
                                       LogError("frontend", absl::StrCat("lost rank ", rank, ": ",
                                                                         std::string(status.message())));

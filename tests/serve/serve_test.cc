@@ -196,6 +196,8 @@ TEST_CASE("the metrics count every token request and copy", "[serve]") {
     REQUIRE(server.AwaitMetric("ballast_layer_tokens_total", static_cast<double>(tokens) * kTopK,
                                {label}));
   }
+  REQUIRE(server.AwaitMetric("ballast_requests_total", static_cast<double>(answers.size()),
+                             {R"(result="ok")"}));
   REQUIRE(server.AwaitMetric("ballast_sequences_running", 0));
   REQUIRE(server.AwaitMetric("ballast_queue_depth", 0));
   REQUIRE(server.AwaitMetric("ballast_kv_bytes_used", 0));
@@ -376,6 +378,7 @@ TEST_CASE("a full queue is refused with a time to come back", "[serve]") {
   REQUIRE(third.status == 429);
   REQUIRE(third.headers.at("retry-after") == "1");
   REQUIRE(third.json["error"]["code"] == "queue_full");
+  REQUIRE(server.AwaitMetric("ballast_requests_total", 1, {R"(result="rejected")"}));
   first.ReadAll();
   second.ReadAll();
   REQUIRE(first.done());
