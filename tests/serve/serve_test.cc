@@ -255,6 +255,21 @@ TEST_CASE("clients that stream at once get what each gets alone", "[serve]") {
   }
 }
 
+TEST_CASE("a client that goes away frees its sequence", "[serve]") {
+  Server server(2, {});
+  {
+    Stream stream(server, Greedy("Once upon a time", 1000));
+    REQUIRE(stream.status() == 200);
+    REQUIRE(stream.Next().is_object());
+    stream.Close();
+  }
+  INFO(server.Metrics(0).text);
+  REQUIRE(server.AwaitMetric("ballast_requests_total", 1, {R"(result="cancelled")"}));
+  REQUIRE(server.AwaitMetric("ballast_sequences_running", 0));
+  REQUIRE(server.AwaitMetric("ballast_kv_bytes_used", 0));
+  REQUIRE(server.MetricSum("ballast_tokens_generated_total") < 1000);
+}
+
 TEST_CASE("told to stop the server ends what runs and refuses what is new", "[serve]") {
   const int ranks = GENERATE(1, 2, 4);
   INFO(ranks << " ranks");
