@@ -1,5 +1,5 @@
 // Many requests of mixed length while experts move. The hidden case runs 1,000 of them:
-//   build/cpu/serve_e2e_test "a thousand requests lose nothing" -s
+//   tests/serve/soak.sh
 #include <algorithm>
 #include <catch2/catch.hpp>
 
