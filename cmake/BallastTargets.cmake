@@ -70,6 +70,10 @@ function(ballast_serve_test name)
     BALLAST_SOURCE_DIR="${PROJECT_SOURCE_DIR}" BALLAST_COMMAND="$<TARGET_FILE:ballast>")
   add_dependencies(${name}_test ballast)
   # Alone on the machine: ports, and the time within which a server hears a signal. Open MPI leaks by design.
-  catch_discover_tests(${name}_test TEST_PREFIX "${name}: "
+  # Under a sanitizer a part of them has to do: they take minutes.
+  if(BALLAST_SANITIZE)
+    set(cases TEST_SPEC "[sanitized]")
+  endif()
+  catch_discover_tests(${name}_test TEST_PREFIX "${name}: " ${cases}
     PROPERTIES LABELS serve TIMEOUT 600 PROCESSORS 2 RUN_SERIAL TRUE ENVIRONMENT ASAN_OPTIONS=detect_leaks=0)
 endfunction()

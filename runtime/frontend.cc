@@ -458,8 +458,9 @@ absl::StatusOr<std::unique_ptr<Frontend>> Frontend::Create(
   }
   const int wake_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
   if (wake_fd < 0) return absl::InternalError("front end: no eventfd");
-  return std::unique_ptr<Frontend>(new Frontend(
-      std::make_unique<State>(std::move(options), std::move(channels), std::move(on_failure), wake_fd)));
+  auto state = std::make_unique<State>(std::move(options), std::move(channels),
+                                       std::move(on_failure), wake_fd);
+  return std::unique_ptr<Frontend>(new Frontend(std::move(state)));
 }
 
 Frontend::Frontend(std::unique_ptr<State> state) : state_(std::move(state)) {}

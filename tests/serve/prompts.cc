@@ -13,8 +13,8 @@ std::vector<nlohmann::json> MixedRequests(int count, int longest_answer) {
   constexpr uint64_t kLongestPrompt = 300;
   std::vector<std::string> texts;
   for (const char* name : {"code", "english", "japanese", "structured"}) {
-    texts.push_back(ReadText(std::string(BALLAST_SOURCE_DIR "/deploy/demo/prompts/") + name +
-                             ".txt"));
+    texts.push_back(
+        ReadText(std::string(BALLAST_SOURCE_DIR "/deploy/demo/prompts/") + name + ".txt"));
     REQUIRE(texts.back().size() > kLongestPrompt);
   }
   std::vector<nlohmann::json> requests;

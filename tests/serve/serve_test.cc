@@ -43,7 +43,7 @@ std::vector<std::string> DocumentedMetrics() {
   return names;
 }
 
-TEST_CASE("a completion does what its fields say", "[serve]") {
+TEST_CASE("a completion does what its fields say", "[serve][sanitized]") {
   Server server(2, {});
   const std::string prompt = "def main():\n";
   const Answer whole = server.Complete(Greedy(prompt, 24));
@@ -124,7 +124,8 @@ TEST_CASE("models health and readiness are told", "[serve]") {
   REQUIRE(server.Stop() == 0);
 }
 
-TEST_CASE("a forced rebalance copies experts and all ranks agree on the epoch", "[serve]") {
+TEST_CASE("a forced rebalance copies experts and all ranks agree on the epoch",
+          "[serve][sanitized]") {
   constexpr int kRanks = 4;
   constexpr int kSlots = 10;
   Server server(kRanks, {"--policy", "eplb", "--slots-per-rank", std::to_string(kSlots)});
@@ -176,7 +177,7 @@ TEST_CASE("a forced rebalance copies experts and all ranks agree on the epoch", 
   REQUIRE(after.json.at("replicas") != before.json.at("replicas"));
 }
 
-TEST_CASE("the metrics count every token request and copy", "[serve]") {
+TEST_CASE("the metrics count every token request and copy", "[serve][sanitized]") {
   constexpr int kRanks = 4;
   Server server(kRanks, {"--rebalance-every", "20"});
   const std::vector<Answer> answers = CompleteAll(server, MixedRequests(32, 32), 8);
@@ -231,7 +232,7 @@ TEST_CASE("the metrics count every token request and copy", "[serve]") {
   }
 }
 
-TEST_CASE("clients that stream at once get what each gets alone", "[serve]") {
+TEST_CASE("clients that stream at once get what each gets alone", "[serve][sanitized]") {
   Server server(2, {"--rebalance-every", "20"});
   const json first = Greedy("The quick brown fox", 120);
   json second = Greedy("{\"name\": \"", 150);
@@ -255,7 +256,7 @@ TEST_CASE("clients that stream at once get what each gets alone", "[serve]") {
   }
 }
 
-TEST_CASE("a client that goes away frees its sequence", "[serve]") {
+TEST_CASE("a client that goes away frees its sequence", "[serve][sanitized]") {
   Server server(2, {});
   {
     Stream stream(server, Greedy("Once upon a time", 1000));
@@ -310,7 +311,7 @@ TEST_CASE("told to stop the server ends what runs and refuses what is new", "[se
 }
 
 TEST_CASE("stopping mpirun itself loses no request", "[serve]") {
-  // 3 s instead of the 30 s of deploy/environment.sh: mpirun waits that long before it tells the
+  // 3 s instead of Open MPI's 1 s: mpirun waits that long before it tells the
   // ranks and that long again before it kills them.
   Server server(2, {}, {{"BALLAST_TEST_SIGKILL_TIMEOUT", "3"}});
   const std::vector<int32_t> alone = server.Complete(Greedy("To be or not", 200)).ids();
@@ -335,7 +336,7 @@ TEST_CASE("stopping mpirun itself loses no request", "[serve]") {
   REQUIRE(server.Log().find("serve: stopped") != std::string::npos);
 }
 
-TEST_CASE("requests that cannot be served say why", "[serve]") {
+TEST_CASE("requests that cannot be served say why", "[serve][sanitized]") {
   Server server(1, {});
   const auto refused = [&](const std::string& body, const std::string& param,
                            const std::string& part) {

@@ -64,7 +64,9 @@ void WriteText(const std::string& path, const std::string& text) {
   std::ofstream(path, std::ios::binary) << text;
 }
 
-std::string DemoModel() { return BALLAST_SOURCE_DIR "/deploy/demo/model"; }
+std::string DemoModel() {
+  return BALLAST_SOURCE_DIR "/deploy/demo/model";
+}
 
 // ---- processes ---------------------------------------------------------------------------------
 
@@ -173,8 +175,7 @@ Scrape::Scrape(const std::string& exposition) : text(exposition) {
       valid = false;
       continue;
     }
-    samples_.emplace(line.substr(0, brace),
-                     std::pair(line.substr(brace, space - brace), value));
+    samples_.emplace(line.substr(0, brace), std::pair(line.substr(brace, space - brace), value));
   }
   valid = valid && !samples_.empty();
 }
@@ -192,7 +193,9 @@ double Scrape::Sum(const std::string& name, const std::vector<std::string>& labe
   return sum;
 }
 
-int Scrape::Count(const std::string& name) const { return static_cast<int>(samples_.count(name)); }
+int Scrape::Count(const std::string& name) const {
+  return static_cast<int>(samples_.count(name));
+}
 
 // ---- the server --------------------------------------------------------------------------------
 
@@ -235,8 +238,8 @@ Answer Server::Complete(const json& body) const {
 }
 
 Scrape Server::Metrics(int rank) const {
-  auto client = HttpClient::Connect("127.0.0.1", metrics_ports_[static_cast<size_t>(rank)],
-                                    kAnswerTimeoutMs);
+  auto client =
+      HttpClient::Connect("127.0.0.1", metrics_ports_[static_cast<size_t>(rank)], kAnswerTimeoutMs);
   return Scrape(client.ok() ? ToAnswer(client->Request("GET", "/metrics")).body : "");
 }
 

@@ -147,11 +147,10 @@ TEST_CASE("a bad configuration file is named with the key and the value", "[serv
 TEST_CASE("a flag wins over the environment over the file over the default", "[serve]") {
   TempDir dir;
   const std::string path = dir / "ballast.json";
-  WriteText(path, json{{"model", DemoModel()},
-                       {"policy", "static"},
-                       {"split", "even"},
-                       {"slots-per-rank", 33}}
-                      .dump());
+  WriteText(
+      path,
+      json{{"model", DemoModel()}, {"policy", "static"}, {"split", "even"}, {"slots-per-rank", 33}}
+          .dump());
   // The model itself comes from the file here; where a value won shows in the line at start.
   Server server(1, {"--config", path, "--policy", "never"},
                 {{"BALLAST_POLICY", "eplb"}, {"BALLAST_SPLIT", "hash"}});
@@ -188,7 +187,7 @@ TEST_CASE("a port in use is named", "[serve]") {
                  {"--metrics-port", taken.port()});
 }
 
-TEST_CASE("a model that cannot be used is refused with the tensor or key", "[serve]") {
+TEST_CASE("a model that cannot be used is refused with the tensor or key", "[serve][sanitized]") {
   RequireRefusal(OnFreePorts("/nowhere/model"), {"/nowhere/model"});
   ModelCopy model;
   SECTION("architecture") {
