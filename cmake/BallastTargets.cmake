@@ -59,3 +59,21 @@ function(ballast_mpi_test name)
       LABELS mpi TIMEOUT 120 PROCESSORS ${np} ENVIRONMENT "${environment}")
   endforeach()
 endfunction()
+
+# ballast_serve_test(name SOURCES ... LIBS ...)
+# One Catch2 program that starts servers with mpirun, registered as one test per case under the label `serve`.
+function(ballast_serve_test name)
+  cmake_parse_arguments(arg "" "" "SOURCES;LIBS" ${ARGN})
+  add_executable(${name}_test ${arg_SOURCES})
+  target_link_libraries(${name}_test PRIVATE ${arg_LIBS} ballast_flags Catch2::Catch2WithMain)
+  target_compile_definitions(${name}_test PRIVATE
+    BALLAST_SOURCE_DIR="${PROJECT_SOURCE_DIR}" BALLAST_COMMAND="$<TARGET_FILE:ballast>")
+  add_dependencies(${name}_test ballast)
+  # Alone on the machine: ports, and the time within which a server hears a signal. Open MPI leaks by design.
+  # Under a sanitizer a part of them has to do: they take minutes.
+  if(BALLAST_SANITIZE)
+    set(cases TEST_SPEC "[sanitized]")
+  endif()
+  catch_discover_tests(${name}_test TEST_PREFIX "${name}: " ${cases}
+    PROPERTIES LABELS serve TIMEOUT 600 PROCESSORS 2 RUN_SERIAL TRUE ENVIRONMENT ASAN_OPTIONS=detect_leaks=0)
+endfunction()

@@ -72,7 +72,14 @@ absl::Status ApplyConfigFile(const std::string& path, CLI::App* command) {
       return absl::InvalidArgumentError(absl::StrCat(
           path, ": \"", key, "\" is ", value.dump(), ", allowed: a text, a number, true or false"));
     }
+    const bool takes_no_value = option->get_expected_max() == 0;
+    if (takes_no_value && !value.is_boolean()) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(path, ": \"", key, "\" is ", value.dump(), ", allowed: true or false"));
+    }
     try {
+      // What the file gives need not be given again.
+      option->required(false);
       option->default_val(value.is_string() ? value.get<std::string>() : value.dump());
     } catch (const CLI::Error& error) {
       return absl::InvalidArgumentError(absl::StrCat(path, ": ", error.what()));

@@ -1,5 +1,6 @@
 // The `ballast` command.
 #include <CLI/CLI.hpp>
+#include <cstdio>
 #include <cstdlib>
 #include <iostream>
 #include <utility>
@@ -56,7 +57,9 @@ int Main(int argc, char** argv) {
       if (argc < 2 || command->get_name() != argv[1]) continue;
       const absl::Status applied = ApplyConfigFile(config, command);
       if (applied.ok()) continue;
-      if (SpeaksForAll()) std::cerr << "ballast: " << applied.message() << "\n";
+      if (SpeaksForAll()) {
+        std::fprintf(stderr, "ballast: %s\n", std::string(applied.message()).c_str());
+      }
       return kExitUsage;
     }
   }
@@ -68,9 +71,11 @@ int Main(int argc, char** argv) {
       return kExitOk;
     }
     if (SpeaksForAll()) {
-      std::cerr << "ballast: " << error.what() << "\n(`ballast";
-      for (const CLI::App* chosen : app.get_subcommands()) std::cerr << " " << chosen->get_name();
-      std::cerr << " --help` lists what is allowed)\n";
+      std::string message = std::string("ballast: ") + error.what() + "\n(`ballast";
+      for (const CLI::App* chosen : app.get_subcommands()) message += " " + chosen->get_name();
+      message += " --help` lists what is allowed)\n";
+      // In one piece: mpirun writes to the same place.
+      std::fwrite(message.data(), 1, message.size(), stderr);
     }
     return kExitUsage;
   }

@@ -49,6 +49,20 @@ sigset_t StopSignals() {
   return signals;
 }
 
+// A request past its deadline counts as failed.
+RequestResult ResultOf(RequestEnd end) {
+  switch (end) {
+    case RequestEnd::kFinished:
+      return RequestResult::kOk;
+    case RequestEnd::kCancelled:
+      return RequestResult::kCancelled;
+    case RequestEnd::kRejected:
+      return RequestResult::kRejected;
+    default:
+      return RequestResult::kFailed;
+  }
+}
+
 // One rank of the server, from start to stop. Members are destroyed in reverse order: HTTP first,
 // then what it calls.
 class Server {
@@ -62,6 +76,8 @@ class Server {
   // COLLECTIVE: serves until told to stop.
   absl::Status Run() { return engine_->Run(); }
   void Stop();
+  // Whether this rank is the one to say why Start failed.
+  bool speaks() const { return speaks_; }
 
  private:
   bool is_leader() const { return mpi_->rank() == 0; }
@@ -96,6 +112,7 @@ class Server {
   std::unique_ptr<HttpServer> http_;
   std::thread signal_thread_;
   std::atomic<bool> ready_{false};
+  bool speaks_ = true;
 };
 
 absl::Status Server::Prepare() {
@@ -169,9 +186,14 @@ absl::Status Server::StartMetrics() {
 
 // All ranks go on, or all return the failure of one of them.
 absl::Status Server::Agree(absl::Status mine, const char* what) {
-  const int worst = mpi_->Highest(static_cast<int>(mine.code()));
-  if (!mine.ok() || worst == 0) return mine;
-  return absl::CancelledError(absl::StrCat(what, " failed on another rank"));
+  const int failed = mpi_->Highest(mine.ok() ? -1 : mpi_->size() - mpi_->rank());
+  if (failed < 0) return absl::OkStatus();
+  // The lowest rank that failed speaks, and all end with its code.
+  speaks_ = mpi_->size() - failed == mpi_->rank();
+  const int code = mpi_->Highest(speaks_ ? static_cast<int>(mine.code()) : 0);
+  if (speaks_) return mine;
+  return absl::Status(static_cast<absl::StatusCode>(code),
+                      absl::StrCat(what, " failed on another rank"));
 }
 
 absl::Status Server::Start() {
@@ -224,7 +246,11 @@ absl::Status Server::ConnectControl() {
         frontend_, Frontend::Create({.max_pending = flags_.max_queue,
                                      .request_timeout_ms = flags_.request_timeout_ms,
                                      .context_tokens = config.context_tokens,
-                                     .vocab_size = config.vocab_size},
+                                     .vocab_size = config.vocab_size,
+                                     .on_end =
+                                         [this](RequestEnd end) {
+                                           metrics_->OnRequest(ResultOf(end));
+                                         }},
                                     *std::move(channels), [](int rank, absl::Status status) {
                                       LogError("frontend",
                                                absl::StrCat("lost rank ", rank, ": ",
@@ -378,7 +404,7 @@ int Serve(const ServeFlags& flags, int* argc, char*** argv) {
   status = server.Start();
   if (status.ok()) status = server.Run();
   if (!status.ok()) {
-    if (status.code() != absl::StatusCode::kCancelled) {
+    if (server.speaks()) {
       std::fprintf(stderr, "ballast: rank %d: %s\n", (*mpi)->rank(),
                    std::string(status.message()).c_str());
     }

@@ -227,6 +227,7 @@ void Engine::Report() {
 
 absl::Status Engine::Rest() {
   last_cpu_us_ = 0;
+  observer_->OnRest(scheduler_->num_running(), scheduler_->num_waiting(), cache_->bytes_used());
   if (rebalancer_->busy()) rebalancer_->Slice();
   bool busy = next_command_.command != Command::kNone, same_wake = true;
   for (const Header& h : headers_) {

@@ -40,6 +40,8 @@ class EngineObserver {
   virtual ~EngineObserver() = default;
   virtual void OnStep(const StepRecord& record) = 0;
   virtual void OnPlanEnded(const Rebalancer::Outcome& outcome, const Placement& in_force) = 0;
+  // This rank has nothing to run: what was still in its batch was cancelled.
+  virtual void OnRest(int32_t running, int32_t waiting, int64_t kv_bytes_used) = 0;
 };
 
 struct EngineOptions {

@@ -61,6 +61,19 @@ absl::Status Check(const FrontendOptions& options, const GenerationRequest& requ
   return absl::OkStatus();
 }
 
+RequestEnd EndOf(FinishReason reason) {
+  switch (reason) {
+    case FinishReason::kCancelled:
+      return RequestEnd::kCancelled;
+    case FinishReason::kDeadline:
+      return RequestEnd::kDeadline;
+    case FinishReason::kFailed:
+      return RequestEnd::kFailed;
+    default:
+      return RequestEnd::kFinished;
+  }
+}
+
 }  // namespace
 
 // Two kinds of threads meet here: callers, who send and leave notes under the mutex, and the I/O
@@ -69,7 +82,7 @@ class Frontend::State {
  public:
   State(FrontendOptions options, std::vector<std::unique_ptr<ControlChannel>> channels,
         std::function<void(int, absl::Status)> on_failure, int wake_fd)
-      : options_(options),
+      : options_(std::move(options)),
         channels_(std::move(channels)),
         on_failure_(std::move(on_failure)),
         wake_fd_(wake_fd),
@@ -117,6 +130,7 @@ class Frontend::State {
 
   // Sends `body` to `rank` (-1: to all) and a WakeFrame with the same number to all others.
   absl::Status BroadcastLocked(int rank, decltype(LeaderFrame::body) body);
+  void CountLocked(RequestEnd end);
   // Ends a request on our side: the I/O thread will tell its sink. `it` is gone afterwards.
   void EndLocked(std::map<uint64_t, Pending>::iterator it, TokenEvent last);
   void EndAllLocked(FinishReason reason);
@@ -192,12 +206,12 @@ absl::StatusOr<uint64_t> Frontend::State::Submit(GenerationRequest request,
   BALLAST_RETURN_IF_ERROR(Check(options_, request));
   const std::lock_guard lock(mutex_);
   if (failed_ || draining_) {
-    ++counts_.rejected;
+    CountLocked(RequestEnd::kRejected);
     return absl::UnavailableError(failed_ ? "the server has lost a rank"
                                           : "the server is draining");
   }
   if (static_cast<int64_t>(pending_.size()) >= options_.max_pending) {
-    ++counts_.rejected;
+    CountLocked(RequestEnd::kRejected);
     return absl::ResourceExhaustedError(
         absl::StrCat("the queue is full: ", options_.max_pending, " requests are pending"));
   }
@@ -270,20 +284,29 @@ FrontendStats Frontend::State::stats() const {
 
 // ---- both, under the mutex ---------------------------------------------------------------------
 
-void Frontend::State::EndLocked(std::map<uint64_t, Pending>::iterator it, TokenEvent last) {
-  switch (last.finish) {
-    case FinishReason::kCancelled:
+void Frontend::State::CountLocked(RequestEnd end) {
+  switch (end) {
+    case RequestEnd::kFinished:
+      ++counts_.finished;
+      break;
+    case RequestEnd::kCancelled:
       ++counts_.cancelled;
       break;
-    case FinishReason::kDeadline:
+    case RequestEnd::kDeadline:
       ++counts_.deadline;
       break;
-    case FinishReason::kFailed:
+    case RequestEnd::kFailed:
       ++counts_.failed;
       break;
-    default:
-      ++counts_.finished;
+    case RequestEnd::kRejected:
+      ++counts_.rejected;
+      break;
   }
+  if (options_.on_end) options_.on_end(end);
+}
+
+void Frontend::State::EndLocked(std::map<uint64_t, Pending>::iterator it, TokenEvent last) {
+  CountLocked(EndOf(last.finish));
   Pending& pending = it->second;
   work_[static_cast<size_t>(pending.rank)] -= pending.work_tokens;
   deadlines_.erase({pending.deadline_ns, it->first});
@@ -435,8 +458,9 @@ absl::StatusOr<std::unique_ptr<Frontend>> Frontend::Create(
   }
   const int wake_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
   if (wake_fd < 0) return absl::InternalError("front end: no eventfd");
-  return std::unique_ptr<Frontend>(new Frontend(
-      std::make_unique<State>(options, std::move(channels), std::move(on_failure), wake_fd)));
+  auto state = std::make_unique<State>(std::move(options), std::move(channels),
+                                       std::move(on_failure), wake_fd);
+  return std::unique_ptr<Frontend>(new Frontend(std::move(state)));
 }
 
 Frontend::Frontend(std::unique_ptr<State> state) : state_(std::move(state)) {}

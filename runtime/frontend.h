@@ -14,11 +14,16 @@
 
 namespace ballast {
 
+// How a request came to an end, as the counters know it.
+enum class RequestEnd { kFinished, kCancelled, kDeadline, kFailed, kRejected };
+
 struct FrontendOptions {
   int32_t max_pending = 1024;            // requests admitted and not finished; more are refused
   int64_t request_timeout_ms = 300'000;  // default deadline of a request
   int32_t context_tokens = 0;            // prompt + generated at most
   int32_t vocab_size = 0;
+  // Told of each end, under the front end's lock: must not block or call back. Empty: nobody.
+  std::function<void(RequestEnd)> on_end = {};
 };
 
 // Receives the tokens of one request. Called from the front end's I/O thread: must not block.

@@ -24,7 +24,7 @@ namespace ballast {
 
 // What rank 0 has beside every rank's engine: the controller, on a thread of its own. Steps hand
 // their counts over and go on; plans go out to all ranks through the front end.
-// THREADS OnStep and OnPlanEnded from the step thread; the others from any thread.
+// THREADS OnStep, OnPlanEnded and OnRest from the step thread; the others from any thread.
 class Leader : public EngineObserver {
  public:
   struct Options {
@@ -42,6 +42,9 @@ class Leader : public EngineObserver {
 
   void OnStep(const StepRecord& record) override;
   void OnPlanEnded(const Rebalancer::Outcome& outcome, const Placement& in_force) override;
+  void OnRest(int32_t running, int32_t waiting, int64_t kv_bytes_used) override {
+    rank_observer_.OnRest(running, waiting, kv_bytes_used);
+  }
 
   // The placement in force as JSON: Placement::ToJson plus "replicas", [layer][expert] slots.
   std::string PlacementJson() const;

@@ -21,9 +21,13 @@ void RankObserver::OnStep(const StepRecord& record) {
                     .seconds = static_cast<double>(record.wall_us) * 1e-6,
                     .stall_seconds = static_cast<double>(record.stall_us) * 1e-6});
   metrics_->OnTokensGenerated(record.tokens_generated);
-  metrics_->SetSequencesRunning(record.running);
-  metrics_->SetQueueDepth(record.waiting);
-  metrics_->SetKvBytesUsed(record.kv_bytes_used);
+  OnRest(record.running, record.waiting, record.kv_bytes_used);
+}
+
+void RankObserver::OnRest(int32_t running, int32_t waiting, int64_t kv_bytes_used) {
+  metrics_->SetSequencesRunning(running);
+  metrics_->SetQueueDepth(waiting);
+  metrics_->SetKvBytesUsed(kv_bytes_used);
 }
 
 void RankObserver::OnPlanEnded(const Rebalancer::Outcome& outcome, const Placement& in_force) {

@@ -17,6 +17,7 @@ class RankObserver : public EngineObserver {
 
   void OnStep(const StepRecord& record) override;
   void OnPlanEnded(const Rebalancer::Outcome& outcome, const Placement& in_force) override;
+  void OnRest(int32_t running, int32_t waiting, int64_t kv_bytes_used) override;
 
  private:
   int32_t rank_;

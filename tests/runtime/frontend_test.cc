@@ -14,7 +14,7 @@ namespace {
 using testing::Eventually;
 using testing::FakeRanks;
 
-constexpr FrontendOptions kOptions{
+const FrontendOptions kOptions{
     .max_pending = 8, .request_timeout_ms = 60'000, .context_tokens = 64, .vocab_size = 256};
 
 class Recorder : public TokenSink {

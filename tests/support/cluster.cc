@@ -53,6 +53,7 @@ class CollectorSink : public TokenSink {
 class NoObserver : public EngineObserver {
   void OnStep(const StepRecord&) override {}
   void OnPlanEnded(const Rebalancer::Outcome&, const Placement&) override {}
+  void OnRest(int32_t, int32_t, int64_t) override {}
 };
 
 }  // namespace
@@ -70,6 +71,9 @@ struct Cluster::Counter : EngineObserver {
     cluster->copies_ += applied ? outcome.copies : 0;
     ++(applied ? cluster->flips_ : cluster->aborts_);
     cluster->leader_->OnPlanEnded(outcome, in_force);
+  }
+  void OnRest(int32_t running, int32_t waiting, int64_t kv_bytes_used) override {
+    cluster->leader_->OnRest(running, waiting, kv_bytes_used);
   }
   Cluster* cluster;
 };

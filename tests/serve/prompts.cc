@@ -1,0 +1,42 @@
+#include "tests/serve/prompts.h"
+
+#include <catch2/catch.hpp>
+#include <string>
+
+#include "base/random.h"
+#include "tests/serve/server.h"
+
+namespace ballast::testing {
+
+std::vector<nlohmann::json> MixedRequests(int count, int longest_answer) {
+  constexpr uint64_t kSeed = 20'240'607;
+  constexpr uint64_t kLongestPrompt = 300;
+  std::vector<std::string> texts;
+  for (const char* name : {"code", "english", "japanese", "structured"}) {
+    texts.push_back(
+        ReadText(std::string(BALLAST_SOURCE_DIR "/deploy/demo/prompts/") + name + ".txt"));
+    REQUIRE(texts.back().size() > kLongestPrompt);
+  }
+  std::vector<nlohmann::json> requests;
+  for (int i = 0; i < count; ++i) {
+    const auto draw = [&](int what, uint64_t limit) {
+      return RandomBits(kSeed, static_cast<uint64_t>(i) * 8 + static_cast<uint64_t>(what)) % limit;
+    };
+    const std::string& text = texts[static_cast<size_t>(i) % texts.size()];
+    const uint64_t length = 1 + draw(0, kLongestPrompt);
+    const uint64_t begin = draw(1, text.size() - length);
+    // The tokens of the demo model are bytes, so a cut may fall inside a character.
+    nlohmann::json prompt = nlohmann::json::array();
+    for (uint64_t at = begin; at < begin + length; ++at) {
+      prompt.push_back(static_cast<unsigned char>(text[at]));
+    }
+    requests.push_back({{"prompt", std::move(prompt)},
+                        {"max_tokens", 1 + draw(2, static_cast<uint64_t>(longest_answer))},
+                        {"temperature", i % 2 == 0 ? 0.0 : 1.0},
+                        {"seed", 1000 + i},
+                        {"return_token_ids", true}});
+  }
+  return requests;
+}
+
+}  // namespace ballast::testing

@@ -1,0 +1,237 @@
+// What an operator reads when the server cannot start: once, with the name, the value and what is
+// allowed; exit code 2.
+#include <arpa/inet.h>
+#include <netinet/in.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <catch2/catch.hpp>
+#include <cstring>
+#include <filesystem>
+#include <functional>
+
+#include "tests/serve/server.h"
+
+namespace ballast::testing {
+namespace {
+
+using nlohmann::json;
+using Arguments = std::vector<std::string>;
+
+int CountOf(const std::string& text, const std::string& part) {
+  int count = 0;
+  for (size_t at = 0; (at = text.find(part, at)) != std::string::npos; at += part.size()) ++count;
+  return count;
+}
+
+// `ballast serve` says each of `parts` in its one message and exits 2, alone and on two ranks.
+void RequireRefusal(const Arguments& arguments, const std::vector<std::string>& parts,
+                    const Environment& environment = {}) {
+  for (const int ranks : {1, 2}) {
+    Arguments all = {"serve"};
+    all.insert(all.end(), arguments.begin(), arguments.end());
+    const Ended ended = RunBallast(ranks, all, environment);
+    INFO(ranks << " ranks: " << ended.err);
+    REQUIRE(ended.code == 2);
+    REQUIRE(CountOf(ended.err, "ballast: ") == 1);
+    const size_t begin = ended.err.find("ballast: ");
+    const std::string message = ended.err.substr(begin, ended.err.find('\n', begin) - begin);
+    for (const std::string& part : parts) {
+      INFO("wanted: " << part);
+      REQUIRE(message.find(part) != std::string::npos);
+    }
+  }
+}
+
+Arguments OnFreePorts(const std::string& model, const Arguments& more = {}) {
+  Arguments arguments = {"--model", model, "--port", "0", "--metrics-port", "0"};
+  arguments.insert(arguments.end(), more.begin(), more.end());
+  return arguments;
+}
+
+// A listening socket on a port that the system chose.
+class TakenPort {
+ public:
+  TakenPort() : fd_(socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0)) {
+    sockaddr_in address{};
+    address.sin_family = AF_INET;
+    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    socklen_t length = sizeof address;
+    REQUIRE(bind(fd_, reinterpret_cast<sockaddr*>(&address), length) == 0);
+    REQUIRE(listen(fd_, 1) == 0);
+    REQUIRE(getsockname(fd_, reinterpret_cast<sockaddr*>(&address), &length) == 0);
+    port_ = std::to_string(ntohs(address.sin_port));
+  }
+  ~TakenPort() { close(fd_); }
+  const std::string& port() const { return port_; }
+
+ private:
+  int fd_;
+  std::string port_;
+};
+
+// A copy of the demo model that a test may break.
+class ModelCopy {
+ public:
+  ModelCopy() {
+    std::filesystem::copy(DemoModel(), dir_.path(),
+                          std::filesystem::copy_options::recursive |
+                              std::filesystem::copy_options::overwrite_existing);
+    const std::string file = ReadText(weights_path());
+    uint64_t length = 0;
+    std::memcpy(&length, file.data(), sizeof length);
+    header = json::parse(file.substr(8, length));
+    data = file.substr(8 + length);
+  }
+  const std::string& path() const { return dir_.path(); }
+  std::string weights_path() const { return dir_ / "model.safetensors"; }
+  void EditConfig(const std::function<void(json&)>& edit) {
+    json config = json::parse(ReadText(dir_ / "config.json"));
+    edit(config);
+    WriteText(dir_ / "config.json", config.dump());
+  }
+  void WriteWeights() {
+    const std::string text = header.dump();
+    const uint64_t length = text.size();
+    WriteText(weights_path(),
+              std::string(reinterpret_cast<const char*>(&length), sizeof length) + text + data);
+  }
+
+  json header;
+  std::string data;
+
+ private:
+  TempDir dir_;
+};
+
+constexpr char kExpertTensor[] = "model.layers.2.mlp.experts.5.up_proj.weight";
+
+TEST_CASE("a bad flag is named with its value and what is allowed", "[serve]") {
+  RequireRefusal({"--model", DemoModel(), "--bogus=3"}, {"--bogus"});
+  RequireRefusal({"--port", "0"}, {"--model"});
+  RequireRefusal(OnFreePorts(DemoModel(), {"--max-seqs", "0"}), {"--max-seqs", "0", "1 to 65536"});
+  RequireRefusal(OnFreePorts(DemoModel(), {"--dtype", "int3"}), {"--dtype", "int3", "bf16"});
+  RequireRefusal(OnFreePorts(DemoModel(), {"--kv-bytes", "lots"}), {"--kv-bytes", "lots"});
+  RequireRefusal(OnFreePorts(DemoModel(), {"--kv-bytes", "10"}), {"--kv-bytes", "10", "at least"});
+  RequireRefusal(OnFreePorts(DemoModel(), {"--slots-per-rank", "3"}),
+                 {"--slots-per-rank", "3", "at least"});
+  RequireRefusal(OnFreePorts(DemoModel(), {"--step-log", "/nowhere/steps"}),
+                 {"--step-log", "/nowhere/steps"});
+}
+
+TEST_CASE("a bad environment variable is refused like its flag", "[serve]") {
+  RequireRefusal(OnFreePorts(DemoModel()), {"--max-seqs", "lots"}, {{"BALLAST_MAX_SEQS", "lots"}});
+  RequireRefusal(OnFreePorts(DemoModel()), {"--policy", "best", "eplb"},
+                 {{"BALLAST_POLICY", "best"}});
+  RequireRefusal(OnFreePorts(DemoModel()), {"--max-queue", "0"}, {{"BALLAST_MAX_QUEUE", "0"}});
+}
+
+TEST_CASE("a bad configuration file is named with the key and the value", "[serve]") {
+  TempDir dir;
+  const std::string path = dir / "ballast.json";
+  const auto refused = [&](const std::string& text, std::vector<std::string> parts) {
+    WriteText(path, text);
+    parts.push_back(path);
+    RequireRefusal(OnFreePorts(DemoModel(), {"--config", path}), parts);
+  };
+  refused(R"({"max-seqz": 3})", {"max-seqz", "max-seqs"});
+  refused(R"({"max-seqs": "many"})", {"max-seqs", "many", "1 to 65536"});
+  refused(R"({"max-seqs": [3]})", {"max-seqs", "[3]"});
+  refused(R"({"no-metrics": 7})", {"no-metrics", "7"});
+  refused(R"({"max-seqs": 0})", {"max-seqs", "0", "1 to 65536"});
+  refused(R"({"max-seqs": 3)", {"JSON"});
+  RequireRefusal(OnFreePorts(DemoModel(), {"--config", dir / "absent.json"}),
+                 {"--config", dir / "absent.json"});
+}
+
+TEST_CASE("a flag wins over the environment over the file over the default", "[serve]") {
+  TempDir dir;
+  const std::string path = dir / "ballast.json";
+  WriteText(
+      path,
+      json{{"model", DemoModel()}, {"policy", "static"}, {"split", "even"}, {"slots-per-rank", 33}}
+          .dump());
+  // The model itself comes from the file here; where a value won shows in the line at start.
+  Server server(1, {"--config", path, "--policy", "never"},
+                {{"BALLAST_POLICY", "eplb"}, {"BALLAST_SPLIT", "hash"}});
+  INFO(server.Log());
+  REQUIRE(server.Log().find("33 slots per rank, policy never, split hash") != std::string::npos);
+  REQUIRE(server.Stop() == 0);
+
+  WriteText(path, json{{"model", DemoModel()}, {"max-seqs", 0}}.dump());
+  RequireRefusal({"--config", path}, {"max-seqs", "0"});
+  WriteText(path, json{{"model", "/nowhere/of-the-file"}}.dump());
+  RequireRefusal({"--config", path}, {"/nowhere/of-the-file"});
+}
+
+TEST_CASE("help shows the defaults and exits 0", "[serve]") {
+  for (const int ranks : {1, 2}) {
+    const Ended ended = RunBallast(ranks, {"serve", "--help"});
+    INFO(ended.out);
+    REQUIRE(ended.code == 0);
+    REQUIRE(ended.err.find("ballast: ") == std::string::npos);
+    for (const char* part : {"--model", "--port", "=8080", "--metrics-port", "=9420", "=eplb",
+                             "=exact", "BALLAST_PORT", "=300000"}) {
+      INFO(part);
+      REQUIRE(ended.out.find(part) != std::string::npos);
+    }
+    REQUIRE(CountOf(ended.out, "--prefill-chunk") == 1);
+  }
+}
+
+TEST_CASE("a port in use is named", "[serve]") {
+  const TakenPort taken;
+  RequireRefusal({"--model", DemoModel(), "--port", taken.port(), "--metrics-port", "0"},
+                 {"--port", taken.port()});
+  RequireRefusal({"--model", DemoModel(), "--port", "0", "--metrics-port", taken.port()},
+                 {"--metrics-port", taken.port()});
+}
+
+TEST_CASE("a model that cannot be used is refused with the tensor or key", "[serve][sanitized]") {
+  RequireRefusal(OnFreePorts("/nowhere/model"), {"/nowhere/model"});
+  ModelCopy model;
+  SECTION("architecture") {
+    model.EditConfig([](json& c) { c["architectures"] = {"LlamaForCausalLM"}; });
+    RequireRefusal(OnFreePorts(model.path()), {"LlamaForCausalLM", "Glm4MoeForCausalLM"});
+  }
+  SECTION("key of config.json out of range") {
+    model.EditConfig([](json& c) { c["num_experts_per_tok"] = 99; });
+    RequireRefusal(OnFreePorts(model.path()), {"num_experts_per_tok", "99", "1 to 32"});
+  }
+  SECTION("truncated file") {
+    std::filesystem::resize_file(model.weights_path(), 1'000'000);
+    RequireRefusal(OnFreePorts(model.path()), {model.weights_path(), "truncated"});
+  }
+  SECTION("unsupported dtype") {
+    model.header[kExpertTensor]["dtype"] = "F16";
+    model.WriteWeights();
+    RequireRefusal(OnFreePorts(model.path()), {kExpertTensor, "F16", "BF16"});
+  }
+  SECTION("wrong shape") {
+    const json shape = model.header[kExpertTensor]["shape"];
+    model.header[kExpertTensor]["shape"] = {shape[1], shape[0]};
+    model.WriteWeights();
+    RequireRefusal(OnFreePorts(model.path()), {kExpertTensor, "[128, 64]", "[64, 128]"});
+  }
+  SECTION("NaN in an expert") {
+    const json& entry = model.header[kExpertTensor];
+    const size_t at = entry["data_offsets"][0].get<size_t>() + 10;
+    REQUIRE(entry["dtype"] == "BF16");
+    model.data[at] = '\xc0';
+    model.data[at + 1] = '\x7f';
+    model.WriteWeights();
+    RequireRefusal(OnFreePorts(model.path()), {kExpertTensor, "NaN"});
+  }
+  SECTION("NaN in what every rank loads") {
+    const json& entry = model.header["model.embed_tokens.weight"];
+    const size_t at = entry["data_offsets"][0].get<size_t>();
+    REQUIRE(entry["dtype"] == "BF16");
+    model.data[at] = '\xc0';
+    model.data[at + 1] = '\x7f';
+    model.WriteWeights();
+    RequireRefusal(OnFreePorts(model.path()), {"model.embed_tokens.weight", "NaN"});
+  }
+}
+
+}  // namespace
+}  // namespace ballast::testing
