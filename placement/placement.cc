@@ -285,9 +285,13 @@ absl::StatusOr<Placement> Placement::Contiguous(int32_t num_layers, int32_t num_
     int32_t slot = topology.slot_offsets[r];
     for (int32_t e : block[r]) row[slot++] = e;
     if (!fill_spare) continue;
-    for (int32_t distance = 1; distance < num_ranks; ++distance) {
-      for (int32_t e : block[(r + distance) % num_ranks]) {
-        if (slot < topology.slot_offsets[r + 1]) row[slot++] = e;
+    // Neighbours at all distances once, then all of them with their next expert.
+    const int32_t end = topology.slot_offsets[r + 1];
+    for (int32_t round = 0; slot < end && round < num_experts; ++round) {
+      for (int32_t distance = 1; slot < end && distance < num_ranks; ++distance) {
+        const std::vector<int32_t>& theirs = block[(r + distance) % num_ranks];
+        const int32_t size = static_cast<int32_t>(theirs.size());
+        if (round < size) row[slot++] = theirs[(distance - 1 + round) % size];
       }
     }
   }

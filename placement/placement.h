@@ -47,8 +47,8 @@ class Placement {
                                           int64_t epoch);
 
   // Expert e on rank floor(e * R / E): the experts in order, in blocks as even as can be. Spare
-  // slots are empty, or (fill_spare) filled as a ring: rank r copies the first experts of rank r+1
-  // (then of r+2, ...; never one of its own).
+  // slots are empty, or (fill_spare) filled as a ring: the i-th of rank r copies an expert of rank
+  // r + i, for i = 1, 2, ... round the ranks; so the copies join as many pairs of ranks as can be.
   // ERRORS kInvalidArgument when the slots do not suffice, with both numbers
   static absl::StatusOr<Placement> Contiguous(int32_t num_layers, int32_t num_experts,
                                               const Topology& topology, bool fill_spare);
