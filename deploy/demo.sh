@@ -54,6 +54,6 @@ run() { # run NAME POLICY
 }
 
 run static static
-run dynamic eplb
+run dynamic regret
 build/cpu/ballast-demo report --static "$out/static.json" --dynamic "$out/dynamic.json" --out-dir "$out"
 echo "demo: report in $out/report.html"

@@ -267,6 +267,8 @@ absl::Status Server::StartLeader() {
   options.controller.policy = flags_.policy;
   options.controller.num_groups = config.gate.num_groups;
   options.controller.window_tokens = flags_.window_tokens;
+  options.controller.batch_tokens = flags_.batch_tokens;
+  options.controller.rho = flags_.rho;
   options.controller.min_gain = flags_.min_gain;
   options.controller.min_steps_between = flags_.min_steps_between;
   options.controller.force_every_steps = flags_.rebalance_every;

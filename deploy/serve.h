@@ -18,7 +18,7 @@ struct ServeFlags {
   std::string control_host;
   std::string device = "cpu";
   std::string dtype = "auto";
-  std::string policy = "eplb";
+  std::string policy = "regret";
   std::string split = "exact";
   int32_t slots_per_rank = 0;
   int32_t max_seqs = 64;
@@ -30,8 +30,10 @@ struct ServeFlags {
   int64_t drain_timeout_ms = 30'000;
   int32_t threads = 0;
   int64_t window_tokens = 8192;
+  int64_t batch_tokens = 1024;
+  double rho = 0.1;
   int32_t rebalance_every = 0;
-  int32_t min_steps_between = 16;
+  int32_t min_steps_between = 0;
   double min_gain = 0.02;
   uint64_t migration_slice_bytes = 1 << 20;
   uint64_t migration_chunk_bytes = 256 << 10;

@@ -12,47 +12,64 @@ void AddServerFlags(CLI::App* app, ServeFlags* f) {
   const char* group = "Server";
   app->add_option("--host", f->host, "Address that HTTP and metrics listen on")->group(group);
   app->add_option("--port", f->port, "Port of the HTTP server on rank 0; 0: any free one")
-      ->check(CLI::Range(0, 65535))->group(group);
+      ->check(CLI::Range(0, 65535))
+      ->group(group);
   app->add_option("--metrics-port", f->metrics_port,
                   "Port of the metrics of local rank 0, the next ranks follow; 0: any free ones")
-      ->check(CLI::Range(0, 65535))->group(group);
+      ->check(CLI::Range(0, 65535))
+      ->group(group);
   app->add_flag("--no-metrics", f->no_metrics, "Do not export metrics")->group(group);
   app->add_option("--control-host", f->control_host,
                   "Address of rank 0 for the other ranks (default: its host name, or 127.0.0.1 on "
-                  "one node)")->group(group);
+                  "one node)")
+      ->group(group);
   app->add_option("--max-queue", f->max_queue, "Requests admitted at a time; more get 429")
-      ->check(CLI::Range(1, 4096))->group(group);
+      ->check(CLI::Range(1, 4096))
+      ->group(group);
   app->add_option("--request-timeout-ms", f->request_timeout_ms, "Deadline of a request")
-      ->check(CLI::Range(int64_t{1}, int64_t{86'400'000}))->group(group);
+      ->check(CLI::Range(int64_t{1}, int64_t{86'400'000}))
+      ->group(group);
   app->add_option("--drain-timeout-ms", f->drain_timeout_ms,
                   "On SIGTERM: how long running requests may take to end")
-      ->check(CLI::Range(int64_t{0}, int64_t{86'400'000}))->group(group);
+      ->check(CLI::Range(int64_t{0}, int64_t{86'400'000}))
+      ->group(group);
   app->add_option("--ready-file", f->ready_file,
-                  "Written when all ranks are ready: JSON with the ports in use")->group(group);
+                  "Written when all ranks are ready: JSON with the ports in use")
+      ->group(group);
   app->add_option("--log-level", f->log_level, "Lowest level that is logged")
-      ->check(CLI::IsMember({"debug", "info", "warning", "error"}))->group(group);
+      ->check(CLI::IsMember({"debug", "info", "warning", "error"}))
+      ->group(group);
 }
 
 void AddEngineFlags(CLI::App* app, ServeFlags* f) {
   const char* group = "Engine";
   app->add_option("--device", f->device, "Where the model runs")
-      ->check(CLI::IsMember({"cpu"}))->group(group);
-  app->add_option("--dtype", f->dtype, "Activations and packed parameters; auto: bf16 where the "
+      ->check(CLI::IsMember({"cpu"}))
+      ->group(group);
+  app->add_option("--dtype", f->dtype,
+                  "Activations and packed parameters; auto: bf16 where the "
                   "processor multiplies it")
-      ->check(CLI::IsMember({"auto", "bf16", "fp32"}))->group(group);
+      ->check(CLI::IsMember({"auto", "bf16", "fp32"}))
+      ->group(group);
   app->add_option("--max-seqs", f->max_seqs, "Sequences that run at a time on a rank")
-      ->check(CLI::Range(1, 65536))->group(group);
+      ->check(CLI::Range(1, 65536))
+      ->group(group);
   app->add_option("--max-batch-tokens", f->max_batch_tokens, "Tokens of one step on a rank")
-      ->check(CLI::Range(1, 1 << 20))->group(group);
+      ->check(CLI::Range(1, 1 << 20))
+      ->group(group);
   app->add_option("--prefill-chunk", f->prefill_chunk, "Tokens of one prompt in one step")
-      ->check(CLI::Range(1, 1 << 20))->group(group);
+      ->check(CLI::Range(1, 1 << 20))
+      ->group(group);
   app->add_option("--kv-bytes", f->kv_bytes, "Memory for keys and values on a rank (e.g. 4GiB)")
-      ->transform(CLI::AsSizeValue(false))->group(group);
+      ->transform(CLI::AsSizeValue(false))
+      ->group(group);
   app->add_option("--threads", f->threads,
                   "Threads of the matrix products on a rank; 0: the cores it may use")
-      ->check(CLI::Range(0, 1024))->group(group);
+      ->check(CLI::Range(0, 1024))
+      ->group(group);
   app->add_option("--step-timeout-ms", f->step_timeout_ms, "Deadline of every wait for other ranks")
-      ->check(CLI::Range(int64_t{100}, int64_t{86'400'000}))->group(group);
+      ->check(CLI::Range(int64_t{100}, int64_t{86'400'000}))
+      ->group(group);
   app->add_option("--step-log", f->step_log, "File that gets one JSON line per step")->group(group);
 }
 
@@ -60,28 +77,49 @@ void AddPlacementFlags(CLI::App* app, ServeFlags* f) {
   const char* group = "Placement";
   app->add_option("--slots-per-rank", f->slots_per_rank,
                   "Expert slots of a rank in each layer; 0: its share of the experts and two more")
-      ->check(CLI::Range(0, 4096))->group(group);
+      ->check(CLI::Range(0, 4096))
+      ->group(group);
   app->add_option("--policy", f->policy, "What plans the placement")
-      ->check(CLI::IsMember(PolicyNames()))->group(group);
+      ->check(CLI::IsMember(PolicyNames()))
+      ->group(group);
   app->add_option("--split", f->split, "How tokens are divided over the copies of an expert")
-      ->check(CLI::IsMember({"exact", "even", "roundrobin", "hash"}))->group(group);
+      ->check(CLI::IsMember({"exact", "even", "roundrobin", "hash"}))
+      ->group(group);
   app->add_option("--window-tokens", f->window_tokens, "Tokens that a decision looks back over")
-      ->check(CLI::Range(int64_t{1}, int64_t{1} << 40))->group(group);
+      ->check(CLI::Range(int64_t{1}, int64_t{1} << 40))
+      ->group(group);
+  app->add_option("--batch-tokens", f->batch_tokens,
+                  "Policy regret: steps are added up to batches of so many tokens")
+      ->check(CLI::Range(int64_t{1}, int64_t{1} << 40))
+      ->group(group);
+  app->add_option("--rho", f->rho,
+                  "Policy regret: what the transfer of one expert costs, in ideal times of a layer "
+                  "and batch")
+      ->check(CLI::Range(1e-6, 1e6))
+      ->group(group);
   app->add_option("--min-gain", f->min_gain,
-                  "Smallest fall of a layer's imbalance (max/mean) that is worth moving for")
-      ->check(CLI::Range(0.0, 100.0))->group(group);
+                  "Policy eplb: smallest fall of a layer's imbalance (max/mean) worth moving for")
+      ->check(CLI::Range(0.0, 100.0))
+      ->group(group);
   app->add_option("--min-steps-between", f->min_steps_between, "Steps from one plan to the next")
-      ->check(CLI::Range(0, 1 << 30))->group(group);
+      ->check(CLI::Range(0, 1 << 30))
+      ->group(group);
   app->add_option("--rebalance-every", f->rebalance_every,
                   "Plan every so many steps, whatever there is to gain; 0: only when it pays")
-      ->check(CLI::Range(0, 1 << 30))->group(group);
+      ->check(CLI::Range(0, 1 << 30))
+      ->group(group);
   app->add_option("--migration-slice-bytes", f->migration_slice_bytes,
                   "Most bytes of expert parameters moved between two layers of a step")
-      ->transform(CLI::AsSizeValue(false))->check(CLI::Range(4096.0, 1e12))->group(group);
+      ->transform(CLI::AsSizeValue(false))
+      ->check(CLI::Range(4096.0, 1e12))
+      ->group(group);
   app->add_option("--migration-chunk-bytes", f->migration_chunk_bytes, "Size of one such message")
-      ->transform(CLI::AsSizeValue(false))->check(CLI::Range(4096.0, 1e9))->group(group);
+      ->transform(CLI::AsSizeValue(false))
+      ->check(CLI::Range(4096.0, 1e9))
+      ->group(group);
   app->add_option("--plan-timeout-ms", f->plan_timeout_ms, "A plan not staged by then is given up")
-      ->check(CLI::Range(int64_t{1}, int64_t{86'400'000}))->group(group);
+      ->check(CLI::Range(int64_t{1}, int64_t{86'400'000}))
+      ->group(group);
 }
 
 }  // namespace

@@ -121,7 +121,10 @@ void Controller::OnStep(int64_t, int64_t num_tokens, std::span<const int32_t> co
 void Controller::AddToBatch(int64_t num_tokens, std::span<const int32_t> counts) {
   for (size_t i = 0; i < batch_.size(); ++i) batch_[i] += counts[i];
   batch_tokens_ += num_tokens;
-  if (batch_tokens_ < options_.batch_tokens) return;
+  if (batch_tokens_ >= options_.batch_tokens) HandOverBatch();
+}
+
+void Controller::HandOverBatch() {
   const size_t num_experts = placement_.num_experts();
   for (size_t layer = 0; layer < planners_.size(); ++layer) {
     const auto of_layer =
@@ -150,6 +153,7 @@ std::optional<MigrationPlan> Controller::Decide(int64_t step, bool force, Decisi
   }
   if (*why != Decision::kNone) return std::nullopt;
 
+  if (forced && batch_tokens_ > 0) HandOverBatch();
   new_batch_ = false;
   bool policy_stays = false;
   std::vector<Placement::LayerRow> rows = WithinLimit(WantedRows(forced, &policy_stays));

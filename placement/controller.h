@@ -93,6 +93,7 @@ class Controller {
   };
 
   Controller(ControllerOptions options, Placement initial, std::unique_ptr<Policy> policy);
+  void HandOverBatch();
   void AddToBatch(int64_t num_tokens, std::span<const int32_t> counts);
   std::vector<Candidate> WantedRows(bool forced, bool* policy_stays);
   void MeasureGains(std::vector<Candidate>* wanted) const;

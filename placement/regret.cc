@@ -267,8 +267,8 @@ void RegretPlanner::CollectExchanges(int32_t slot, int32_t level) {
 }
 
 // Improves the placement being worked on until no rank may receive more than `level` copies or
-// nothing helps. Returns the copies made.
-int32_t RegretPlanner::Search(int32_t level) {
+// no change gains `least_gain` per copy. Returns the copies made.
+int32_t RegretPlanner::Search(int32_t level, float least_gain) {
   int32_t copies = 0;
   for (int i = 0; i < kMostChanges; ++i) {
     FillInForce();
@@ -284,7 +284,7 @@ int32_t RegretPlanner::Search(int32_t level) {
                                                         : a.from_slot < b.from_slot;
                       });
     const Change* best = nullptr;
-    float best_gain = kLeastGain;
+    float best_gain = least_gain;
     for (size_t c = 0; c < count; ++c) {
       const float gain =
           (now - Evaluate(candidates_[c])) / static_cast<float>(candidates_[c].copies());
@@ -336,7 +336,7 @@ std::optional<std::vector<int32_t>> RegretPlanner::Plan(const Input& input) {
   int32_t accepted_busiest = 0;
   std::fill(received_.begin(), received_.end(), 0);
   for (int32_t level = 1; level <= kMostLevels; ++level) {
-    if (Search(level) == 0) break;
+    if (Search(level, input.forced ? 0.0f : kLeastGain) == 0) break;
     const Lanes loads = LargestLoads(memory_.history());
     const float regret = LargestSuffix(accepted_loads, loads);
     const int32_t busiest = *std::max_element(received_.begin(), received_.end());

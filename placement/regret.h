@@ -60,7 +60,7 @@ class RegretPlanner : public LayerPlanner {
   void CollectCandidates(int32_t level);
   void CollectCopies(int32_t slot);
   void CollectExchanges(int32_t slot, int32_t level);
-  int32_t Search(int32_t level);
+  int32_t Search(int32_t level, float least_gain);
   float LargestSuffix(const Lanes& before, const Lanes& after) const;
   double Threshold() const;
 
