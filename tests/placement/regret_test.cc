@@ -1,0 +1,202 @@
+#include "placement/regret.h"
+
+#include <catch2/catch.hpp>
+#include <cmath>
+#include <numeric>
+
+#include "base/random.h"
+#include "placement/controller.h"
+#include "placement/split.h"
+#include "placement/water_fill.h"
+
+namespace ballast {
+namespace {
+
+constexpr int32_t kExperts = 64, kRanks = 8, kSlots = 9;
+
+// Copies per expert of one batch of traffic whose shares are `share`.
+std::vector<int32_t> Draw(const std::vector<double>& share, int tokens, Random* random) {
+  std::vector<double> sum(share.size());
+  std::partial_sum(share.begin(), share.end(), sum.begin());
+  std::vector<int32_t> counts(share.size());
+  for (int i = 0; i < tokens; ++i) {
+    const double at = random->Uniform() * sum.back();
+    ++counts[static_cast<size_t>(std::lower_bound(sum.begin(), sum.end(), at) - sum.begin())];
+  }
+  return counts;
+}
+
+std::vector<double> SkewedShares(Random* random) {
+  std::vector<double> share(kExperts);
+  for (double& s : share) s = std::exp(2.0 * random->Uniform());
+  return share;
+}
+
+ControllerOptions Options(double rho) {
+  ControllerOptions options;
+  options.policy = "regret";
+  options.rho = rho;
+  options.min_steps_between = 0;
+  return options;
+}
+
+Placement Ring() {
+  return *Placement::Contiguous(1, kExperts, Topology::Uniform(kRanks, kSlots), true);
+}
+
+double Imbalance(const Placement& placement, const std::vector<int32_t>& counts) {
+  std::vector<int32_t> by_source(static_cast<size_t>(kRanks) * kExperts);
+  std::copy(counts.begin(), counts.end(), by_source.begin());
+  Split split;
+  Splitter(placement.hosts(0)).Run(SplitMode::kExact, by_source, &split);
+  return static_cast<double>(split.largest_load) * kRanks /
+         std::accumulate(counts.begin(), counts.end(), 0);
+}
+
+struct Outcome {
+  double imbalance = 0;  // mean over the second half of the steps
+  int copies = 0;
+  int busiest_twice = 0;  // plans that brought a rank an expert that it had
+};
+
+// Runs `steps` steps from step `begin` on.
+Outcome Run(Controller* controller, const std::vector<double>& share, int begin, int steps,
+            Random* random) {
+  Outcome outcome;
+  for (int step = begin; step < begin + steps; ++step) {
+    const auto counts = Draw(share, 6144, random);
+    if (step >= begin + steps / 2) outcome.imbalance += Imbalance(controller->placement(), counts);
+    controller->OnStep(step, 1024, counts);
+    Decision why;
+    const auto plan = controller->Decide(step, false, &why);
+    if (!plan.has_value()) continue;
+    outcome.copies += static_cast<int>(plan->moves.size());
+    controller->OnCommitted(plan->plan_id, step);
+    for (int32_t e = 0; e < kExperts; ++e) {
+      const LayerHosts& hosts = controller->placement().hosts(0);
+      for (int32_t h = hosts.host_offsets[e]; h < hosts.host_offsets[e + 1]; ++h) {
+        outcome.busiest_twice += hosts.host_copies[h] > 1;
+      }
+    }
+  }
+  outcome.imbalance /= steps - steps / 2;
+  return outcome;
+}
+
+TEST_CASE("water-filling comes close to the exact split in every lane", "[placement][regret]") {
+  Random random(3);
+  const Placement placement = Ring();
+  const LayerHosts& hosts = placement.hosts(0);
+  std::vector<Lanes> demand(kExperts);
+  std::vector<std::vector<int32_t>> counts;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    counts.push_back(Draw(SkewedShares(&random), 6144, &random));
+    for (int32_t e = 0; e < kExperts; ++e) demand[e][lane] = static_cast<float>(counts[lane][e]);
+  }
+  std::vector<RankList> ranks(kExperts);
+  std::vector<Lanes> load(kRanks), flows(hosts.host_rank.size());
+  std::vector<SharedExpert> shared;
+  for (int32_t e = 0; e < kExperts; ++e) {
+    for (int32_t h = hosts.host_offsets[e]; h < hosts.host_offsets[e + 1]; ++h) {
+      Insert(hosts.host_rank[h], &ranks[e]);
+    }
+    if (ranks[e].size() == 1) {
+      load[ranks[e][0]] += demand[e];
+    } else {
+      shared.push_back({&ranks[e], &demand[e], &flows[hosts.host_offsets[e]]});
+    }
+  }
+  WaterFill(shared, 50, load);
+  for (int lane = 0; lane < kLanes; ++lane) {
+    float largest = 0, total = 0;
+    for (const Lanes& l : load) largest = std::max(largest, l[lane]), total += l[lane];
+    CHECK(total == Approx(6144).epsilon(1e-4));
+    CHECK(largest * kRanks / total ==
+          Approx(Imbalance(placement, counts[lane])).margin(1.0 * kRanks / 6144 + 1e-3));
+  }
+}
+
+TEST_CASE("skewed traffic is balanced with few copies and then left alone",
+          "[placement][regret]") {
+  Random random(11);
+  for (int i = 0; i < 5; ++i) {
+    auto controller = *Controller::Create(Options(0.03), Ring());
+    const auto share = SkewedShares(&random);
+    const Outcome first = Run(controller.get(), share, 0, 40, &random);
+    CHECK(first.copies > 0);
+    CHECK(first.copies < 40);
+    CHECK(first.imbalance < 1.06);
+    CHECK(first.busiest_twice == 0);
+    const Outcome then = Run(controller.get(), share, 40, 100, &random);
+    CHECK(then.copies <= 10);
+    CHECK(then.imbalance < 1.06);
+  }
+}
+
+TEST_CASE("a change of traffic is answered within a few batches", "[placement][regret]") {
+  Random random(12);
+  auto controller = *Controller::Create(Options(0.1), Ring());
+  Run(controller.get(), SkewedShares(&random), 0, 30, &random);
+  const auto share = SkewedShares(&random);
+  const double before = Imbalance(controller->placement(), Draw(share, 6144, &random));
+  const Outcome after = Run(controller.get(), share, 30, 12, &random);
+  CHECK(before > 1.1);
+  CHECK(after.copies > 0);
+  CHECK(after.imbalance < 1.0 + (before - 1.0) / 2);
+}
+
+TEST_CASE("nothing moves where a copy costs more than it can bring", "[placement][regret]") {
+  Random random(13);
+  auto controller = *Controller::Create(Options(1e4), Ring());
+  CHECK(Run(controller.get(), SkewedShares(&random), 0, 50, &random).copies == 0);
+}
+
+TEST_CASE("the same batches give the same plans", "[placement][regret]") {
+  std::vector<std::vector<std::byte>> plans[2];
+  for (auto& of_run : plans) {
+    Random random(14);
+    auto controller = *Controller::Create(Options(0.05), Ring());
+    for (int step = 0; step < 40; ++step) {
+      controller->OnStep(step, 1024, Draw(SkewedShares(&random), 6144, &random));
+      Decision why;
+      const auto plan = controller->Decide(step, step % 10 == 9, &why);
+      if (!plan.has_value()) continue;
+      of_run.push_back(plan->Serialize());
+      controller->OnCommitted(plan->plan_id, step);
+    }
+  }
+  CHECK(plans[0].size() > 5);
+  CHECK(plans[0] == plans[1]);
+}
+
+TEST_CASE("a plan that was not adopted leaves the planner as it was", "[placement][regret]") {
+  Random random(15);
+  const Placement ring = Ring();
+  RegretPlanner planner(ring.topology(), kExperts, ring.expert_of_slot(0), 0.03);
+  const auto counts = Draw(SkewedShares(&random), 6144, &random);
+  planner.OnBatch(counts);
+  const auto once = planner.Plan({});
+  REQUIRE(once.has_value());
+  CHECK(planner.Plan({}) == once);
+  planner.Adopt(*once);
+  CHECK(planner.Plan({}) != once);
+}
+
+TEST_CASE("batches are added up from steps", "[placement][regret]") {
+  Random random(16);
+  ControllerOptions options = Options(0.03);
+  options.batch_tokens = 1024;
+  auto controller = *Controller::Create(options, Ring());
+  const auto share = SkewedShares(&random);
+  Decision why;
+  for (int step = 0; step < 15; ++step) {
+    controller->OnStep(step, 64, Draw(share, 384, &random));
+    CHECK_FALSE(controller->Decide(step, false, &why).has_value());
+    CHECK(why == Decision::kWindowNotFull);
+  }
+  controller->OnStep(15, 64, Draw(share, 384, &random));
+  CHECK(controller->Decide(15, false, &why).has_value());
+}
+
+}  // namespace
+}  // namespace ballast
