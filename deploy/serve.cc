@@ -35,11 +35,11 @@ namespace {
 
 constexpr int kStartTimeoutMs = 60'000;
 
-int AvailableCores() {
-  cpu_set_t cores;
-  if (sched_getaffinity(0, sizeof cores, &cores) != 0) return 1;
-  return std::max(1, CPU_COUNT(&cores));
-}
+// The cores that this process may run on, and where.
+struct CoreSet {
+  int32_t node = 0;
+  cpu_set_t cores = {};
+};
 
 sigset_t StopSignals() {
   sigset_t signals;
@@ -63,6 +63,15 @@ RequestResult ResultOf(RequestEnd end) {
   }
 }
 
+// A rank is lost: the others cannot go on. The requests have been told; their answers get a moment.
+void EndJob(int rank, const absl::Status& status) {
+  LogError("frontend", absl::StrCat("lost rank ", rank, ": ", std::string(status.message()),
+                                    "; ending the job"));
+  std::this_thread::sleep_for(std::chrono::milliseconds(500));
+  std::fflush(nullptr);
+  _exit(kExitRetry);
+}
+
 // One rank of the server, from start to stop. Members are destroyed in reverse order: HTTP first,
 // then what it calls.
 class Server {
@@ -82,6 +91,7 @@ class Server {
  private:
   bool is_leader() const { return mpi_->rank() == 0; }
   absl::Status ChooseTypes();
+  absl::Status ChooseThreads();
   absl::Status MakePlacement();
   absl::Status StartMetrics();
   absl::Status ConnectControl();
@@ -120,6 +130,10 @@ absl::Status Server::Prepare() {
   BALLAST_ASSIGN_OR_RETURN(Tokenizer tokenizer, Tokenizer::Load(flags_.model));
   tokenizer_ = std::move(tokenizer);
   BALLAST_RETURN_IF_ERROR(ChooseTypes());
+  if (is_leader() && !flags_.ready_file.empty() && !std::ofstream(flags_.ready_file + ".new")) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--ready-file: cannot write ", flags_.ready_file));
+  }
   BALLAST_RETURN_IF_ERROR(MakePlacement());
   return StartMetrics();
 }
@@ -133,9 +147,25 @@ absl::Status Server::ChooseTypes() {
     dtype_ = flags_.dtype == "bf16" ? DType::kBF16 : DType::kF32;
   }
   if (dtype_ == DType::kBF16 && !cpu::OneDnnHasBFloat16()) kernels_ = &PlainKernels();
-  const int threads =
-      flags_.threads > 0 ? flags_.threads : std::max(1, AvailableCores() / mpi_->local_size());
-  cpu::SetMatmulThreads(threads);
+  return absl::OkStatus();
+}
+
+// The cores that this rank may use, divided by the ranks that may use them too.
+absl::Status Server::ChooseThreads() {
+  CoreSet mine{.node = mpi_->node()};
+  sched_getaffinity(0, sizeof mine.cores, &mine.cores);
+  std::vector<CoreSet> all(static_cast<size_t>(mpi_->size()));
+  BALLAST_RETURN_IF_ERROR(communicator_->AllGather(placement_->epoch(),
+                                                   std::as_bytes(std::span(&mine, 1)),
+                                                   std::as_writable_bytes(std::span(all))));
+  int sharing = 0;
+  for (CoreSet& other : all) {
+    cpu_set_t common;
+    CPU_AND(&common, &mine.cores, &other.cores);
+    sharing += other.node == mine.node && CPU_COUNT(&common) > 0;
+  }
+  const int fair = CPU_COUNT(&mine.cores) / std::max(1, sharing);
+  cpu::SetMatmulThreads(flags_.threads > 0 ? flags_.threads : std::max(1, fair));
   return absl::OkStatus();
 }
 
@@ -143,8 +173,8 @@ absl::Status Server::MakePlacement() {
   const GateRule& gate = checkpoint_->config().gate;
   const int32_t ranks = mpi_->size();
   const int32_t share = (gate.num_experts + ranks - 1) / ranks;
-  const int32_t slots = flags_.slots_per_rank > 0 ? flags_.slots_per_rank
-                                                  : std::min(share + 2, gate.num_experts);
+  const int32_t slots =
+      flags_.slots_per_rank > 0 ? flags_.slots_per_rank : std::min(share + 2, gate.num_experts);
   if (int64_t{slots} * ranks < gate.num_experts) {
     return absl::InvalidArgumentError(
         absl::StrCat("--slots-per-rank is ", slots, ": ", ranks, " ranks then hold ", slots * ranks,
@@ -200,6 +230,7 @@ absl::Status Server::Start() {
   transport_ = mpi_->MakeTransport();
   communicator_ = std::make_unique<Communicator>(
       transport_.get(), Communicator::Options{.deadline_ms = flags_.step_timeout_ms});
+  BALLAST_RETURN_IF_ERROR(ChooseThreads());
   BALLAST_RETURN_IF_ERROR(Agree(ConnectControl(), "connecting the ranks"));
   BALLAST_RETURN_IF_ERROR(Agree(is_leader() ? StartLeader() : absl::OkStatus(), "the controller"));
   BALLAST_RETURN_IF_ERROR(Agree(StartEngine(), "loading the model"));
@@ -243,19 +274,13 @@ absl::Status Server::ConnectControl() {
     BALLAST_RETURN_IF_ERROR(channels.status());
     const ModelConfig& config = checkpoint_->config();
     BALLAST_ASSIGN_OR_RETURN(
-        frontend_, Frontend::Create({.max_pending = flags_.max_queue,
-                                     .request_timeout_ms = flags_.request_timeout_ms,
-                                     .context_tokens = config.context_tokens,
-                                     .vocab_size = config.vocab_size,
-                                     .on_end =
-                                         [this](RequestEnd end) {
-                                           metrics_->OnRequest(ResultOf(end));
-                                         }},
-                                    *std::move(channels), [](int rank, absl::Status status) {
-                                      LogError("frontend",
-                                               absl::StrCat("lost rank ", rank, ": ",
-                                                            std::string(status.message())));
-                                    }));
+        frontend_,
+        Frontend::Create({.max_pending = flags_.max_queue,
+                          .request_timeout_ms = flags_.request_timeout_ms,
+                          .context_tokens = config.context_tokens,
+                          .vocab_size = config.vocab_size,
+                          .on_end = [this](RequestEnd end) { metrics_->OnRequest(ResultOf(end)); }},
+                         *std::move(channels), EndJob));
   }
   BALLAST_ASSIGN_OR_RETURN(channel_, connected.get());
   return absl::OkStatus();
@@ -305,9 +330,9 @@ absl::Status Server::StartEngine() {
                                                metrics_.get());
     observer = observer_.get();
   }
-  BALLAST_ASSIGN_OR_RETURN(engine_, Engine::Create(options, *checkpoint_, *kernels_, *placement_,
-                                                   transport_.get(), communicator_.get(),
-                                                   channel_.get(), observer));
+  BALLAST_ASSIGN_OR_RETURN(
+      engine_, Engine::Create(options, *checkpoint_, *kernels_, *placement_, transport_.get(),
+                              communicator_.get(), channel_.get(), observer));
   return absl::OkStatus();
 }
 
@@ -319,8 +344,14 @@ absl::Status Server::StartHttp() {
        .tokenizer = *tokenizer_,
        .model_name = checkpoint_->config().name,
        .is_ready = [this] { return ready_.load() && frontend_->accepting(); },
-       .placement = [this] { return HttpReply{200, leader_->PlacementJson()}; },
-       .rebalance = [this](const std::string&) { return HttpReply{200, leader_->Rebalance()}; }});
+       .placement =
+           [this] {
+             return HttpReply{200, leader_->PlacementJson()};
+           },
+       .rebalance =
+           [this](const std::string&) {
+             return HttpReply{200, leader_->Rebalance()};
+           }});
   if (!http.ok()) {
     return absl::InvalidArgumentError(
         absl::StrCat("--port: ", std::string(http.status().message())));
@@ -333,9 +364,9 @@ absl::Status Server::StartHttp() {
 absl::Status Server::Announce() {
   const int32_t mine = exporter_ != nullptr ? exporter_->port() : 0;
   std::vector<int32_t> metrics_ports(static_cast<size_t>(mpi_->size()));
-  BALLAST_RETURN_IF_ERROR(communicator_->AllGather(
-      placement_->epoch(), std::as_bytes(std::span(&mine, 1)),
-      std::as_writable_bytes(std::span(metrics_ports))));
+  BALLAST_RETURN_IF_ERROR(
+      communicator_->AllGather(placement_->epoch(), std::as_bytes(std::span(&mine, 1)),
+                               std::as_writable_bytes(std::span(metrics_ports))));
   if (!is_leader()) return absl::OkStatus();
   LogInfo("serve",
           absl::StrCat("model ", checkpoint_->config().name, " in ", NameOf(dtype_), " on ",
@@ -363,10 +394,15 @@ void Server::AwaitSignal() {
   const sigset_t signals = StopSignals();
   int signal = 0;
   sigwait(&signals, &signal);
-  if (signal == SIGTERM || signal == SIGINT) {
-    LogInfo("serve", "told to stop: finishing what was admitted");
+  LogInfo("serve", "told to stop: finishing what was admitted");
+  auto drained =
+      std::async(std::launch::async, [this] { frontend_->DrainAndStop(flags_.drain_timeout_ms); });
+  const timespec poll{0, 100'000'000};
+  while (drained.wait_for(std::chrono::seconds(0)) != std::future_status::ready) {
+    if (sigtimedwait(&signals, nullptr, &poll) < 0) continue;
+    LogWarning("serve", "told twice: leaving at once");
+    _exit(kExitRetry);
   }
-  frontend_->DrainAndStop(flags_.drain_timeout_ms);
 }
 
 void Server::Stop() {

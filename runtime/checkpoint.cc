@@ -5,7 +5,6 @@
 #include <fstream>
 #include <nlohmann/json.hpp>
 #include <set>
-#include <sstream>
 
 #include "base/status.h"
 
@@ -71,6 +70,14 @@ std::map<std::string, Shape> ExpectedTensors(const ModelConfig& c) {
   return shapes;
 }
 
+// Whether the tensor belongs to a next-token-prediction layer, which serving does not use.
+bool IsExtraLayer(const std::string& name, const ModelConfig& config) {
+  for (int i = 0; i < config.num_extra_layers; ++i) {
+    if (name.starts_with(absl::StrCat("model.layers.", config.num_layers + i, "."))) return true;
+  }
+  return false;
+}
+
 }  // namespace
 
 std::string ExpertPrefix(int layer, int expert) {
@@ -80,12 +87,14 @@ std::string ExpertPrefix(int layer, int expert) {
 absl::StatusOr<std::string> ReadFile(const std::string& path, size_t max_bytes) {
   std::ifstream in(path, std::ios::binary);
   if (!in) return absl::NotFoundError(absl::StrCat(path, ": cannot be read"));
-  std::ostringstream text;
-  text << in.rdbuf();
-  std::string content = std::move(text).str();
-  if (content.size() > max_bytes) {
-    return absl::InvalidArgumentError(
-        absl::StrCat(path, ": ", content.size(), " bytes, allowed: up to ", max_bytes));
+  std::string content;
+  char piece[1 << 16];
+  while (in.read(piece, sizeof piece), in.gcount() > 0) {
+    content.append(piece, static_cast<size_t>(in.gcount()));
+    if (content.size() > max_bytes) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(path, ": more than the ", max_bytes, " bytes that are allowed"));
+    }
   }
   return content;
 }
@@ -154,7 +163,7 @@ absl::Status Checkpoint::CheckTensors() const {
     }
   }
   for (const auto& [name, view] : tensors_) {
-    if (!expected.contains(name)) {
+    if (!expected.contains(name) && !IsExtraLayer(name, config_)) {
       return absl::InvalidArgumentError(
           absl::StrCat(folder_, ": tensor ", name, " is not part of the architecture"));
     }

@@ -1,6 +1,7 @@
 #include "runtime/engine.h"
 
 #include <time.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <chrono>
@@ -27,6 +28,27 @@ int64_t UnixUs() {
       .count();
 }
 
+// Refuses sizes that could not be served, or not be had.
+absl::Status CheckSizes(const EngineOptions& options, const ModelConfig& config) {
+  const int64_t blocks = (config.context_tokens + kKvBlockTokens - 1) / kKvBlockTokens;
+  const int64_t least = blocks * KvCache::BlockBytes(config, options.dtype);
+  const int64_t most = int64_t{sysconf(_SC_PHYS_PAGES)} * sysconf(_SC_PAGESIZE);
+  if (options.kv_bytes < least || options.kv_bytes > most) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "--kv-bytes is ", options.kv_bytes, ", allowed: ", least,
+        " (one sequence of the model's whole context) to ", most, " (the machine's memory)"));
+  }
+  // The most that a rank may have to receive in one message: all copies of a batch, and their rows.
+  const int64_t row_bytes = config.hidden * static_cast<int64_t>(SizeOf(options.dtype)) + 16;
+  const int64_t most_tokens = (INT32_MAX - 4096) / (config.gate.top_k * row_bytes);
+  if (options.scheduler.max_batch_tokens > most_tokens) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--max-batch-tokens is ", options.scheduler.max_batch_tokens,
+                     ", allowed for this model: up to ", most_tokens));
+  }
+  return absl::OkStatus();
+}
+
 }  // namespace
 
 // What every rank tells all others at the opening of a step.
@@ -34,12 +56,13 @@ struct Engine::Header {
   int64_t step;
   uint64_t wake_seq;
   int64_t vote_plan_id;
+  int64_t last_plan_id;     // the newest plan that has reached the rank
   int64_t command_plan_id;  // leader
   int64_t last_cpu_us;      // of the step before, outside waits
   int32_t num_tokens;
   Vote vote;
-  Command command;          // leader
-  uint8_t stop;             // leader
+  Command command;  // leader
+  uint8_t stop;     // leader
   uint8_t busy;
 };
 
@@ -58,18 +81,14 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(
   engine->comm_ = communicator;
   engine->channel_ = channel;
   engine->observer_ = observer;
-  BALLAST_ASSIGN_OR_RETURN(engine->decoder_,
-                           Decoder::Create(checkpoint, {options.dtype, options.split}, kernels,
-                                           communicator));
+  BALLAST_ASSIGN_OR_RETURN(
+      engine->decoder_,
+      Decoder::Create(checkpoint, {options.dtype, options.split}, kernels, communicator));
+  BALLAST_RETURN_IF_ERROR(CheckSizes(options, config));
   engine->cache_ = std::make_unique<KvCache>(config, options.dtype, options.kv_bytes);
-  if (engine->cache_->num_blocks() < 1) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("--kv-bytes is ", options.kv_bytes, ", allowed: at least one block of ",
-                     KvCache::BlockBytes(config, options.dtype), " bytes"));
-  }
   Scheduler::Options scheduler = options.scheduler;
   scheduler.context_tokens = config.context_tokens;
-  scheduler.eos_token = config.eos_token;
+  scheduler.eos_tokens = config.eos_tokens;
   scheduler.vocab_size = config.vocab_size;
   engine->scheduler_ = std::make_unique<Scheduler>(scheduler, engine->cache_.get());
 
@@ -79,14 +98,14 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(
     most_slots = std::max(most_slots, initial.topology().slots_on(r));
   }
   engine->store_ = std::make_unique<ExpertStore>(
-      ExpertStore::Options{.rank = engine->rank_,
-                           .num_layers = config.num_moe_layers(),
-                           .num_experts = config.gate.num_experts,
-                           .block_bytes = engine->decoder_->expert_bytes(),
-                           .resident_blocks = slots * config.num_moe_layers(),
-                           .staging_blocks = options.staging_experts > 0 ? options.staging_experts
-                                                                         : most_slots,
-                           .chunk_bytes = options.chunk_bytes},
+      ExpertStore::Options{
+          .rank = engine->rank_,
+          .num_layers = config.num_moe_layers(),
+          .num_experts = config.gate.num_experts,
+          .block_bytes = engine->decoder_->expert_bytes(),
+          .resident_blocks = slots * config.num_moe_layers(),
+          .staging_blocks = options.staging_experts > 0 ? options.staging_experts : most_slots,
+          .chunk_bytes = options.chunk_bytes},
       transport);
   for (int32_t layer = 0; layer < config.num_moe_layers(); ++layer) {
     for (int32_t e = 0; e < config.gate.num_experts; ++e) {
@@ -98,8 +117,7 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(
   }
   Rebalancer::Options rebalancer = options.rebalancer;
   rebalancer.rank = engine->rank_;
-  engine->rebalancer_ =
-      std::make_unique<Rebalancer>(rebalancer, engine->store_.get(), initial);
+  engine->rebalancer_ = std::make_unique<Rebalancer>(rebalancer, engine->store_.get(), initial);
   engine->headers_.resize(static_cast<size_t>(communicator->size()));
   return engine;
 }
@@ -143,6 +161,7 @@ absl::Status Engine::Open(int32_t num_tokens) {
   mine.wake_seq = wake_seq_;
   mine.vote_plan_id = vote.plan_id;
   mine.vote = vote.vote;
+  mine.last_plan_id = rebalancer_->last_plan_id();
   mine.last_cpu_us = last_cpu_us_;
   mine.num_tokens = num_tokens;
   mine.busy = rebalancer_->busy();
@@ -162,20 +181,33 @@ absl::Status Engine::Open(int32_t num_tokens) {
                                               ", rank ", rank_, " step ", step_));
     }
   }
+  if (aborted_.has_value()) ReportAbort();
   const Header& leader = headers_[kLeader];
   stopping_ = leader.stop != 0;
   BALLAST_ASSIGN_OR_RETURN(const Rebalancer::Outcome outcome,
                            rebalancer_->Execute({leader.command_plan_id, leader.command}));
-  if (outcome.done != Command::kNone) {
-    copies_committed_ += outcome.done == Command::kFlip ? outcome.copies : 0;
+  if (outcome.done == Command::kFlip) {
+    copies_committed_ += outcome.copies;
     stall_ns_ += outcome.stall_ns;
     observer_->OnPlanEnded(outcome, rebalancer_->placement());
+  } else if (outcome.done == Command::kAbort) {
+    aborted_ = outcome;
   } else if (rank_ == kLeader) {
     std::vector<PlanVote> votes;
     for (const Header& h : headers_) votes.push_back({h.vote_plan_id, h.vote});
     next_command_ = rebalancer_->Judge(votes, NowNs());
   }
   return absl::OkStatus();
+}
+
+// An aborted plan has ended when every rank has received it and has nothing of it under way any
+// more. Until then the controller must not send another: its messages would meet those of the old.
+void Engine::ReportAbort() {
+  for (const Header& h : headers_) {
+    if (h.busy != 0 || h.last_plan_id < aborted_->plan_id) return;
+  }
+  observer_->OnPlanEnded(*aborted_, rebalancer_->placement());
+  aborted_.reset();
 }
 
 absl::Status Engine::RunStep(const Batch& batch) {
@@ -229,7 +261,7 @@ absl::Status Engine::Rest() {
   last_cpu_us_ = 0;
   observer_->OnRest(scheduler_->num_running(), scheduler_->num_waiting(), cache_->bytes_used());
   if (rebalancer_->busy()) rebalancer_->Slice();
-  bool busy = next_command_.command != Command::kNone, same_wake = true;
+  bool busy = next_command_.command != Command::kNone || aborted_.has_value(), same_wake = true;
   for (const Header& h : headers_) {
     busy = busy || h.busy != 0;
     same_wake = same_wake && h.wake_seq == headers_[0].wake_seq;

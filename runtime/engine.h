@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "absl/status/statusor.h"
@@ -22,11 +23,11 @@ struct StepRecord {
   int64_t end_unix_us = 0;
   int64_t wall_us = 0;
   int64_t epoch = 0;
-  int64_t num_tokens = 0;             // over all ranks
-  int32_t copies_committed = 0;       // by the flip that opened the step
-  int64_t stall_us = 0;               // that flip, and slices of transfers, on this rank
-  std::vector<int64_t> cpu_us;        // [R] CPU time of each rank's step thread outside waits
-  std::vector<LayerCounts> layers;    // [num_moe_layers]
+  int64_t num_tokens = 0;           // over all ranks
+  int32_t copies_committed = 0;     // by the flip that opened the step
+  int64_t stall_us = 0;             // that flip, and slices of transfers, on this rank
+  std::vector<int64_t> cpu_us;      // [R] CPU time of each rank's step thread outside waits
+  std::vector<LayerCounts> layers;  // [num_moe_layers]
   // Of this rank alone:
   int32_t own_prefill_tokens = 0, own_decode_tokens = 0;
   int32_t running = 0, waiting = 0;
@@ -48,9 +49,9 @@ struct EngineOptions {
   DType dtype = DType::kF32;
   SplitMode split = SplitMode::kExact;
   int64_t kv_bytes = 256 << 20;
-  Scheduler::Options scheduler;       // context, end token and vocabulary are the model's
-  Rebalancer::Options rebalancer;     // rank is filled in
-  int32_t staging_experts = 0;        // per rank; 0: as many as the rank has slots in one layer
+  Scheduler::Options scheduler;    // context, end token and vocabulary are the model's
+  Rebalancer::Options rebalancer;  // rank is filled in
+  int32_t staging_experts = 0;     // per rank; 0: as many as the rank has slots in one layer
   size_t chunk_bytes = 256 << 10;
 };
 
@@ -60,14 +61,10 @@ class Engine {
  public:
   // Loads the parameters that `initial` gives to this rank.
   // `channel` leads to the leader's front end; rank 0's own engine has one too.
-  static absl::StatusOr<std::unique_ptr<Engine>> Create(const EngineOptions& options,
-                                                        const Checkpoint& checkpoint,
-                                                        const KernelSet& kernels,
-                                                        const Placement& initial,
-                                                        Transport* transport,
-                                                        Communicator* communicator,
-                                                        ControlChannel* channel,
-                                                        EngineObserver* observer);
+  static absl::StatusOr<std::unique_ptr<Engine>> Create(
+      const EngineOptions& options, const Checkpoint& checkpoint, const KernelSet& kernels,
+      const Placement& initial, Transport* transport, Communicator* communicator,
+      ControlChannel* channel, EngineObserver* observer);
   ~Engine();
 
   // Steps until the leader says stop. COLLECTIVE.
@@ -81,11 +78,12 @@ class Engine {
   struct Header;
   Engine();
   absl::Status ReadFrames();
+  void ReportAbort();                     // once no rank has anything of the plan left
   absl::Status Open(int32_t num_tokens);  // exchanges the headers and does what the leader says
   absl::Status RunStep(const Batch& batch);
-  absl::Status Rest();                         // nobody has tokens
+  absl::Status Rest();  // nobody has tokens
   absl::Status SendEvents();
-  void Report();                               // the step before, now that all CPU times are known
+  void Report();  // the step before, now that all CPU times are known
 
   EngineOptions options_;
   int32_t rank_ = 0;
@@ -98,12 +96,13 @@ class Engine {
   std::unique_ptr<ExpertStore> store_;
   std::unique_ptr<Rebalancer> rebalancer_;
 
-  std::vector<Header> headers_;                // [R] of this step
+  std::vector<Header> headers_;  // [R] of this step
   std::vector<TokenEvent> events_;
-  PlanCommand next_command_;                   // leader: for the next header
-  uint64_t wake_seq_ = 0;                      // of the last frame read
-  bool stop_ = false;                          // told to stop
-  bool stopping_ = false;                      // the leader's header says so: all leave now
+  PlanCommand next_command_;                    // leader: for the next header
+  std::optional<Rebalancer::Outcome> aborted_;  // not yet reported: messages of it are under way
+  uint64_t wake_seq_ = 0;                       // of the last frame read
+  bool stop_ = false;                           // told to stop
+  bool stopping_ = false;                       // the leader's header says so: all leave now
   int64_t step_ = 0;
   int64_t last_cpu_us_ = 0;
   bool record_open_ = false;

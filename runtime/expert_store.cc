@@ -34,6 +34,8 @@ struct ExpertStore::Flow {
   std::vector<Staged> items;
   size_t next = 0;    // item of the chunk under way, or of the next one
   size_t offset = 0;  // of that chunk
+  size_t hashed = 0;  // bytes of the item that `checksum` covers
+  uint64_t checksum = 0;
   bool posted = false;
   Transport::Handle handle = 0;
   AlignedBuffer buffer;  // header in its own cache line, then the chunk
@@ -144,14 +146,10 @@ absl::StatusOr<size_t> ExpertStore::AdvanceSend(Flow* flow, size_t budget) {
   size_t moved = 0;
   while (!flow->done()) {
     if (flow->posted) {
-      BALLAST_ASSIGN_OR_RETURN(const bool through, transport_->Test(flow->handle, nullptr));
-      if (!through) break;
-      flow->posted = false;
-      flow->offset += options_.chunk_bytes;
-      if (flow->offset >= options_.block_bytes) {
-        ++flow->next;
-        flow->offset = 0;
-      }
+      const auto through = transport_->Test(flow->handle, nullptr);
+      if (through.ok() && !*through) break;
+      NextChunk(flow);  // also after an error: the handle is gone with it
+      BALLAST_RETURN_IF_ERROR(through.status());
       continue;
     }
     if (moved >= budget) break;
@@ -180,48 +178,63 @@ absl::StatusOr<size_t> ExpertStore::AdvanceReceive(Flow* flow, size_t budget) {
       flow->posted = true;
     }
     size_t received = 0;
-    BALLAST_ASSIGN_OR_RETURN(const bool through, transport_->Test(flow->handle, &received));
-    if (!through) break;
-    flow->posted = false;
+    const auto through = transport_->Test(flow->handle, &received);
+    if (through.ok() && !*through) break;
+    // Whatever came, it stands where this chunk belongs: the flow goes on behind it, so that the
+    // plan can be drained.
+    const absl::Status taken = through.ok() ? TakeChunk(flow, received) : through.status();
+    NextChunk(flow);
+    BALLAST_RETURN_IF_ERROR(taken);
     moved += received;
-    BALLAST_RETURN_IF_ERROR(TakeChunk(flow, received));
   }
   return moved;
 }
 
+// Behind the chunk under way.
+void ExpertStore::NextChunk(Flow* flow) {
+  flow->posted = false;
+  flow->offset += options_.chunk_bytes;
+  if (flow->offset < options_.block_bytes) return;
+  ++flow->next;
+  flow->offset = 0;
+  flow->hashed = 0;
+}
+
 absl::Status ExpertStore::TakeChunk(Flow* flow, size_t received) {
   const Staged& item = flow->items[flow->next];
-  const size_t offset = flow->offset;
-  const size_t bytes = std::min(options_.chunk_bytes, options_.block_bytes - offset);
-  // Whatever it is, it stands where this chunk belongs: the flow goes on behind it, so that the
-  // plan can be drained.
-  const bool last = offset + bytes == options_.block_bytes;
-  flow->offset = last ? 0 : offset + bytes;
-  flow->next += last;
-
+  const size_t bytes = std::min(options_.chunk_bytes, options_.block_bytes - flow->offset);
+  const size_t end = flow->offset + bytes;
   ChunkHeader header{};
   std::memcpy(&header, flow->buffer.data(), sizeof header);
   if (received != kCacheLineBytes + bytes || header.magic != kChunkMagic ||
       header.plan_id != plan_->plan_id || header.base_epoch != plan_->base_epoch ||
-      header.layer != item.layer || header.expert != item.expert || header.offset != offset) {
+      header.layer != item.layer || header.expert != item.expert || header.offset != flow->offset) {
     return absl::InternalError(absl::StrCat(
         "rank ", options_.rank, " expected layer ", item.layer, ", expert ", item.expert, ", byte ",
-        offset, " of plan ", plan_->plan_id, " at epoch ", plan_->base_epoch, " and got layer ",
-        header.layer, ", expert ", header.expert, ", byte ", header.offset, " of plan ",
-        header.plan_id, " at epoch ", header.base_epoch, " from rank ", flow->peer));
+        flow->offset, " of plan ", plan_->plan_id, " at epoch ", plan_->base_epoch,
+        " and got layer ", header.layer, ", expert ", header.expert, ", byte ", header.offset,
+        " of plan ", header.plan_id, " at epoch ", header.base_epoch, " from rank ", flow->peer));
   }
-  std::memcpy(Block(item.block) + offset, flow->buffer.data() + kCacheLineBytes, bytes);
+  const std::span<std::byte> block(Block(item.block), options_.block_bytes);
+  std::memcpy(block.data() + flow->offset, flow->buffer.data() + kCacheLineBytes, bytes);
   bytes_received_ += static_cast<int64_t>(bytes);
+  // Piece by piece as they fill, so that no call hashes a whole expert.
+  const bool last = end == block.size();
+  if (flow->hashed == 0) flow->checksum = block.size();
+  while (flow->hashed < end && (last || end - flow->hashed >= kChecksumPieceBytes)) {
+    const size_t piece = std::min(kChecksumPieceBytes, block.size() - flow->hashed);
+    flow->checksum = Hash64(block.subspan(flow->hashed, piece), flow->checksum);
+    flow->hashed += piece;
+  }
   if (!last) return absl::OkStatus();
   ++copies_received_;
-  const uint64_t checksum = BlockChecksum({Block(item.block), options_.block_bytes});
   for (Staged& staged : staged_) {
-    if (staged.block == item.block) staged.checksum = checksum;
+    if (staged.block == item.block) staged.checksum = flow->checksum;
   }
-  if (checksum == header.block_checksum || draining_) return absl::OkStatus();
-  return absl::DataLossError(absl::StrCat("layer ", item.layer, ", expert ", item.expert,
-                                          " from rank ", flow->peer, " has checksum ", checksum,
-                                          ", it was packed with ", header.block_checksum));
+  if (flow->checksum == header.block_checksum || draining_) return absl::OkStatus();
+  return absl::DataLossError(absl::StrCat(
+      "layer ", item.layer, ", expert ", item.expert, " from rank ", flow->peer, " has checksum ",
+      flow->checksum, ", it was packed with ", header.block_checksum));
 }
 
 bool ExpertStore::FlowsIdle() const {
@@ -285,6 +298,7 @@ void ExpertStore::Discard() {
     draining_ = true;  // peers still send what the plan says; Poll takes it in and then comes back
     return;
   }
+  draining_ = false;
   for (const Staged& staged : staged_) free_blocks_.push_back(staged.block);
   staged_.clear();
   for (auto* flows : {&sends_, &receives_}) {

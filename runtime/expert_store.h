@@ -25,7 +25,7 @@ namespace ballast {
 // table and frees the blocks of experts that left; no parameters move at that moment.
 //
 // Chunks travel in plan order on each pair of ranks, one at a time per pair, each with the plan,
-// the place and a checksum. The checksum of a whole expert, taken when it was packed from the
+// the place they are for. The checksum of a whole expert, taken when it was packed from the
 // checkpoint, travels along and is verified by the receiver: it covers every byte that the products
 // read, derived layouts included.
 // THREADS one (the step thread). COLLECTIVE in effect: all ranks stage the same plans in the same
@@ -94,6 +94,7 @@ class ExpertStore {
   absl::StatusOr<size_t> AdvanceSend(Flow* flow, size_t budget);
   absl::StatusOr<size_t> AdvanceReceive(Flow* flow, size_t budget);
   absl::Status TakeChunk(Flow* flow, size_t received);
+  void NextChunk(Flow* flow);
   bool FlowsIdle() const;
 
   Options options_;

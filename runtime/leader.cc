@@ -86,6 +86,8 @@ void Leader::Loop() {
     if (events_.empty()) return;
     Event event = std::move(events_.front());
     events_.pop_front();
+    // Planning can take longer than a step: the counts of waiting steps come first.
+    may_plan_ = events_.empty();
     lock.unlock();
     std::visit([this](auto& e) { Handle(e); }, event);
   }
@@ -105,7 +107,7 @@ void Leader::Handle(const StepRecord& record) {
   tokens_since_hot_ += record.num_tokens;
   if (tokens_since_hot_ >= options_.hot_experts_every_tokens) PublishHotExperts();
   Decision why = Decision::kNone;
-  if (Plan(/*force=*/false, &why).has_value()) {
+  if (may_plan_ && Plan(/*force=*/false, &why).has_value()) {
     trigger_ = options_.controller.force_every_steps > 0 ? RebalanceTrigger::kInterval
                                                          : RebalanceTrigger::kThreshold;
   }

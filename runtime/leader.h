@@ -81,6 +81,7 @@ class Leader : public EngineObserver {
   std::unique_ptr<Controller> controller_;
   std::vector<int32_t> counts_;
   int64_t step_ = 0;
+  bool may_plan_ = true;
   int64_t tokens_since_hot_ = 0;
   RebalanceTrigger trigger_ = RebalanceTrigger::kThreshold;  // of the plan in flight
   std::FILE* log_ = nullptr;

@@ -44,15 +44,19 @@ class Reader {
     if (!it->is_boolean()) return Fail(key, it->dump() + ", not true or false"), false;
     return it->get<bool>();
   }
-  // A token id; a list gives its first element.
-  int32_t Token(const char* key, int32_t vocab) {
-    auto it = json_.find(key);
-    if (it == json_.end() || it->is_null()) return -1;
-    const Json& value = it->is_array() && !it->empty() ? it->front() : *it;
-    if (!value.is_number_integer() || value.get<int64_t>() < 0 || value.get<int64_t>() >= vocab) {
-      return Fail(key, absl::StrCat(it->dump(), ", allowed: a token id below ", vocab)), -1;
+  // A token id or a list of them; none when the key is missing.
+  std::vector<int32_t> Tokens(const char* key, int32_t vocab) {
+    const auto it = json_.find(key);
+    if (it == json_.end() || it->is_null()) return {};
+    std::vector<int32_t> tokens;
+    for (const Json& value : it->is_array() ? *it : Json::array({*it})) {
+      if (!value.is_number_integer() || value.get<int64_t>() < 0 || value.get<int64_t>() >= vocab) {
+        Fail(key, absl::StrCat(it->dump(), ", allowed: token ids below ", vocab));
+        return {};
+      }
+      tokens.push_back(value.get<int32_t>());
     }
-    return value.get<int32_t>();
+    return tokens;
   }
   void Fail(const char* key, const std::string& what) {
     if (status_.ok()) {
@@ -73,8 +77,8 @@ absl::Status CheckArchitecture(const Json& json) {
   }
   const std::string name = it->front().get<std::string>();
   if (name != "Glm4MoeForCausalLM") {
-    return absl::UnimplementedError(absl::StrCat("config.json: architectures is ", name,
-                                                 ", supported: Glm4MoeForCausalLM"));
+    return absl::UnimplementedError(
+        absl::StrCat("config.json: architectures is ", name, ", supported: Glm4MoeForCausalLM"));
   }
   const auto act = json.find("hidden_act");
   if (act != json.end() && *act != "silu") {
@@ -85,6 +89,12 @@ absl::Status CheckArchitecture(const Json& json) {
   if (scaling != json.end() && !scaling->is_null()) {
     return absl::UnimplementedError(
         absl::StrCat("config.json: rope_scaling is ", scaling->dump(), ", supported: null"));
+  }
+  const auto rope = json.find("rope_parameters");
+  if (rope != json.end() && !rope->is_null() &&
+      (!rope->is_object() || rope->value("rope_type", Json("default")) != "default")) {
+    return absl::UnimplementedError(absl::StrCat("config.json: rope_parameters is ", rope->dump(),
+                                                 ", supported: an object of rope_type default"));
   }
   if (json.contains("quantization_config")) {
     return absl::UnimplementedError("config.json: quantization_config is set, supported: none");
@@ -134,9 +144,13 @@ absl::StatusOr<ModelConfig> ModelConfig::FromJson(const std::string& text) {
   c.num_heads = r.Int("num_attention_heads", 1, 1024);
   c.num_kv_heads = r.IntOr("num_key_value_heads", 1, 1024, c.num_heads);
   c.head_dim = r.IntOr("head_dim", 2, 256, c.num_heads > 0 ? c.hidden / c.num_heads : 0);
-  const double rotary = r.Number("partial_rotary_factor", 0.0, 1.0, 0.5);
+  // Newer files keep the rotary settings in an object of their own.
+  const auto rope_object = json.find("rope_parameters");
+  const bool has_rope_object = rope_object != json.end() && !rope_object->is_null();
+  Reader rope(has_rope_object ? *rope_object : json);
+  const double rotary = rope.Number("partial_rotary_factor", 0.0, 1.0, 0.5);
   c.rotary_dim = static_cast<int32_t>(c.head_dim * rotary);
-  c.rope_theta = r.Number("rope_theta", 1.0, 1e12, 10000.0);
+  c.rope_theta = rope.Number("rope_theta", 1.0, 1e12, 10000.0);
   c.norm_eps = static_cast<float>(r.Number("rms_norm_eps", 0.0, 1.0, 1e-5));
   c.context_tokens = r.Int("max_position_embeddings", 1, 1 << 24);
   c.dense_inter = r.Int("intermediate_size", 1, 1 << 20);
@@ -145,8 +159,8 @@ absl::StatusOr<ModelConfig> ModelConfig::FromJson(const std::string& text) {
   c.attention_bias = r.Bool("attention_bias", false);
   c.qk_norm = r.Bool("use_qk_norm", false);
   c.tied_embeddings = r.Bool("tie_word_embeddings", false);
-  c.bos_token = r.Token("bos_token_id", c.vocab_size);
-  c.eos_token = r.Token("eos_token_id", c.vocab_size);
+  c.eos_tokens = r.Tokens("eos_token_id", c.vocab_size);
+  c.num_extra_layers = r.IntOr("num_nextn_predict_layers", 0, 64, 0);
   c.gate.num_experts = r.Int("n_routed_experts", 1, 2048);
   c.gate.top_k = r.Int("num_experts_per_tok", 1, 32);
   c.gate.num_groups = r.IntOr("n_group", 1, 2048, 1);
@@ -154,6 +168,7 @@ absl::StatusOr<ModelConfig> ModelConfig::FromJson(const std::string& text) {
   c.gate.renormalise = r.Bool("norm_topk_prob", true);
   c.gate.scale = static_cast<float>(r.Number("routed_scaling_factor", 0.0, 1e6, 1.0));
   if (!r.status().ok()) return r.status();
+  if (!rope.status().ok()) return rope.status();
   BALLAST_RETURN_IF_ERROR(CheckShape(c));
   return c;
 }

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "absl/status/statusor.h"
 #include "kernels/gate.h"
@@ -29,8 +30,8 @@ struct ModelConfig {
   bool attention_bias = false;
   bool qk_norm = false;
   bool tied_embeddings = false;
-  int32_t bos_token = -1;       // -1: none
-  int32_t eos_token = -1;
+  std::vector<int32_t> eos_tokens;  // any of them ends a text
+  int32_t num_extra_layers = 0;     // next-token-prediction layers behind the others; not loaded
   GateRule gate;
 
   int32_t num_moe_layers() const { return num_layers - num_dense_layers; }

@@ -15,6 +15,7 @@ Rebalancer::Rebalancer(const Options& options, ExpertStore* store, Placement ini
 }
 
 void Rebalancer::OnPlan(MigrationPlan plan) {
+  last_plan_id_ = plan.plan_id;
   // What is wrong with a plan is wrong on every rank: then none of them stages any of it.
   auto target = plan.Apply(placement_);
   absl::Status status = target.status();

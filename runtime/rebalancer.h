@@ -59,6 +59,8 @@ class Rebalancer {
   // Advances the transfers a little. Never fails: what goes wrong becomes the vote.
   void Slice();
   PlanVote vote() const { return {plan_.has_value() ? plan_->plan_id : 0, vote_}; }
+  // The newest plan that has reached this rank; 0: none.
+  int64_t last_plan_id() const { return last_plan_id_; }
   // Transfers are under way: steps must go on even if nobody has tokens.
   bool busy() const { return plan_.has_value() || store_->draining(); }
 
@@ -86,6 +88,7 @@ class Rebalancer {
   std::optional<Placement> target_;
   Vote vote_ = Vote::kNone;
   int64_t plan_began_ns_ = 0;
+  int64_t last_plan_id_ = 0;
   int64_t aborted_through_ = 0;  // plans up to this id are dead, should one arrive late
 };
 

@@ -146,7 +146,7 @@ bool Scheduler::Extend(Sequence* sequence, std::span<const float> logits,
   const GenerationRequest& request = sequence->request;
   const int64_t position = static_cast<int64_t>(sequence->tokens.size());
   const int32_t token = sampler_.Sample(logits, request.sampling, position);
-  if (token == options_.eos_token) {
+  if (std::ranges::find(options_.eos_tokens, token) != options_.eos_tokens.end()) {
     events->push_back({request.id, -1, FinishReason::kStop});
     return true;
   }

@@ -24,11 +24,11 @@ namespace ballast {
 class Scheduler {
  public:
   struct Options {
-    int32_t max_seqs = 64;            // sequences that run at a time
-    int32_t max_batch_tokens = 512;   // tokens of one step
-    int32_t prefill_chunk = 128;      // most tokens of one prompt in one step
+    int32_t max_seqs = 64;           // sequences that run at a time
+    int32_t max_batch_tokens = 512;  // tokens of one step
+    int32_t prefill_chunk = 128;     // most tokens of one prompt in one step
     int32_t context_tokens = 0;
-    int32_t eos_token = -1;
+    std::vector<int32_t> eos_tokens = {};  // any of them ends a sequence
     int32_t vocab_size = 0;
   };
   Scheduler(const Options& options, KvCache* cache);

@@ -25,7 +25,7 @@ struct Fixture {
         scheduler(Complete(options), &cache) {}
   static Scheduler::Options Complete(Scheduler::Options options) {
     options.context_tokens = 300;
-    options.eos_token = kEos;
+    options.eos_tokens = {kEos};
     options.vocab_size = kVocab;
     return options;
   }
