@@ -74,6 +74,7 @@ absl::Status ApplyConfigFile(const std::string& path, CLI::App* command) {
     }
     try {
       option->default_val(value.is_string() ? value.get<std::string>() : value.dump());
+      option->required(false);  // it has its value
     } catch (const CLI::Error& error) {
       return absl::InvalidArgumentError(absl::StrCat(path, ": ", error.what()));
     }

@@ -13,7 +13,7 @@ namespace {
 constexpr int64_t kMostPoints = 400;  // of a curve
 constexpr int kShades = 24;           // of a heat map
 constexpr int64_t kMostColumns = 48;  // of a heat map
-constexpr double kWidth = 720, kHeight = 280, kLeft = 52, kRight = 12, kTop = 14, kBottom = 34;
+constexpr double kWidth = 480, kHeight = 260, kLeft = 52, kRight = 12, kTop = 14, kBottom = 34;
 constexpr const char* kColours[] = {"#2f6fde", "#d9480f", "#2b8a3e", "#9c36b5", "#b08900",
                                     "#0b7285", "#c2255c", "#5c677d", "#74a12e", "#6741d9"};
 constexpr const char* kDashes[] = {"", "6 3", "2 3", "8 3 2 3"};
@@ -28,7 +28,7 @@ body{margin:0 auto;max-width:60rem;padding:1rem;font:16px/1.5 system-ui,sans-ser
 color:var(--ink);background:var(--page)}
 h1{font-size:1.5rem}h2{font-size:1.15rem;margin:2rem 0 .4rem}p{margin:.4rem 0}
 svg{display:block;width:100%;height:auto}svg text{font-size:12px;fill:var(--soft)}
-.scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.85rem;white-space:nowrap}
+.chart{max-width:44rem}.scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.85rem;white-space:nowrap}
 th,td{padding:.25rem .6rem;text-align:right;border-bottom:1px solid var(--line)}
 th:first-child,td:first-child,th:nth-child(2),td:nth-child(2){text-align:left}
 .legend{display:flex;flex-wrap:wrap;gap:.2rem 1rem;font-size:.85rem;padding:0;margin:.3rem 0;
@@ -110,8 +110,8 @@ Axis AxisOf(const std::vector<Curve>& curves, bool logarithmic, bool from_zero) 
 std::string Chart(const std::vector<Curve>& curves, const Axis& axis,
                   const std::vector<std::pair<double, std::string>>& marks, const char* title) {
   const auto x_at = [](double x) { return Fixed(kLeft + x * (kWidth - kLeft - kRight), 1); };
-  std::string svg = absl::StrCat(Legend(curves), "<svg viewBox=\"0 0 ", kWidth, " ", kHeight,
-                                 "\" role=\"img\" ", "aria-label=\"", title, "\">");
+  std::string svg = absl::StrCat(Legend(curves), "<svg class=\"chart\" viewBox=\"0 0 ", kWidth, " ",
+                                 kHeight, "\" role=\"img\" ", "aria-label=\"", title, "\">");
   constexpr int kLines = 5;
   for (int i = 0; i < kLines; ++i) {
     const double share = static_cast<double>(i) / (kLines - 1);
@@ -237,6 +237,8 @@ class Report {
       imbalance.back().points = PointsOf(result_.series[i].imbalance);
       if (result_.series[i].split != options_.splits[0]) continue;  // copies do not depend on it
       copies.push_back(Styled(i));
+      const std::string split = absl::StrCat(", ", NameOf(options_.splits[0]));
+      copies.back().label.erase(copies.back().label.find(split), split.size());
       copies.back().points = PointsOf(result_.series[i].copies);
     }
     return absl::StrCat("<h2>Imbalance over time</h2>",

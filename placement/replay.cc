@@ -287,7 +287,8 @@ class Run {
   Split split_;
 };
 
-double MeanOf(std::span<const double> values) {
+template <typename T>
+double MeanOf(const std::vector<T>& values) {
   return values.empty() ? 0.0
                         : std::accumulate(values.begin(), values.end(), 0.0) /
                               static_cast<double>(values.size());
@@ -303,12 +304,11 @@ double P99Of(std::vector<T> values) {
 }
 
 ReplayFigures FiguresOf(const ReplaySeries& series, double rho) {
-  const double cells = static_cast<double>(series.imbalance.size());
   ReplayFigures figures{.policy = series.policy, .split = series.split, .rho = rho};
-  for (float imbalance : series.imbalance) figures.mean_imbalance += imbalance / cells;
+  figures.mean_imbalance = MeanOf(series.imbalance);
   figures.p99_imbalance = P99Of(series.imbalance);
-  for (int32_t copies : series.copies) figures.copies_per_layer_step += copies / cells;
-  for (int32_t copies : series.busiest) figures.busiest_copies_per_layer_step += copies / cells;
+  figures.copies_per_layer_step = MeanOf(series.copies);
+  figures.busiest_copies_per_layer_step = MeanOf(series.busiest);
   figures.total_cost = figures.mean_imbalance + rho * figures.busiest_copies_per_layer_step;
   figures.plan_us_mean = MeanOf(series.plan_us);
   figures.plan_us_p99 = P99Of(series.plan_us);

@@ -103,7 +103,7 @@ TEST_CASE("a bad placement file is refused with the place and the value",
   REQUIRE_THAT(MessageOf("initial_global_assignments: [1]", Format::kTrtllm),
                Contains("an expert before the first layer"));
   REQUIRE_THAT(MessageOf("initial_global_assignments:\n 0: [-1]", Format::kTrtllm),
-               Contains("byte 32 is '-'"));
+               Contains("byte 33 is '-'"));
   REQUIRE_THAT(std::string(ParsePlacementFormat("vllm").status().message()),
                Contains("the choices are native, eplb"));
 }
