@@ -132,6 +132,7 @@ Json BenchSplitShape(const BenchShape& shape, const std::string& family) {
           {"ranks", shape.ranks},
           {"family", family},
           {"mean_us", mean},
+          {"p50_us", PercentileOf(times_us, 0.5)},
           {"p99_us", PercentileOf(times_us, 0.99)},
           {"max_gap_tokens", largest_gap}};
 }
@@ -182,6 +183,7 @@ Json BenchPlanShape(const BenchShape& shape, const std::string& policy) {
           {"slots", shape.slots},
           {"ranks", shape.ranks},
           {"mean_ms", mean},
+          {"p50_ms", PercentileOf(times_ms, 0.5)},
           {"p99_ms", PercentileOf(times_ms, 0.99)},
           {"max_over_mean", largest},
           {"max_over_mean_even", largest_even}};

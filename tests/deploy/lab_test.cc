@@ -278,6 +278,22 @@ TEST_CASE("ballast bench measures planners and splits without a gap", "[deploy][
   RequireRefused("bench nothing", {"nothing", "split,plan"});
 }
 
+TEST_CASE("a configuration file may give what is required, and lists", "[deploy][lab]") {
+  const Files files;
+  REQUIRE(WriteFile(files.At("c.json"),
+                    "{\"ranks\": 4, \"slots\": 20, \"step-tokens\": 50,\n"
+                    "\"policy\": \"never,full\", \"rho\": \"0.1,0.2\"}")
+              .ok());
+  const Ended ended = Ballast("replay --config " + files.At("c.json") + " --trace " +
+                              files.At("a.npy") + " --json " + files.At("r.json"));
+  INFO(ended.output);
+  REQUIRE(ended.exit_code == 0);
+  const json figures = JsonAt(files.At("r.json"))["policies"];
+  REQUIRE(figures.size() == 4);
+  REQUIRE(figures[3]["policy"] == "full");
+  REQUIRE(figures[3]["rho"] == 0.2);
+}
+
 TEST_CASE("every command of the laboratory helps", "[deploy][lab]") {
   for (const char* command : {"plan", "replay", "convert", "bench"}) {
     const Ended ended = Ballast(std::string(command) + " --help");
