@@ -28,7 +28,8 @@ body{margin:0 auto;max-width:60rem;padding:1rem;font:16px/1.5 system-ui,sans-ser
 color:var(--ink);background:var(--page)}
 h1{font-size:1.5rem}h2{font-size:1.15rem;margin:2rem 0 .4rem}p{margin:.4rem 0}
 svg{display:block;width:100%;height:auto}svg text{font-size:12px;fill:var(--soft)}
-.chart{max-width:44rem}.scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.85rem;white-space:nowrap}
+.chart{max-width:44rem}
+.scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.85rem;white-space:nowrap}
 th,td{padding:.25rem .6rem;text-align:right;border-bottom:1px solid var(--line)}
 th:first-child,td:first-child,th:nth-child(2),td:nth-child(2){text-align:left}
 .legend{display:flex;flex-wrap:wrap;gap:.2rem 1rem;font-size:.85rem;padding:0;margin:.3rem 0;
