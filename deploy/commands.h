@@ -23,6 +23,10 @@ int ExitCodeOf(const absl::Status& status);
 using RunCommand = std::function<int(int* argc, char*** argv)>;
 
 RunCommand AddServeCommand(CLI::App* app);
+RunCommand AddPlanCommand(CLI::App* app);
+RunCommand AddReplayCommand(CLI::App* app);
+RunCommand AddBenchCommand(CLI::App* app);
+RunCommand AddConvertCommand(CLI::App* app);
 
 }  // namespace ballast
 

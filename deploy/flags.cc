@@ -81,6 +81,7 @@ absl::Status ApplyConfigFile(const std::string& path, CLI::App* command) {
       // What the file gives need not be given again.
       option->required(false);
       option->default_val(value.is_string() ? value.get<std::string>() : value.dump());
+      option->required(false);  // it has its value
     } catch (const CLI::Error& error) {
       return absl::InvalidArgumentError(absl::StrCat(path, ": ", error.what()));
     }

@@ -42,6 +42,15 @@ int Main(int argc, char** argv) {
 
   CLI::App* serve = app.add_subcommand("serve", "Serve a model over HTTP (run under mpirun)");
   commands.emplace_back(serve, AddServeCommand(serve));
+  CLI::App* plan = app.add_subcommand("plan", "Plan a placement for a known load");
+  commands.emplace_back(plan, AddPlanCommand(plan));
+  CLI::App* replay = app.add_subcommand("replay", "Replay recorded routing against policies");
+  commands.emplace_back(replay, AddReplayCommand(replay));
+  CLI::App* convert =
+      app.add_subcommand("convert", "Convert traces, loads and placements to other formats");
+  commands.emplace_back(convert, AddConvertCommand(convert));
+  CLI::App* bench = app.add_subcommand("bench", "Measure the split or the planners");
+  commands.emplace_back(bench, AddBenchCommand(bench));
   CLI::App* version = app.add_subcommand("version", "Print the version");
   commands.emplace_back(version, [](int*, char***) {
     std::cout << "ballast " << BALLAST_VERSION << "\n";

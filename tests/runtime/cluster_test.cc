@@ -65,10 +65,9 @@ TEST_CASE("tokens do not depend on ranks or prefill chunks", "[runtime][cluster]
     for (int ranks : {1, 2, 4}) {
       for (int32_t chunk : {16, 256}) {
         CAPTURE(ranks, chunk, temperature);
-        const Served served =
-            Serve({.model = folder.path(), .num_ranks = ranks, .policy = "never",
-                   .prefill_chunk = chunk},
-                  reference.requests);
+        const Served served = Serve(
+            {.model = folder.path(), .num_ranks = ranks, .policy = "never", .prefill_chunk = chunk},
+            reference.requests);
         REQUIRE(FirstDifference(served.replies, reference.replies) == -1);
         REQUIRE(served.epoch == 0);
       }
@@ -107,21 +106,38 @@ TEST_CASE("tokens do not depend on the split", "[runtime][cluster]") {
   for (SplitMode split :
        {SplitMode::kExact, SplitMode::kEven, SplitMode::kRoundRobin, SplitMode::kHash}) {
     CAPTURE(NameOf(split));
-    const Served served = Serve(
-        {.model = folder.path(), .num_ranks = 3, .slots_per_rank = 7, .split = split},
-        reference.requests);
+    const Served served =
+        Serve({.model = folder.path(), .num_ranks = 3, .slots_per_rank = 7, .split = split},
+              reference.requests);
     REQUIRE(FirstDifference(served.replies, reference.replies) == -1);
   }
 }
 
 TEST_CASE("every option of the architecture is transparent", "[runtime][cluster]") {
   const TinyModel models[] = {
-      {.seed = 11, .num_experts = 16, .top_k = 4, .num_groups = 4, .top_groups = 2,
-       .num_shared = 0, .qk_norm = true, .attention_bias = true},
-      {.seed = 12, .dtype = DType::kBF16, .num_dense_layers = 0, .num_experts = 7, .top_k = 7,
-       .num_shared = 2, .tied_embeddings = true},
-      {.seed = 13, .num_layers = 2, .num_dense_layers = 1, .num_heads = 2, .num_kv_heads = 2,
-       .num_experts = 9, .top_k = 1, .qk_norm = true},
+      {.seed = 11,
+       .num_experts = 16,
+       .top_k = 4,
+       .num_groups = 4,
+       .top_groups = 2,
+       .num_shared = 0,
+       .qk_norm = true,
+       .attention_bias = true},
+      {.seed = 12,
+       .dtype = DType::kBF16,
+       .num_dense_layers = 0,
+       .num_experts = 7,
+       .top_k = 7,
+       .num_shared = 2,
+       .tied_embeddings = true},
+      {.seed = 13,
+       .num_layers = 2,
+       .num_dense_layers = 1,
+       .num_heads = 2,
+       .num_kv_heads = 2,
+       .num_experts = 9,
+       .top_k = 1,
+       .qk_norm = true},
   };
   for (const TinyModel& model : models) {
     CAPTURE(model.seed);
@@ -178,8 +194,7 @@ TEST_CASE("a request can be resumed after any of its tokens", "[runtime][cluster
   }
 }
 
-TEST_CASE("the demo model is transparent with the products of this machine",
-          "[runtime][cluster]") {
+TEST_CASE("the demo model is transparent with the products of this machine", "[runtime][cluster]") {
   const std::string model = BALLAST_SOURCE_DIR "/deploy/demo/model";
   const KernelSet& kernels = DefaultCpuKernels();
   const bool has_bf16 = cpu::OneDnnHasBFloat16();
@@ -218,6 +233,37 @@ TEST_CASE("a rebalance asked for by hand takes place while nobody is served",
   }
   REQUIRE((*cluster)->epoch() == 1);
   REQUIRE(*(*cluster)->Generate(reference.requests) == reference.replies);
+  REQUIRE(FirstError((*cluster)->Stop()) == "");
+}
+
+// Plans that follow an aborted one at once used to meet its messages, and were then refused for
+// good.
+TEST_CASE("plans that are given up one after the other leave nothing behind",
+          "[runtime][cluster]") {
+  TempFolder folder;
+  WriteCheckpoint(folder.path(), TinyModel{});
+  const Reference reference({.model = folder.path()}, 0.0, TinyModel{}.vocab, 8);
+  auto cluster = Cluster::Start({.model = folder.path(),
+                                 .num_ranks = 4,
+                                 .min_gain = 100.0,
+                                 .chunk_bytes = 4 << 10,
+                                 .slice_bytes = 4 << 10,
+                                 .plan_deadline_ms = 0});  // no plan is staged that fast
+  REQUIRE(cluster.ok());
+  int planned = 0;
+  for (int i = 0; i < 10; ++i) {
+    REQUIRE(*(*cluster)->Generate(reference.requests) == reference.replies);
+    for (int j = 0; j < 5; ++j) {
+      planned += (*cluster)->leader().Rebalance().find("\"planned\":true") != std::string::npos;
+    }
+    // The next one must be possible soon: the one before has ended, on all ranks.
+    for (int wait = 0; wait < 2000 && (*cluster)->aborts() < planned; ++wait) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    }
+    REQUIRE((*cluster)->aborts() == planned);
+  }
+  REQUIRE(planned >= 10);
+  REQUIRE((*cluster)->epoch() == 0);
   REQUIRE(FirstError((*cluster)->Stop()) == "");
 }
 

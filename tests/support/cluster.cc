@@ -167,6 +167,7 @@ absl::Status Cluster::MakeEngines(const ClusterOptions& options, const Placement
   engine.scheduler.max_batch_tokens = options.max_batch_tokens;
   engine.scheduler.prefill_chunk = options.prefill_chunk;
   engine.rebalancer.slice_bytes = options.slice_bytes;
+  engine.rebalancer.plan_deadline_ms = options.plan_deadline_ms;
   engine.chunk_bytes = options.chunk_bytes;
   const KernelSet& kernels = options.kernels != nullptr ? *options.kernels : PlainKernels();
   for (size_t r = 0; r < ranks_.size(); ++r) {

@@ -1,0 +1,50 @@
+#include "base/file.h"
+
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+
+#include "base/status.h"
+
+namespace ballast {
+namespace {
+
+using File = std::unique_ptr<std::FILE, int (*)(std::FILE*)>;
+
+}  // namespace
+
+absl::StatusOr<std::string> ReadFile(const std::string& path) {
+  const auto failed = [&](int error) {
+    return absl::NotFoundError(absl::StrCat(path, ": cannot be read: ", std::strerror(error)));
+  };
+  const File file(std::fopen(path.c_str(), "rb"), &std::fclose);
+  if (file == nullptr) return failed(errno);
+  std::string bytes;
+  char block[1 << 16];
+  size_t count = 0;
+  while ((count = std::fread(block, 1, sizeof block, file.get())) > 0) bytes.append(block, count);
+  if (std::ferror(file.get()) != 0) return failed(errno);
+  return bytes;
+}
+
+absl::Status WriteFile(const std::string& path, const std::string& bytes) {
+  const auto failed = [&](int error) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(path, ": cannot be written: ", std::strerror(error)));
+  };
+  const std::string beside = absl::StrCat(path, ".", getpid(), ".tmp");
+  File file(std::fopen(beside.c_str(), "wb"), &std::fclose);
+  if (file == nullptr) return failed(errno);
+  const bool written = std::fwrite(bytes.data(), 1, bytes.size(), file.get()) == bytes.size();
+  const int error = errno;
+  const bool closed = std::fclose(file.release()) == 0;
+  if (written && closed && std::rename(beside.c_str(), path.c_str()) == 0) return absl::OkStatus();
+  const int last_error = !written ? error : errno;
+  std::remove(beside.c_str());
+  return failed(last_error);
+}
+
+}  // namespace ballast

@@ -1,0 +1,21 @@
+// Whole files in and out.
+#ifndef BALLAST_BASE_FILE_H_
+#define BALLAST_BASE_FILE_H_
+
+#include <string>
+
+#include "absl/status/statusor.h"
+
+namespace ballast {
+
+// All bytes of the file.
+// ERRORS kNotFound: it cannot be opened or read (a folder, for example); the message names the path
+absl::StatusOr<std::string> ReadFile(const std::string& path);
+
+// Replaces the file by `bytes`: written beside it first, then renamed, so that no reader sees half.
+// ERRORS kInvalidArgument: it cannot be written; the message names the path
+absl::Status WriteFile(const std::string& path, const std::string& bytes);
+
+}  // namespace ballast
+
+#endif  // BALLAST_BASE_FILE_H_

@@ -1,0 +1,179 @@
+// `ballast replay`: recorded routing against several policies.
+#include "placement/replay.h"
+
+#include <CLI/CLI.hpp>
+#include <iostream>
+#include <memory>
+#include <nlohmann/json.hpp>
+
+#include "base/clock.h"
+#include "base/file.h"
+#include "base/status.h"
+#include "deploy/commands.h"
+#include "deploy/lab.h"
+#include "deploy/replay_report.h"
+
+namespace ballast {
+namespace {
+
+struct ReplayFlags {
+  std::vector<std::string> traces;
+  int32_t experts = 0;
+  int32_t ranks = 0;
+  int32_t slots = 0;
+  int64_t step_tokens = 1024;
+  std::vector<std::string> policies = {"static", "never", "eplb"};
+  std::vector<std::string> splits = {"exact"};
+  std::string when = "after-step";
+  std::vector<double> rhos = {0.3};
+  int64_t window_tokens = 8192;
+  double min_gain = 0.02;
+  int32_t min_steps_between = 0;
+  std::string json;
+  std::string report;
+};
+
+absl::StatusOr<ReplayOptions> OptionsFromFlags(const ReplayFlags& flags, int32_t num_experts) {
+  BALLAST_ASSIGN_OR_RETURN(Topology topology,
+                           TopologyFromFlags(flags.ranks, flags.slots, 1, num_experts));
+  ReplayOptions options{.topology = std::move(topology), .policies = flags.policies};
+  options.splits.clear();
+  for (const std::string& name : flags.splits) {
+    BALLAST_ASSIGN_OR_RETURN(const SplitMode split, ParseSplitMode(name));
+    options.splits.push_back(split);
+  }
+  options.rhos = flags.rhos;
+  BALLAST_ASSIGN_OR_RETURN(options.when, ParsePlanTime(flags.when));
+  options.controller.window_tokens = flags.window_tokens;
+  options.controller.min_gain = flags.min_gain;
+  options.controller.min_steps_between = flags.min_steps_between;
+  options.now_ns = NowNs;
+  return options;
+}
+
+std::string JsonOf(const StepTrace& trace, const ReplayOptions& options,
+                   const ReplayResult& result) {
+  nlohmann::ordered_json json = {{"traces", trace.phase_names},
+                                 {"steps", result.num_steps},
+                                 {"step_tokens", trace.step_tokens},
+                                 {"dropped_tokens", trace.dropped_tokens},
+                                 {"layers", trace.num_layers},
+                                 {"experts", trace.num_experts},
+                                 {"ranks", options.topology.num_ranks()},
+                                 {"slots", options.topology.num_slots()},
+                                 {"policies", nlohmann::ordered_json::array()}};
+  for (const ReplayFigures& f : result.figures) {
+    json["policies"].push_back({{"policy", f.policy},
+                                {"split", NameOf(f.split)},
+                                {"when", NameOf(options.when)},
+                                {"rho", f.rho},
+                                {"mean_imbalance", f.mean_imbalance},
+                                {"p99_imbalance", f.p99_imbalance},
+                                {"copies_per_layer_step", f.copies_per_layer_step},
+                                {"busiest_copies_per_layer_step", f.busiest_copies_per_layer_step},
+                                {"total_cost", f.total_cost},
+                                {"plan_us_mean", f.plan_us_mean},
+                                {"plan_us_p99", f.plan_us_p99},
+                                {"split_us_mean", f.split_us_mean},
+                                {"split_us_p99", f.split_us_p99}});
+  }
+  return json.dump(2) + "\n";
+}
+
+std::string TableOf(const ReplayOptions& options, const ReplayResult& result) {
+  std::vector<std::vector<std::string>> rows = {{"policy", "split", "when", "rho", "imbalance",
+                                                 "p99", "copies", "busiest", "cost", "plan us",
+                                                 "split us"}};
+  for (const ReplayFigures& f : result.figures) {
+    rows.push_back({f.policy, NameOf(f.split), NameOf(options.when), absl::StrCat(f.rho),
+                    Fixed(f.mean_imbalance, 3), Fixed(f.p99_imbalance, 3),
+                    Fixed(f.copies_per_layer_step, 2), Fixed(f.busiest_copies_per_layer_step, 2),
+                    Fixed(f.total_cost, 3), Fixed(f.plan_us_mean, 1), Fixed(f.split_us_mean, 2)});
+  }
+  return FormatTable(rows);
+}
+
+absl::Status RunReplay(const ReplayFlags& flags) {
+  std::vector<NamedArray> phases;
+  for (const std::string& path : flags.traces) {
+    BALLAST_ASSIGN_OR_RETURN(NamedArray phase, ReadArray(path));
+    phases.push_back(std::move(phase));
+  }
+  BALLAST_ASSIGN_OR_RETURN(
+      const StepTrace trace,
+      CountSteps(phases, {.step_tokens = flags.step_tokens, .num_experts = flags.experts}));
+  BALLAST_ASSIGN_OR_RETURN(ReplayOptions options, OptionsFromFlags(flags, trace.num_experts));
+  ProgressBar bar("replay");
+  options.progress = [&](int64_t done, int64_t all) { bar.Show(done, all); };
+  BALLAST_ASSIGN_OR_RETURN(const ReplayResult result, Replay(trace, options));
+  std::cout << result.num_steps << " steps of " << trace.step_tokens << " tokens, "
+            << trace.num_layers << " layers, " << trace.num_experts << " experts in " << flags.slots
+            << " slots on " << flags.ranks << " ranks; " << trace.dropped_tokens
+            << " tokens dropped at the ends of the files\n"
+            << TableOf(options, result);
+  if (!flags.json.empty()) {
+    BALLAST_RETURN_IF_ERROR(WriteFile(flags.json, JsonOf(trace, options, result)));
+  }
+  if (!flags.report.empty()) {
+    BALLAST_RETURN_IF_ERROR(WriteFile(flags.report, ReplayReport(trace, options, result)));
+  }
+  return absl::OkStatus();
+}
+
+void AddFlags(CLI::App* app, ReplayFlags* f) {
+  std::string policies;
+  for (const std::string& name : ReplayPolicyNames()) {
+    absl::StrAppend(&policies, policies.empty() ? "" : ", ", name);
+  }
+  app->add_option(
+         "--trace", f->traces,
+         "Recorded routing, one file per phase: .npy ids u8/u16 [tokens, layers, top-k] or "
+         "counts i32/i64 [steps, layers, experts]")
+      ->required()
+      ->delimiter(',');
+  app->add_option("--experts", f->experts,
+                  "Logical experts of a layer; 0: as the trace says (the largest id and one more)")
+      ->check(CLI::Range(0, 65536));
+  app->add_option("--ranks", f->ranks, "Ranks")->required()->check(CLI::Range(1, 65536));
+  app->add_option("--slots", f->slots, "Expert slots of all ranks in each layer")
+      ->required()
+      ->check(CLI::Range(1, 1 << 20));
+  app->add_option("--step-tokens", f->step_tokens, "Tokens of one step, over all ranks")
+      ->check(CLI::Range(int64_t{1}, int64_t{1} << 30));
+  app->add_option("--policy", f->policies, absl::StrCat("Policies, of: ", policies))
+      ->delimiter(',');
+  app->add_option("--split", f->splits, "Splits, of: exact, even, roundrobin, hash")
+      ->delimiter(',');
+  app->add_option("--when", f->when,
+                  "after-step: a plan serves the next step; in-step: the step whose counts made it")
+      ->check(CLI::IsMember({"after-step", "in-step"}));
+  app->add_option("--rho", f->rhos, "Time to receive one copy over the ideal time of a layer-step")
+      ->delimiter(',');
+  const char* group = "Controller (as in serve)";
+  app->add_option("--window-tokens", f->window_tokens, "Tokens that a decision looks back over")
+      ->check(CLI::Range(int64_t{1}, int64_t{1} << 40))
+      ->group(group);
+  app->add_option("--min-gain", f->min_gain, "Smallest fall of imbalance that is worth moving for")
+      ->check(CLI::Range(0.0, 100.0))
+      ->group(group);
+  app->add_option("--min-steps-between", f->min_steps_between, "Steps from one plan to the next")
+      ->check(CLI::Range(0, 1 << 30))
+      ->group(group);
+  app->add_option("--json", f->json, "Write the figures to this file");
+  app->add_option("--report", f->report, "Write a page with charts to this file (HTML)");
+}
+
+}  // namespace
+
+RunCommand AddReplayCommand(CLI::App* app) {
+  auto flags = std::make_shared<ReplayFlags>();
+  AddConfigFlag(app);
+  AddFlags(app, flags.get());
+  app->footer(
+      "cost = mean over layers and steps of imbalance + rho * copies received by the busiest rank\n"
+      "Example: ballast replay --trace monday.npy,friday.npy --ranks 8 --slots 72 \\\n"
+      "           --policy never,eplb-interval:8,oracle --split exact,even --rho .03,.3,3");
+  return [flags](int*, char***) { return Finish(RunReplay(*flags)); };
+}
+
+}  // namespace ballast

@@ -1,0 +1,334 @@
+#include "deploy/replay_report.h"
+
+#include <algorithm>
+#include <cmath>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "deploy/lab.h"
+
+namespace ballast {
+namespace {
+
+constexpr int64_t kMostPoints = 400;  // of a curve
+constexpr int kShades = 24;           // of a heat map
+constexpr int64_t kMostColumns = 48;  // of a heat map
+constexpr double kWidth = 480, kHeight = 260, kLeft = 52, kRight = 12, kTop = 14, kBottom = 34;
+constexpr const char* kColours[] = {"#2f6fde", "#d9480f", "#2b8a3e", "#9c36b5", "#b08900",
+                                    "#0b7285", "#c2255c", "#5c677d", "#74a12e", "#6741d9"};
+constexpr const char* kDashes[] = {"", "6 3", "2 3", "8 3 2 3"};
+
+constexpr char kHead[] = R"(<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Ballast replay</title><style>
+:root{color-scheme:light dark;--ink:#1b1f24;--soft:#667;--line:#d5d9e0;--page:#fff}
+@media(prefers-color-scheme:dark){:root{--ink:#e8eaed;--soft:#9aa3b2;--line:#3a404a;--page:#15181c}}
+body{margin:0 auto;max-width:60rem;padding:1rem;font:16px/1.5 system-ui,sans-serif;
+color:var(--ink);background:var(--page)}
+h1{font-size:1.5rem}h2{font-size:1.15rem;margin:2rem 0 .4rem}p{margin:.4rem 0}
+svg{display:block;width:100%;height:auto}svg text{font-size:12px;fill:var(--soft)}
+.chart{max-width:44rem}
+.scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.85rem;white-space:nowrap}
+th,td{padding:.25rem .6rem;text-align:right;border-bottom:1px solid var(--line)}
+th:first-child,td:first-child,th:nth-child(2),td:nth-child(2){text-align:left}
+.legend{display:flex;flex-wrap:wrap;gap:.2rem 1rem;font-size:.85rem;padding:0;margin:.3rem 0;
+list-style:none}.legend svg{display:inline-block;width:28px;height:10px;margin-right:.35rem}
+.maps{display:grid;grid-template-columns:repeat(auto-fill,minmax(17rem,1fr));gap:1rem}
+figure{margin:0}figcaption,.note{font-size:.85rem;color:var(--soft)}
+</style></head><body>
+)";
+
+std::string Escape(const std::string& text) {
+  std::string escaped;
+  for (char c : text) {
+    switch (c) {
+      case '<':
+        escaped += "&lt;";
+        break;
+      case '>':
+        escaped += "&gt;";
+        break;
+      case '&':
+        escaped += "&amp;";
+        break;
+      case '"':
+        escaped += "&quot;";
+        break;
+      default:
+        escaped += c;
+    }
+  }
+  return escaped;
+}
+
+struct Curve {
+  std::string label;
+  std::string colour;
+  std::string dash;
+  std::vector<std::pair<double, double>> points;  // (x in [0, 1], y)
+};
+
+std::string Stroke(const Curve& curve) {
+  return absl::StrCat(
+      "stroke=\"", curve.colour, "\" stroke-width=\"2\" fill=\"none\"",
+      curve.dash.empty() ? "" : absl::StrCat(" stroke-dasharray=\"", curve.dash, "\""));
+}
+
+std::string Legend(const std::vector<Curve>& curves) {
+  std::string html = "<ul class=\"legend\">";
+  for (const Curve& curve : curves) {
+    absl::StrAppend(&html, "<li><svg viewBox=\"0 0 28 10\"><path d=\"M0 5H28\" ", Stroke(curve),
+                    "/></svg>", Escape(curve.label), "</li>");
+  }
+  return html + "</ul>\n";
+}
+
+struct Axis {
+  double low = 0.0, high = 1.0;
+  bool logarithmic = false;
+
+  double At(double y) const {
+    const double share =
+        logarithmic ? std::log(y / low) / std::log(high / low) : (y - low) / (high - low);
+    return kTop + (1.0 - share) * (kHeight - kTop - kBottom);
+  }
+};
+
+Axis AxisOf(const std::vector<Curve>& curves, bool logarithmic, bool from_zero) {
+  double low = 1e300, high = -1e300;
+  for (const Curve& curve : curves) {
+    for (const auto& [x, y] : curve.points) low = std::min(low, y), high = std::max(high, y);
+  }
+  if (low > high) return {};
+  if (logarithmic) return {.low = low / 1.05, .high = high * 1.05, .logarithmic = true};
+  if (from_zero) low = 0.0;
+  const double margin = high > low ? 0.05 * (high - low) : 0.5;
+  return {.low = from_zero ? 0.0 : low - margin, .high = high + margin};
+}
+
+// Curves with a y axis, and labelled marks on the x axis at shares of its length.
+std::string Chart(const std::vector<Curve>& curves, const Axis& axis,
+                  const std::vector<std::pair<double, std::string>>& marks, const char* title) {
+  const auto x_at = [](double x) { return Fixed(kLeft + x * (kWidth - kLeft - kRight), 1); };
+  std::string svg = absl::StrCat(Legend(curves), "<svg class=\"chart\" viewBox=\"0 0 ", kWidth, " ",
+                                 kHeight, "\" role=\"img\" ", "aria-label=\"", title, "\">");
+  constexpr int kLines = 5;
+  for (int i = 0; i < kLines; ++i) {
+    const double share = static_cast<double>(i) / (kLines - 1);
+    const double y = axis.logarithmic ? axis.low * std::pow(axis.high / axis.low, share)
+                                      : axis.low + share * (axis.high - axis.low);
+    absl::StrAppend(&svg, "<path stroke=\"var(--line)\" d=\"M", kLeft, " ", Fixed(axis.At(y), 1),
+                    "H", kWidth - kRight, "\"/><text text-anchor=\"end\" x=\"", kLeft - 6,
+                    "\" y=\"", Fixed(axis.At(y) + 4, 1), "\">", Fixed(y, y < 100 ? 2 : 0),
+                    "</text>");
+  }
+  for (const auto& [x, label] : marks) {
+    absl::StrAppend(&svg, "<path stroke=\"var(--line)\" stroke-dasharray=\"3 3\" d=\"M", x_at(x),
+                    " ", kTop, "V", kHeight - kBottom, "\"/><text x=\"", x_at(x), "\" y=\"",
+                    kHeight - kBottom + 18, "\"", x > 0.9 ? " text-anchor=\"end\"" : "", ">",
+                    Escape(label), "</text>");
+  }
+  for (const Curve& curve : curves) {
+    absl::StrAppend(&svg, "<path ", Stroke(curve), " d=\"");
+    char command = 'M';
+    for (const auto& [x, y] : curve.points) {
+      absl::StrAppend(&svg, std::string(1, command), x_at(x), " ", Fixed(axis.At(y), 1));
+      command = 'L';
+    }
+    absl::StrAppend(&svg, "\"><title>", Escape(curve.label), "</title></path>");
+  }
+  return svg + "</svg>\n";
+}
+
+std::string FileName(const std::string& path) {
+  return path.substr(path.find_last_of('/') + 1);
+}
+
+class Report {
+ public:
+  Report(const StepTrace& trace, const ReplayOptions& options, const ReplayResult& result)
+      : trace_(trace), options_(options), result_(result) {}
+
+  std::string Page() const {
+    return absl::StrCat(kHead, Heading(), Table(), OverTime(), OverRho(), HeatMaps(),
+                        "</body></html>\n");
+  }
+
+ private:
+  // Name, colour and dash of a series: a colour per policy, a dash per split.
+  Curve Styled(size_t index) const {
+    const ReplaySeries& series = result_.series[index];
+    const auto policy =
+        std::find(options_.policies.begin(), options_.policies.end(), series.policy) -
+        options_.policies.begin();
+    const auto split = std::find(options_.splits.begin(), options_.splits.end(), series.split) -
+                       options_.splits.begin();
+    Curve curve{.label = absl::StrCat(series.policy, ", ", NameOf(series.split)),
+                .colour = kColours[policy % std::size(kColours)],
+                .dash = kDashes[split % std::size(kDashes)],
+                .points = {}};
+    if (series.rhos.size() < options_.rhos.size()) {
+      absl::StrAppend(&curve.label, ", ρ ", series.rhos[0]);
+    }
+    return curve;
+  }
+
+  std::string Heading() const {
+    const Topology& topology = options_.topology;
+    std::string files;
+    for (const std::string& name : trace_.phase_names) {
+      absl::StrAppend(&files, files.empty() ? "" : " → ", FileName(name));
+    }
+    return absl::StrCat("<h1>Replay of ", Escape(files), "</h1><p>", result_.num_steps,
+                        " steps of ", trace_.step_tokens, " tokens, ", result_.num_layers,
+                        " layers, ", trace_.num_experts, " experts in ", topology.num_slots(),
+                        " slots on ", topology.num_ranks(), " ranks; plans take effect ",
+                        NameOf(options_.when), ".</p>\n");
+  }
+
+  std::string Table() const {
+    std::string html =
+        "<h2>Result</h2><p class=\"note\">Imbalance: largest rank load over mean, 1 is perfect. "
+        "Copies: experts that entered a rank, per layer and step. Cost: imbalance + ρ · copies of "
+        "the busiest rank.</p><div class=\"scroll\"><table><tr>";
+    for (const char* name : {"policy", "split", "ρ", "imbalance", "99 %", "copies", "busiest",
+                             "cost", "plan µs", "split µs"}) {
+      absl::StrAppend(&html, "<th>", name, "</th>");
+    }
+    for (const ReplayFigures& f : result_.figures) {
+      absl::StrAppend(&html, "</tr>\n<tr><td>", Escape(f.policy), "</td><td>", NameOf(f.split));
+      for (const std::string& text :
+           {absl::StrCat(f.rho), Fixed(f.mean_imbalance, 3), Fixed(f.p99_imbalance, 3),
+            Fixed(f.copies_per_layer_step, 2), Fixed(f.busiest_copies_per_layer_step, 2),
+            Fixed(f.total_cost, 3), Fixed(f.plan_us_mean, 1), Fixed(f.split_us_mean, 2)}) {
+        absl::StrAppend(&html, "</td><td>", text);
+      }
+      html += "</td>";
+    }
+    return html + "</tr></table></div>\n";
+  }
+
+  // Mean over the layers (and over neighbouring steps, where there are many) of `values`.
+  template <typename T>
+  std::vector<std::pair<double, double>> PointsOf(const std::vector<T>& values) const {
+    const int64_t num_points = std::min(result_.num_steps, kMostPoints);
+    std::vector<std::pair<double, double>> points;
+    for (int64_t i = 0; i < num_points; ++i) {
+      const int64_t first = i * result_.num_steps / num_points * result_.num_layers;
+      const int64_t end = (i + 1) * result_.num_steps / num_points * result_.num_layers;
+      double sum = 0.0;
+      for (int64_t at = first; at < end; ++at) sum += static_cast<double>(values[at]);
+      points.emplace_back((static_cast<double>(i) + 0.5) / static_cast<double>(num_points),
+                          sum / static_cast<double>(end - first));
+    }
+    return points;
+  }
+
+  std::string OverTime() const {
+    std::vector<std::pair<double, std::string>> marks;
+    for (size_t i = 0; i < trace_.phase_names.size(); ++i) {
+      marks.emplace_back(
+          static_cast<double>(trace_.phase_offsets[i]) / static_cast<double>(result_.num_steps),
+          FileName(trace_.phase_names[i]));
+    }
+    std::vector<Curve> imbalance, copies;
+    for (size_t i = 0; i < result_.series.size(); ++i) {
+      imbalance.push_back(Styled(i));
+      imbalance.back().points = PointsOf(result_.series[i].imbalance);
+      if (result_.series[i].split != options_.splits[0]) continue;  // copies do not depend on it
+      copies.push_back(Styled(i));
+      const std::string split = absl::StrCat(", ", NameOf(options_.splits[0]));
+      copies.back().label.erase(copies.back().label.find(split), split.size());
+      copies.back().points = PointsOf(result_.series[i].copies);
+    }
+    return absl::StrCat("<h2>Imbalance over time</h2>",
+                        Chart(imbalance, AxisOf(imbalance, false, false), marks, "imbalance"),
+                        "<h2>Copies received per layer and step</h2>",
+                        Chart(copies, AxisOf(copies, false, true), marks, "copies"));
+  }
+
+  std::string OverRho() const {
+    std::vector<double> rhos = options_.rhos;
+    std::sort(rhos.begin(), rhos.end());
+    const double steps = std::max(1.0, static_cast<double>(rhos.size()) - 1.0);
+    std::vector<std::pair<double, std::string>> marks;
+    for (size_t i = 0; i < rhos.size(); ++i) {
+      marks.emplace_back(static_cast<double>(i) / steps, absl::StrCat("ρ ", rhos[i]));
+    }
+    std::vector<Curve> curves;
+    for (size_t i = 0; i < result_.series.size(); ++i) {
+      const ReplaySeries& series = result_.series[i];
+      if (series.rhos[0] != options_.rhos[0]) continue;  // belongs to the curve of the first rho
+      curves.push_back(Styled(i));
+      curves.back().label = absl::StrCat(series.policy, ", ", NameOf(series.split));
+      for (size_t k = 0; k < rhos.size(); ++k) {
+        for (const ReplayFigures& f : result_.figures) {
+          if (f.policy != series.policy || f.split != series.split || f.rho != rhos[k]) continue;
+          curves.back().points.emplace_back(static_cast<double>(k) / steps, f.total_cost);
+          break;
+        }
+      }
+      if (rhos.size() == 1) curves.back().points.emplace_back(1.0, curves.back().points[0].second);
+    }
+    return absl::StrCat("<h2>Cost over ρ, the price of a copy</h2>",
+                        Chart(curves, AxisOf(curves, true, false), marks, "total cost"));
+  }
+
+  std::string HeatMaps() const {
+    float most = 1.0f;
+    for (const ReplaySeries& series : result_.series) {
+      for (float value : series.imbalance) most = std::max(most, value);
+    }
+    std::string html = absl::StrCat(
+        "<h2>Imbalance per layer over time</h2><p class=\"note\">Layers from top to bottom, steps "
+        "from left to right; from pale (1) to dark red (",
+        Fixed(most, 2), ").</p><div class=\"maps\">");
+    for (size_t i = 0; i < result_.series.size(); ++i) {
+      absl::StrAppend(&html, "<figure><figcaption>", Escape(Styled(i).label), "</figcaption>",
+                      HeatMap(result_.series[i], most), "</figure>\n");
+    }
+    return html + "</div>\n";
+  }
+
+  std::string HeatMap(const ReplaySeries& series, float most) const {
+    const int64_t columns = std::min(result_.num_steps, kMostColumns);
+    std::vector<std::string> cells(kShades);  // one path for all cells of a shade
+    for (int64_t column = 0; column < columns; ++column) {
+      const int64_t first = column * result_.num_steps / columns;
+      const int64_t end = (column + 1) * result_.num_steps / columns;
+      for (int32_t layer = 0; layer < result_.num_layers; ++layer) {
+        double sum = 0.0;
+        for (int64_t t = first; t < end; ++t) {
+          sum += series.imbalance[t * result_.num_layers + layer];
+        }
+        const double heat = (sum / static_cast<double>(end - first) - 1.0) / (most - 1.0 + 1e-9);
+        const double shade = std::sqrt(std::clamp(heat, 0.0, 1.0));  // the low end matters most
+        absl::StrAppend(&cells[static_cast<size_t>(std::lround(shade * (kShades - 1)))], "M",
+                        column, " ", layer, "h1v1h-1z");
+      }
+    }
+    std::string svg = absl::StrCat("<svg viewBox=\"0 0 ", columns, " ", result_.num_layers,
+                                   "\" preserveAspectRatio=\"none\" style=\"height:9rem\" ",
+                                   "shape-rendering=\"crispEdges\">");
+    for (int i = 0; i < kShades; ++i) {
+      if (cells[i].empty()) continue;
+      absl::StrAppend(&svg, "<path fill=\"hsl(", 48 - 48 * i / (kShades - 1), " 85% ",
+                      94 - 60 * i / (kShades - 1), "%)\" d=\"", cells[i], "\"/>");
+    }
+    return svg + "</svg>";
+  }
+
+  const StepTrace& trace_;
+  const ReplayOptions& options_;
+  const ReplayResult& result_;
+};
+
+}  // namespace
+
+std::string ReplayReport(const StepTrace& trace, const ReplayOptions& options,
+                         const ReplayResult& result) {
+  return Report(trace, options, result).Page();
+}
+
+}  // namespace ballast

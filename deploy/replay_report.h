@@ -1,0 +1,17 @@
+#ifndef BALLAST_DEPLOY_REPLAY_REPORT_H_
+#define BALLAST_DEPLOY_REPLAY_REPORT_H_
+
+#include <string>
+
+#include "placement/replay.h"
+
+namespace ballast {
+
+// One HTML page that needs nothing else: the final table, imbalance and copies over time, cost over
+// rho, and imbalance per layer, as SVG.
+std::string ReplayReport(const StepTrace& trace, const ReplayOptions& options,
+                         const ReplayResult& result);
+
+}  // namespace ballast
+
+#endif  // BALLAST_DEPLOY_REPLAY_REPORT_H_

@@ -1,0 +1,394 @@
+#include "placement/replay.h"
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <numeric>
+#include <utility>
+
+#include "absl/strings/match.h"
+#include "absl/strings/numbers.h"
+#include "base/check.h"
+#include "base/status.h"
+#include "placement/full_plan.h"
+#include "placement/migration_plan.h"
+
+namespace ballast {
+namespace {
+
+constexpr char kIntervalPrefix[] = "eplb-interval:";
+constexpr int32_t kLongestInterval = 1 << 20;
+
+// One policy at work on one trace: holds the placement in force and changes it when asked.
+class Player {
+ public:
+  virtual ~Player() = default;
+  virtual const Placement& placement() const = 0;
+  // A plan from what no server could know, before the step is split.
+  virtual std::optional<MigrationPlan> Foresee(int64_t) { return std::nullopt; }
+  // A plan from the step's counts and those before.
+  virtual std::optional<MigrationPlan> Learn(int64_t step) = 0;
+};
+
+// What the server runs.
+class ControllerPlayer : public Player {
+ public:
+  // `interval` 0: the controller decides when; N: it is told to every N steps.
+  static absl::StatusOr<std::unique_ptr<Player>> Create(const StepTrace& trace,
+                                                        ControllerOptions options,
+                                                        const Topology& topology,
+                                                        int32_t interval) {
+    BALLAST_ASSIGN_OR_RETURN(const std::unique_ptr<Policy> policy, MakePolicy(options.policy));
+    BALLAST_ASSIGN_OR_RETURN(Placement initial,
+                             Placement::Contiguous(trace.num_layers, trace.num_experts, topology,
+                                                   policy->fills_spare_slots_at_start()));
+    BALLAST_ASSIGN_OR_RETURN(std::unique_ptr<Controller> controller,
+                             Controller::Create(std::move(options), std::move(initial)));
+    return std::make_unique<ControllerPlayer>(trace, std::move(controller), interval);
+  }
+  ControllerPlayer(const StepTrace& trace, std::unique_ptr<Controller> controller, int32_t interval)
+      : trace_(trace), controller_(std::move(controller)), interval_(interval) {}
+
+  const Placement& placement() const override { return controller_->placement(); }
+  std::optional<MigrationPlan> Learn(int64_t step) override {
+    controller_->OnStep(step, trace_.step_tokens, trace_.step(step));
+    if (interval_ > 0 && (step + 1) % interval_ != 0) return std::nullopt;
+    Decision why = Decision::kNone;
+    std::optional<MigrationPlan> plan =
+        controller_->Decide(step + 1, /*force=*/interval_ > 0, &why);
+    if (plan.has_value()) controller_->OnCommitted(plan->plan_id, step + 1);
+    return plan;
+  }
+
+ private:
+  const StepTrace& trace_;
+  std::unique_ptr<Controller> controller_;
+  int32_t interval_;
+};
+
+// The full plans of the laboratory.
+class FullPlayer : public Player {
+ public:
+  enum class Kind { kFull, kOracle, kOracleSwitch };
+
+  static absl::StatusOr<std::unique_ptr<Player>> Create(const StepTrace& trace,
+                                                        const Topology& topology, Kind kind) {
+    BALLAST_ASSIGN_OR_RETURN(Placement initial,
+                             Placement::Contiguous(trace.num_layers, trace.num_experts, topology,
+                                                   /*fill_spare=*/true));
+    BALLAST_ASSIGN_OR_RETURN(FullPlanner planner, FullPlanner::Create(topology, trace.num_experts));
+    return std::make_unique<FullPlayer>(trace, std::move(initial), std::move(planner), kind);
+  }
+  FullPlayer(const StepTrace& trace, Placement initial, FullPlanner planner, Kind kind)
+      : trace_(trace), placement_(std::move(initial)), planner_(std::move(planner)), kind_(kind) {}
+
+  const Placement& placement() const override { return placement_; }
+  std::optional<MigrationPlan> Foresee(int64_t step) override {
+    if (kind_ == Kind::kOracle) return PlanFrom(step, step + 1);
+    if (kind_ == Kind::kFull) return std::nullopt;
+    const auto phase =
+        std::find(trace_.phase_offsets.begin(), trace_.phase_offsets.end() - 1, step);
+    if (phase == trace_.phase_offsets.end() - 1) return std::nullopt;
+    return PlanFrom(step, *(phase + 1));
+  }
+  std::optional<MigrationPlan> Learn(int64_t step) override {
+    if (kind_ != Kind::kFull) return std::nullopt;
+    return PlanFrom(step, step + 1);
+  }
+
+ private:
+  // Moves to the full plan of the steps [first, end).
+  std::optional<MigrationPlan> PlanFrom(int64_t first, int64_t end) {
+    std::vector<Placement::LayerRow> rows;
+    std::vector<int64_t> load(trace_.num_experts);
+    for (int32_t layer = 0; layer < trace_.num_layers; ++layer) {
+      std::fill(load.begin(), load.end(), 0);
+      for (int64_t t = first; t < end; ++t) {
+        const std::span<const int32_t> counts = trace_.layer(t, layer);
+        for (size_t e = 0; e < counts.size(); ++e) load[e] += counts[e];
+      }
+      planner_.Plan(load, &plan_);
+      rows.push_back(
+          {.layer = layer,
+           .expert_of_slot = AlignRow(placement_.topology(), placement_.expert_of_slot(layer),
+                                      plan_.expert_of_slot)});
+    }
+    absl::StatusOr<MigrationPlan> plan =
+        MakeMigrationPlan(placement_, std::move(rows), ++num_plans_);
+    BALLAST_CHECK(plan.ok());  // a full plan's rows are valid
+    absl::StatusOr<Placement> after = plan->Apply(placement_);
+    BALLAST_CHECK(after.ok());
+    placement_ = *std::move(after);
+    return *std::move(plan);
+  }
+
+  const StepTrace& trace_;
+  Placement placement_;
+  FullPlanner planner_;
+  Kind kind_;
+  FullPlan plan_;
+  int64_t num_plans_ = 0;
+};
+
+// Whether the policy decides alike whatever a copy costs.
+bool IgnoresRho(const std::string& policy) {
+  return policy == "static" || policy == "never" || policy == "eplb" || policy == "full" ||
+         policy == "oracle" || policy == "oracle-switch" ||
+         absl::StartsWith(policy, kIntervalPrefix);
+}
+
+// Tells the controller what a copy costs, if it asks.
+template <typename Options>
+void SetRho(double rho, Options* options) {
+  if constexpr (requires { options->rho; }) options->rho = rho;
+}
+
+absl::StatusOr<std::unique_ptr<Player>> MakePlayer(const StepTrace& trace,
+                                                   const ReplayOptions& options,
+                                                   const std::string& policy, double rho) {
+  using Kind = FullPlayer::Kind;
+  if (policy == "full") return FullPlayer::Create(trace, options.topology, Kind::kFull);
+  if (policy == "oracle") return FullPlayer::Create(trace, options.topology, Kind::kOracle);
+  if (policy == "oracle-switch") {
+    return FullPlayer::Create(trace, options.topology, Kind::kOracleSwitch);
+  }
+  ControllerOptions controller = options.controller;
+  SetRho(rho, &controller);
+  int32_t interval = 0;
+  if (absl::StartsWith(policy, kIntervalPrefix)) {
+    const std::string number = policy.substr(sizeof kIntervalPrefix - 1);
+    if (!absl::SimpleAtoi(number, &interval) || interval < 1 || interval > kLongestInterval) {
+      return absl::InvalidArgumentError(absl::StrCat("policy '", policy, "': the interval is '",
+                                                     number, "', allowed: 1 to ",
+                                                     kLongestInterval));
+    }
+    controller.policy = "eplb";
+    controller.window_tokens = interval * trace.step_tokens;
+    return ControllerPlayer::Create(trace, std::move(controller), options.topology, interval);
+  }
+  const std::vector<std::string> known = PolicyNames();
+  if (std::find(known.begin(), known.end(), policy) == known.end()) {
+    std::string choices;
+    for (const std::string& name : ReplayPolicyNames()) {
+      absl::StrAppend(&choices, choices.empty() ? "" : ", ", name);
+    }
+    return absl::InvalidArgumentError(
+        absl::StrCat("unknown policy '", policy, "'; the choices are ", choices));
+  }
+  controller.policy = policy;
+  return ControllerPlayer::Create(trace, std::move(controller), options.topology, interval);
+}
+
+// Deals the copies of a layer to the source ranks in turn, expert by expert.
+void DealToSources(std::span<const int32_t> counts, int32_t num_ranks,
+                   std::vector<int32_t>* dealt) {
+  const size_t num_experts = counts.size();
+  dealt->resize(num_ranks * num_experts);
+  int32_t first = 0;  // the source that the next copy goes to
+  for (size_t e = 0; e < num_experts; ++e) {
+    const int32_t rest = counts[e] % num_ranks;
+    for (int32_t i = 0; i < num_ranks; ++i) {
+      const int32_t source = (first + i) % num_ranks;
+      (*dealt)[source * num_experts + e] = counts[e] / num_ranks + (i < rest ? 1 : 0);
+    }
+    first = (first + rest) % num_ranks;
+  }
+}
+
+// Plays the trace against one player, under all splits at once: they do not influence it.
+class Run {
+ public:
+  Run(const StepTrace& trace, const ReplayOptions& options, Player* player)
+      : trace_(trace), options_(options), player_(player), series_(options.splits.size()) {
+    for (int32_t layer = 0; layer < trace.num_layers; ++layer) {
+      splitters_.emplace_back(player->placement().hosts(layer));
+    }
+    const size_t cells = static_cast<size_t>(trace.num_steps()) * trace.num_layers;
+    copies_.resize(cells, 0);
+    busiest_.resize(cells, 0);
+  }
+
+  void PlayStep(int64_t step) {
+    Plan(step, [&] { return player_->Foresee(step); });
+    const bool in_step = options_.when == PlanTime::kInStep;
+    if (in_step) Plan(step, [&] { return player_->Learn(step); });
+    SplitStep(step);
+    if (!in_step) Plan(step + 1, [&] { return player_->Learn(step); });
+  }
+
+  // One series per split.
+  std::vector<ReplaySeries> Take() {
+    for (size_t i = 0; i < series_.size(); ++i) {
+      series_[i].split = options_.splits[i];
+      series_[i].copies = copies_;
+      series_[i].busiest = busiest_;
+      series_[i].plan_us = plan_us_;
+    }
+    return std::move(series_);
+  }
+
+ private:
+  int64_t Now() const { return options_.now_ns ? options_.now_ns() : 0; }
+
+  // Asks for a plan, whose copies the step pays, and compiles the rows that change.
+  template <typename Ask>
+  void Plan(int64_t charged_step, const Ask& ask) {
+    const int64_t begin = Now();
+    const std::optional<MigrationPlan> plan = ask();
+    plan_ns_ += Now() - begin;
+    if (!plan.has_value()) return;
+    for (const Placement::LayerRow& row : plan->rows) {
+      splitters_[row.layer] = Splitter(player_->placement().hosts(row.layer));
+    }
+    if (charged_step == trace_.num_steps()) return;
+    const Topology& topology = player_->placement().topology();
+    std::vector<int32_t> received(topology.num_ranks());
+    for (size_t i = 0; i < plan->moves.size();) {
+      const int32_t layer = plan->moves[i].layer;
+      std::fill(received.begin(), received.end(), 0);
+      const size_t first = i;
+      for (; i < plan->moves.size() && plan->moves[i].layer == layer; ++i) {
+        ++received[topology.rank_of_slot(plan->moves[i].to_slot)];
+      }
+      const size_t cell = static_cast<size_t>(charged_step) * trace_.num_layers + layer;
+      copies_[cell] += static_cast<int32_t>(i - first);
+      busiest_[cell] += *std::max_element(received.begin(), received.end());
+    }
+  }
+
+  void SplitStep(int64_t step) {
+    plan_us_.push_back(static_cast<double>(std::exchange(plan_ns_, 0)) * 1e-3 / trace_.num_layers);
+    const int32_t num_ranks = options_.topology.num_ranks();
+    for (int32_t layer = 0; layer < trace_.num_layers; ++layer) {
+      const std::span<const int32_t> counts = trace_.layer(step, layer);
+      const int64_t total = std::accumulate(counts.begin(), counts.end(), int64_t{0});
+      DealToSources(counts, num_ranks, &dealt_);
+      for (size_t i = 0; i < series_.size(); ++i) {
+        const int64_t begin = Now();
+        splitters_[layer].Run(options_.splits[i], dealt_, &split_);
+        series_[i].split_us.push_back(static_cast<double>(Now() - begin) * 1e-3);
+        series_[i].imbalance.push_back(
+            total == 0 ? 1.0f
+                       : static_cast<float>(static_cast<double>(split_.largest_load) * num_ranks /
+                                            static_cast<double>(total)));
+      }
+    }
+  }
+
+  const StepTrace& trace_;
+  const ReplayOptions& options_;
+  Player* player_;
+  std::vector<ReplaySeries> series_;  // [splits]
+  std::vector<Splitter> splitters_;   // [layers]
+  std::vector<int32_t> copies_, busiest_;
+  std::vector<double> plan_us_;  // [steps]
+  int64_t plan_ns_ = 0;          // spent on planning since the last step was split
+  std::vector<int32_t> dealt_;   // [R * E] counts of one layer and step over the sources
+  Split split_;
+};
+
+template <typename T>
+double MeanOf(const std::vector<T>& values) {
+  return values.empty() ? 0.0
+                        : std::accumulate(values.begin(), values.end(), 0.0) /
+                              static_cast<double>(values.size());
+}
+
+// Nearest rank: the smallest value that 99 of 100 do not exceed.
+template <typename T>
+double P99Of(std::vector<T> values) {
+  if (values.empty()) return 0.0;
+  const size_t rank = (values.size() * 99 + 99) / 100 - 1;
+  std::nth_element(values.begin(), values.begin() + static_cast<ptrdiff_t>(rank), values.end());
+  return values[rank];
+}
+
+ReplayFigures FiguresOf(const ReplaySeries& series, double rho) {
+  ReplayFigures figures{.policy = series.policy, .split = series.split, .rho = rho};
+  figures.mean_imbalance = MeanOf(series.imbalance);
+  figures.p99_imbalance = P99Of(series.imbalance);
+  figures.copies_per_layer_step = MeanOf(series.copies);
+  figures.busiest_copies_per_layer_step = MeanOf(series.busiest);
+  figures.total_cost = figures.mean_imbalance + rho * figures.busiest_copies_per_layer_step;
+  figures.plan_us_mean = MeanOf(series.plan_us);
+  figures.plan_us_p99 = P99Of(series.plan_us);
+  figures.split_us_mean = MeanOf(series.split_us);
+  figures.split_us_p99 = P99Of(series.split_us);
+  return figures;
+}
+
+absl::Status CheckOptions(const StepTrace& trace, const ReplayOptions& options) {
+  if (options.policies.empty() || options.splits.empty() || options.rhos.empty()) {
+    return absl::InvalidArgumentError("a replay needs a policy, a split and a rho");
+  }
+  for (double rho : options.rhos) {
+    if (!(rho >= 0.0 && rho <= 1e6)) {
+      return absl::InvalidArgumentError(absl::StrCat("rho is ", rho, ", allowed: 0 to 1e6"));
+    }
+  }
+  if (trace.num_steps() == 0) return absl::InvalidArgumentError("the trace has no step");
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::StatusOr<PlanTime> ParsePlanTime(const std::string& name) {
+  for (PlanTime when : {PlanTime::kAfterStep, PlanTime::kInStep}) {
+    if (name == NameOf(when)) return when;
+  }
+  return absl::InvalidArgumentError(
+      absl::StrCat("unknown time '", name, "'; the choices are after-step, in-step"));
+}
+
+const char* NameOf(PlanTime when) {
+  return when == PlanTime::kInStep ? "in-step" : "after-step";
+}
+
+std::vector<std::string> ReplayPolicyNames() {
+  std::vector<std::string> names = PolicyNames();
+  for (const char* name : {"eplb-interval:N", "full", "oracle", "oracle-switch"}) {
+    if (std::find(names.begin(), names.end(), name) == names.end()) names.push_back(name);
+  }
+  return names;
+}
+
+absl::StatusOr<ReplayResult> Replay(const StepTrace& trace, const ReplayOptions& options) {
+  BALLAST_RETURN_IF_ERROR(CheckOptions(trace, options));
+  struct Job {
+    std::string policy;
+    std::vector<double> rhos;
+    std::unique_ptr<Player> player;
+  };
+  std::vector<Job> jobs;  // all are made before the first runs, so that a bad name costs no time
+  for (const std::string& policy : options.policies) {
+    const size_t num_jobs = IgnoresRho(policy) ? 1 : options.rhos.size();
+    for (size_t i = 0; i < num_jobs; ++i) {
+      BALLAST_ASSIGN_OR_RETURN(std::unique_ptr<Player> player,
+                               MakePlayer(trace, options, policy, options.rhos[i]));
+      jobs.push_back({.policy = policy,
+                      .rhos = num_jobs == 1 ? options.rhos : std::vector<double>{options.rhos[i]},
+                      .player = std::move(player)});
+    }
+  }
+  ReplayResult result{
+      .num_steps = trace.num_steps(), .num_layers = trace.num_layers, .series = {}, .figures = {}};
+  const int64_t all_steps = static_cast<int64_t>(jobs.size()) * trace.num_steps();
+  int64_t done = 0;
+  for (Job& job : jobs) {
+    Run run(trace, options, job.player.get());
+    for (int64_t step = 0; step < trace.num_steps(); ++step) {
+      run.PlayStep(step);
+      if (options.progress) options.progress(++done, all_steps);
+    }
+    for (ReplaySeries& series : run.Take()) {
+      series.policy = job.policy;
+      series.rhos = job.rhos;
+      for (double rho : job.rhos) result.figures.push_back(FiguresOf(series, rho));
+      result.series.push_back(std::move(series));
+    }
+    job.player.reset();
+  }
+  return result;
+}
+
+}  // namespace ballast

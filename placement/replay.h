@@ -1,0 +1,98 @@
+#ifndef BALLAST_PLACEMENT_REPLAY_H_
+#define BALLAST_PLACEMENT_REPLAY_H_
+
+#include <cstdint>
+#include <functional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "placement/controller.h"
+#include "placement/split.h"
+#include "placement/trace.h"
+
+namespace ballast {
+
+// When a plan that was made from a step's counts is in force.
+enum class PlanTime {
+  kAfterStep,  // from the next step on; its copies are charged there
+  kInStep,     // in the step itself, before it is split; its copies are charged there
+};
+
+// "after-step", "in-step". ERRORS kInvalidArgument names the value and the choices
+absl::StatusOr<PlanTime> ParsePlanTime(const std::string& name);
+const char* NameOf(PlanTime when);
+
+struct ReplayOptions {
+  Topology topology;
+  std::vector<std::string> policies;
+  std::vector<SplitMode> splits = {SplitMode::kExact};
+  std::vector<double> rhos = {0.3};
+  PlanTime when = PlanTime::kAfterStep;
+  // For the policies that the controller runs; `policy` is set from the policy's name, and for
+  // eplb-interval:N the window too.
+  ControllerOptions controller = {};
+  // Nanoseconds of any monotonic clock, for the times of planning and splitting; without one they
+  // are 0. Everything else depends on the trace and these options alone.
+  std::function<int64_t()> now_ns = {};
+  // Called after each step with the steps done and the steps in all.
+  std::function<void(int64_t, int64_t)> progress = {};
+};
+
+// What one policy did under one split; the figures of ReplayFigures come from it.
+struct ReplaySeries {
+  std::string policy;
+  SplitMode split = SplitMode::kExact;
+  std::vector<double> rhos;      // what it holds for: all, unless the policy itself weighs rho
+  std::vector<float> imbalance;  // [steps * layers] largest rank load / mean; 1 without copies
+  std::vector<int32_t> copies;   // [steps * layers] experts that entered a rank that lacked them
+  std::vector<int32_t> busiest;  // [steps * layers] of these, on the rank that got most
+  std::vector<double> plan_us;   // [plans] time of one decision / layers
+  std::vector<double> split_us;  // [steps * layers]
+};
+
+// One line of the final table. total_cost is the mean over layers and steps of
+//   imbalance + rho * copies received by the busiest rank
+// in units of an ideal layer-step: rho is the time of one copy over that.
+struct ReplayFigures {
+  std::string policy;
+  SplitMode split = SplitMode::kExact;
+  double rho = 0.0;
+  double mean_imbalance = 0.0, p99_imbalance = 0.0;
+  double copies_per_layer_step = 0.0, busiest_copies_per_layer_step = 0.0;
+  double total_cost = 0.0;
+  double plan_us_mean = 0.0, plan_us_p99 = 0.0;    // per layer-step
+  double split_us_mean = 0.0, split_us_p99 = 0.0;  // per layer-step
+};
+
+struct ReplayResult {
+  int64_t num_steps = 0;
+  int32_t num_layers = 0;
+  std::vector<ReplaySeries> series;    // policy by policy, split by split
+  std::vector<ReplayFigures> figures;  // for each of these, rho by rho
+};
+
+// The policies of a replay: those of MakePolicy, which the server's own Controller runs, and those
+// of the laboratory:
+//   eplb-interval:N  the controller with policy eplb, told to plan every N steps from those N steps
+//   full             a full plan after every step from its counts (in-step: as oracle)
+//   oracle           a full plan from the very counts it is judged on; charged in that step
+//   oracle-switch    at the first step of each phase a full plan from that phase's totals
+std::vector<std::string> ReplayPolicyNames();
+
+// Plays the trace against every policy and split.
+//
+// Rules. Each policy starts, free of charge, from the contiguous placement with its spare slots as
+// a ring (static: empty). Every plan is renamed for least movement (AlignRow) and takes effect at
+// once; a copy is an expert that enters a rank which lacked it. Plans of the last step are not
+// charged. The copies of a layer and step are dealt to the source ranks in turn, expert by expert:
+// it matters to roundrobin and hash only.
+//
+// ORDER  deterministic but for the times
+// ERRORS kInvalidArgument names the policy or the option that cannot be used
+absl::StatusOr<ReplayResult> Replay(const StepTrace& trace, const ReplayOptions& options);
+
+}  // namespace ballast
+
+#endif  // BALLAST_PLACEMENT_REPLAY_H_

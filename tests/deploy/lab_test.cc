@@ -1,0 +1,307 @@
+// The laboratory's commands as users run them: plan, replay, convert, bench.
+#include <sys/wait.h>
+
+#include <catch2/catch.hpp>
+#include <cstdio>
+#include <cstdlib>
+#include <iostream>
+#include <nlohmann/json.hpp>
+
+#include "base/file.h"
+#include "base/npy.h"
+#include "base/random.h"
+#include "base/status.h"
+#include "placement/placement.h"
+#include "tests/support/temp_folder.h"
+
+namespace ballast {
+namespace {
+
+using Catch::Matchers::Contains;
+using nlohmann::json;
+
+struct Ended {
+  int exit_code = -1;
+  std::string output;  // stdout and stderr
+};
+
+Ended Ballast(const std::string& arguments) {
+  const std::string command = absl::StrCat(BALLAST_COMMAND, " ", arguments, " 2>&1");
+  std::FILE* pipe = popen(command.c_str(), "r");
+  REQUIRE(pipe != nullptr);
+  Ended ended;
+  char block[4096];
+  size_t count = 0;
+  while ((count = std::fread(block, 1, sizeof block, pipe)) > 0) ended.output.append(block, count);
+  const int status = pclose(pipe);
+  ended.exit_code = WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+  return ended;
+}
+
+json JsonAt(const std::string& path) {
+  const auto text = ReadFile(path);
+  REQUIRE(text.ok());
+  const json parsed = json::parse(*text, nullptr, /*allow_exceptions=*/false);
+  REQUIRE_FALSE(parsed.is_discarded());
+  return parsed;
+}
+
+// Refused with exit code 2 and a message that has all of `parts`.
+void RequireRefused(const std::string& arguments, const std::vector<std::string>& parts) {
+  const Ended ended = Ballast(arguments);
+  INFO(arguments << "\n" << ended.output);
+  REQUIRE(ended.exit_code == 2);
+  for (const std::string& part : parts) REQUIRE_THAT(ended.output, Contains(part));
+}
+
+// Files of a folder of their own: traces a.npy and b.npy [256, 2, 2] over 16 experts, load.csv.
+class Files {
+ public:
+  Files() {
+    Random random(1);
+    for (const char* name : {"a.npy", "b.npy"}) {
+      std::vector<int64_t> ids;
+      for (int i = 0; i < 256 * 2 * 2; ++i) {
+        ids.push_back(random.Below(name[0] == 'a' ? 4 : 16));
+      }
+      ids[0] = 15;
+      REQUIRE(WriteNpy(At(name), MakeNpyArray(NpyType::kU8, {256, 2, 2}, ids)).ok());
+    }
+    REQUIRE(WriteFile(At("load.csv"), "900,10,10,10,10,10,10,10\n10,10,10,10,40,40,40,40\n").ok());
+  }
+  std::string At(const std::string& name) const { return folder_.path() + "/" + name; }
+
+ private:
+  testing::TempFolder folder_;
+};
+
+TEST_CASE("ballast plan balances a load and writes what engines read", "[deploy][lab]") {
+  const Files files;
+  const std::string base = "plan --load " + files.At("load.csv") + " --ranks 4 --slots 12 ";
+  const Ended ended =
+      Ballast(base + "--json " + files.At("plan.json") + " --out " + files.At("native.json"));
+  INFO(ended.output);
+  REQUIRE(ended.exit_code == 0);
+  const json plan = JsonAt(files.At("plan.json"));
+  REQUIRE(plan["plan_ms"].get<double>() >= 0.0);
+  REQUIRE(plan["layers"].size() == 2);
+  for (const json& layer : plan["layers"]) {
+    REQUIRE(layer["slot_to_expert"].size() == 12);
+    REQUIRE(layer["max_over_mean"].get<double>() == layer["lower_bound"].get<double>());
+    REQUIRE(layer["max_over_mean"].get<double>() < 1.01);
+  }
+  const auto native = ReadFile(files.At("native.json"));
+  REQUIRE(native.ok());
+  const auto placement = Placement::FromJson(*native);
+  REQUIRE(placement.ok());
+  REQUIRE(std::equal(placement->expert_of_slot(0).begin(), placement->expert_of_slot(0).end(),
+                     plan["layers"][0]["slot_to_expert"].begin()));
+  // Planned again from there, nothing moves.
+  const Ended again = Ballast(base + "--current " + files.At("native.json"));
+  REQUIRE(again.exit_code == 0);
+  REQUIRE_THAT(again.output, Contains("0 copies to move"));
+  for (const char* format : {"eplb", "sglang", "trtllm", "ascend"}) {
+    const Ended other =
+        Ballast(base + "--policy eplb --format " + format + " --out " + files.At(format));
+    REQUIRE(other.exit_code == 0);
+    REQUIRE(ReadFile(files.At(format)).ok());
+  }
+  const Ended dry = Ballast(base + "--dry-run --out " + files.At("dry.json"));
+  REQUIRE(dry.exit_code == 0);
+  REQUIRE_FALSE(ReadFile(files.At("dry.json")).ok());
+}
+
+TEST_CASE("ballast plan refuses bad loads and shapes by name and value", "[deploy][lab][errors]") {
+  const Files files;
+  const std::string load = "plan --load " + files.At("load.csv");
+  RequireRefused(load + " --ranks 16 --slots 12", {"--slots is 12", "at least --ranks, 16"});
+  RequireRefused(load + " --ranks 4 --slots 13", {"--slots is 13", "a multiple of --ranks, 4"});
+  RequireRefused(load + " --ranks 2 --slots 6", {"--slots is 6", "at least the experts, 8"});
+  RequireRefused(load + " --ranks 4 --slots 12 --groups 3", {"--groups is 3", "a divisor", "8"});
+  RequireRefused(load + " --ranks 4 --slots 12 --nodes 3", {"--nodes is 3", "a divisor", "4"});
+  RequireRefused(load + " --ranks 4 --slots 12 --policy magic", {"--policy", "magic", "eplb,full"});
+  RequireRefused(load + " --ranks 4 --slots 12 --format yaml", {"--format", "yaml", "sglang"});
+  RequireRefused(load + " --ranks 4", {"--slots is required"});
+  RequireRefused(load + " --ranks 4 --slots 12 --current " + files.At("load.csv"),
+                 {"load.csv", "not a JSON object"});
+  for (const auto& [text, part] : {std::pair("1,nan\n", "layer 0 expert 1 has load nan"),
+                                   std::pair("1,2\n3,-4\n", "layer 1 expert 1 has load -4"),
+                                   std::pair("1,2\n3\n", "line 2 has 1 numbers"),
+                                   std::pair("1,two\n", "line 1 field 2 is 'two'")}) {
+    REQUIRE(WriteFile(files.At("bad.csv"), text).ok());
+    RequireRefused("plan --ranks 1 --slots 2 --load " + files.At("bad.csv"), {"bad.csv", part});
+  }
+  RequireRefused("plan --ranks 1 --slots 2 --load " + files.At("a.npy"),
+                 {"a.npy", "[256, 2, 2]", "[layers, experts]"});
+}
+
+TEST_CASE("ballast replay gives a table and the same figures as JSON and a page", "[deploy][lab]") {
+  const Files files;
+  const std::string base = "replay --trace " + files.At("a.npy") + "," + files.At("b.npy") +
+                           " --experts 16 --ranks 4 --slots 20 --step-tokens 50 ";
+  const Ended ended = Ballast(base +
+                              "--policy static,never,eplb-interval:2,full,oracle "
+                              "--split exact,even --rho 0.1,1 --json " +
+                              files.At("r.json") + " --report " + files.At("r.html"));
+  INFO(ended.output);
+  REQUIRE(ended.exit_code == 0);
+  REQUIRE_THAT(ended.output, Contains("10 steps of 50 tokens") && Contains("12 tokens dropped") &&
+                                 Contains("eplb-interval:2"));
+  const json figures = JsonAt(files.At("r.json"))["policies"];
+  REQUIRE(figures.size() == 5 * 2 * 2);
+  for (const json& f : figures) {
+    REQUIRE(f["mean_imbalance"].get<double>() >= 1.0);
+    REQUIRE(f["p99_imbalance"].get<double>() >= f["mean_imbalance"].get<double>());
+    REQUIRE(f["total_cost"].get<double>() ==
+            Approx(f["mean_imbalance"].get<double>() +
+                   f["rho"].get<double>() * f["busiest_copies_per_layer_step"].get<double>()));
+    REQUIRE(f["split_us_p99"].get<double>() > 0.0);
+    REQUIRE(f["when"] == "after-step");
+  }
+  REQUIRE(figures[0]["copies_per_layer_step"] == 0.0);
+  REQUIRE(figures[16]["policy"] == "oracle");
+  REQUIRE(figures[16]["mean_imbalance"].get<double>() == 1.0);
+  const auto page = ReadFile(files.At("r.html"));
+  REQUIRE(page.ok());
+  REQUIRE_THAT(*page, Contains("viewport") && Contains("<svg") && Contains("oracle, even") &&
+                          !Contains("http") && !Contains("nan"));
+  // The same run again gives the same figures, but for the times.
+  const Ended again = Ballast(base + "--policy full --json " + files.At("again.json"));
+  REQUIRE(again.exit_code == 0);
+  REQUIRE(JsonAt(files.At("again.json"))["policies"][0]["mean_imbalance"] ==
+          figures[12]["mean_imbalance"]);
+}
+
+TEST_CASE("ballast replay refuses bad traces and flags by name and value",
+          "[deploy][lab][errors]") {
+  const Files files;
+  const std::string shape = " --ranks 4 --slots 20 --step-tokens 50 ";
+  const std::string a = "replay --trace " + files.At("a.npy");
+  RequireRefused(a + shape + "--experts 8", {"a.npy: token 0 layer 0 has expert 15", "0 to 7"});
+  RequireRefused(a + shape + "--policy magic", {"unknown policy 'magic'", "static, never, eplb"});
+  RequireRefused(a + shape + "--policy eplb-interval:0", {"eplb-interval:0", "1 to"});
+  RequireRefused(a + shape + "--split fair", {"unknown split mode 'fair'", "exact, even"});
+  RequireRefused(a + shape + "--rho -1", {"rho is -1"});
+  RequireRefused(a + shape + "--when never", {"--when", "never", "after-step"});
+  RequireRefused(a + " --ranks 32 --slots 20 --step-tokens 50",
+                 {"--slots is 20", "at least --ranks, 32"});
+  RequireRefused(a + " --ranks 4 --slots 8 --step-tokens 50",
+                 {"--slots is 8", "at least the experts, 16"});
+  RequireRefused(a + " --ranks 4 --slots 20 --step-tokens 1000", {"a.npy", "256 tokens", "1000"});
+  RequireRefused(a + shape + "--unknown 3", {"--unknown"});
+  RequireRefused("replay --trace " + files.At("none.npy") + shape, {"none.npy: cannot be read"});
+
+  const auto bytes = ReadFile(files.At("a.npy"));
+  REQUIRE(bytes.ok());
+  REQUIRE(WriteFile(files.At("cut.npy"), bytes->substr(0, 500)).ok());
+  RequireRefused("replay --trace " + files.At("cut.npy") + shape,
+                 {"cut.npy: has 372 bytes of data", "needs 1024 (cut off)"});
+  const std::vector<int64_t> zeros(256 * 3 * 2, 0);
+  REQUIRE(WriteNpy(files.At("c.npy"), MakeNpyArray(NpyType::kU8, {256, 3, 2}, zeros)).ok());
+  RequireRefused(a + "," + files.At("c.npy") + shape,
+                 {"c.npy: [256, 3, 2] of u8 does not go with", "a.npy: [256, 2, 2] of u8"});
+}
+
+TEST_CASE("ballast convert goes from routing text to ids to counts to loads", "[deploy][lab]") {
+  const Files files;
+  const std::string text1 = "0\t1\t2\t3\t\t0.5\t0.25\t0.5\t0.25\n1\t3\t\t0.5\t0.5\n";
+  const std::string text2 = "3\t2\t1\t0\t\t0.5\t0.25\t0.5\t0.25\n1\t2\t\t0.5\t0.5\n";
+  REQUIRE(WriteFile(files.At("expert_weights_1.txt"), text1).ok());
+  REQUIRE(WriteFile(files.At("expert_weights_2.txt"), text2).ok());
+  const auto run = [&](const std::string& arguments) {
+    const Ended ended = Ballast("convert " + arguments);
+    INFO(arguments << "\n" << ended.output);
+    REQUIRE(ended.exit_code == 0);
+  };
+  run("--from esft --top-k 2 --in " + files.At("") + " --to ids --out " + files.At("ids.npy") +
+      " --weights-out " + files.At("weights.npy"));
+  const auto ids = ReadNpy(files.At("ids.npy"));
+  REQUIRE(ids.ok());
+  REQUIRE(*ids == MakeNpyArray(NpyType::kU8, {3, 2, 2},
+                               std::vector<int64_t>{0, 1, 3, 2, 2, 3, 1, 0, 1, 3, 1, 2}));
+  REQUIRE(ReadNpy(files.At("weights.npy"))->IntegerAt(1) == 2500);
+  run("--from ids --step-tokens 1 --in " + files.At("ids.npy") + " --to steps --out " +
+      files.At("steps.npy"));
+  REQUIRE(ReadNpy(files.At("steps.npy"))->shape == std::vector<int64_t>{3, 2, 4});
+  run("--from ids --in " + files.At("ids.npy") + " --to load --out " + files.At("one.csv"));
+  run("--from steps --in " + files.At("steps.npy") + " --to load --out " + files.At("two.npy"));
+  run("--from load --in " + files.At("two.npy") + " --to load --out " + files.At("two.csv"));
+  REQUIRE(*ReadFile(files.At("one.csv")) == "1,2,1,2\n1,2,2,1\n");
+  REQUIRE(*ReadFile(files.At("two.csv")) == *ReadFile(files.At("one.csv")));
+  // Step counts replay as the ids that they were counted from.
+  const std::string shape = " --ranks 2 --slots 6 --step-tokens 1 --json ";
+  REQUIRE(Ballast("replay --trace " + files.At("ids.npy") + shape + files.At("i.json")).exit_code ==
+          0);
+  REQUIRE(
+      Ballast("replay --trace " + files.At("steps.npy") + shape + files.At("s.json")).exit_code ==
+      0);
+  REQUIRE(JsonAt(files.At("i.json"))["policies"][2]["mean_imbalance"] ==
+          JsonAt(files.At("s.json"))["policies"][2]["mean_imbalance"]);
+
+  run("--from csv --to sglang --in " +
+      [&] {
+        REQUIRE(WriteFile(files.At("p.csv"), "layer,rank,experts\n0,0,0 1\n0,1,2 1\n").ok());
+        return files.At("p.csv");
+      }() +
+      " --out " + files.At("p.json"));
+  REQUIRE(*ReadFile(files.At("p.json")) == "{\"physical_to_logical_map\":[[0,1,2,1]]}\n");
+}
+
+TEST_CASE("ballast convert refuses what it cannot do", "[deploy][lab][errors]") {
+  const Files files;
+  const std::string out = " --out " + files.At("out");
+  RequireRefused("convert --from load --to ids --in x.csv" + out, {"--from load --to ids"});
+  RequireRefused("convert --from ids --to esft --in x.npy" + out, {"--to is esft"});
+  RequireRefused("convert --from steps --to load --in " + files.At("a.npy") + out,
+                 {"a.npy: u8, allowed with --from steps: i32, i64"});
+  RequireRefused("convert --from sglang --to native --in " + files.At("load.csv") + out,
+                 {"load.csv: no list \"physical_to_logical_map\""});
+  RequireRefused("convert --from esft --to ids --in " + files.At("") + out,
+                 {"a folder without expert_weights_<layer>.txt"});
+}
+
+TEST_CASE("ballast bench measures planners and splits without a gap", "[deploy][lab]") {
+  const Files files;
+  for (const std::string what : {"split", "plan"}) {
+    const Ended ended = Ballast("bench " + what + " --json " + files.At("bench.json"));
+    INFO(ended.output);
+    REQUIRE(ended.exit_code == 0);
+    const json rows = JsonAt(files.At("bench.json"))[what];
+    REQUIRE(rows.size() == (what == "split" ? 8 : 6));
+    for (const json& row : rows) {
+      if (what == "split") REQUIRE(row["max_gap_tokens"] == 0);
+      if (what == "plan" && row["policy"] == "full") {
+        REQUIRE(row["max_over_mean"].get<double>() < 1.002);
+      }
+    }
+  }
+  RequireRefused("bench nothing", {"nothing", "split,plan"});
+}
+
+TEST_CASE("a configuration file may give what is required, and lists", "[deploy][lab]") {
+  const Files files;
+  REQUIRE(WriteFile(files.At("c.json"),
+                    "{\"ranks\": 4, \"slots\": 20, \"step-tokens\": 50,\n"
+                    "\"policy\": \"never,full\", \"rho\": \"0.1,0.2\"}")
+              .ok());
+  const Ended ended = Ballast("replay --config " + files.At("c.json") + " --trace " +
+                              files.At("a.npy") + " --json " + files.At("r.json"));
+  INFO(ended.output);
+  REQUIRE(ended.exit_code == 0);
+  const json figures = JsonAt(files.At("r.json"))["policies"];
+  REQUIRE(figures.size() == 4);
+  REQUIRE(figures[3]["policy"] == "full");
+  REQUIRE(figures[3]["rho"] == 0.2);
+}
+
+TEST_CASE("every command of the laboratory helps", "[deploy][lab]") {
+  for (const char* command : {"plan", "replay", "convert", "bench"}) {
+    const Ended ended = Ballast(std::string(command) + " --help");
+    REQUIRE(ended.exit_code == 0);
+    REQUIRE_THAT(ended.output, Contains("--config") && Contains("Usage: ballast"));
+  }
+  REQUIRE_THAT(Ballast("convert --help").output, Contains("an empty column"));
+}
+
+}  // namespace
+}  // namespace ballast

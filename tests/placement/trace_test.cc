@@ -1,0 +1,111 @@
+#include "placement/trace.h"
+
+#include <catch2/catch.hpp>
+#include <limits>
+
+namespace ballast {
+namespace {
+
+using Catch::Matchers::Contains;
+
+NamedArray Ids(const char* name, std::vector<int64_t> shape, const std::vector<int64_t>& values,
+               NpyType type = NpyType::kU8) {
+  return {.name = name, .array = MakeNpyArray(type, std::move(shape), values)};
+}
+
+template <typename T>
+std::string MessageOf(const absl::StatusOr<T>& result) {
+  REQUIRE(result.status().code() == absl::StatusCode::kInvalidArgument);
+  return std::string(result.status().message());
+}
+
+TEST_CASE("ids are counted in whole steps and the rest is dropped", "[placement][trace]") {
+  // Three tokens, two layers, top-2; then four tokens of a second phase.
+  const NamedArray phases[] = {
+      Ids("a", {3, 2, 2}, {0, 1, 2, 3, 0, 2, 3, 2, 1, 1, 1, 1}),
+      Ids("b", {4, 2, 2}, {0, 1, 0, 1, 0, 1, 0, 1, 2, 3, 2, 3, 2, 3, 2, 3}, NpyType::kU16)};
+  const auto trace = CountSteps(phases, {.step_tokens = 2});
+  REQUIRE(trace.ok());
+  REQUIRE(trace->num_experts == 4);
+  REQUIRE(trace->num_layers == 2);
+  REQUIRE(trace->phase_offsets == std::vector<int64_t>{0, 1, 3});
+  REQUIRE(trace->dropped_tokens == 1);
+  REQUIRE(trace->counts == std::vector<int32_t>{2, 1, 1, 0, 0, 0, 2, 2,  //
+                                                2, 2, 0, 0, 2, 2, 0, 0,  //
+                                                0, 0, 2, 2, 0, 0, 2, 2});
+  REQUIRE(TotalLoad(*trace).load == std::vector<int64_t>{4, 3, 3, 2, 2, 2, 4, 4});
+}
+
+TEST_CASE("ids without a top-k dimension are top-1", "[placement][trace]") {
+  const NamedArray phase = Ids("a", {2, 3}, {0, 1, 4, 0, 2, 4});
+  const auto trace = CountSteps({&phase, 1}, {.step_tokens = 1, .num_experts = 6});
+  REQUIRE(trace.ok());
+  REQUIRE(trace->num_steps() == 2);
+  REQUIRE(trace->layer(1, 1)[2] == 1);
+  REQUIRE(trace->layer(1, 2).size() == 6);
+}
+
+TEST_CASE("step counts are taken as they are", "[placement][trace]") {
+  const NamedArray phase = Ids("a", {2, 1, 3}, {1, 2, 3, 4, 5, 6}, NpyType::kI32);
+  const auto trace = CountSteps({&phase, 1}, {.step_tokens = 1024});
+  REQUIRE(trace.ok());
+  REQUIRE(trace->num_steps() == 2);
+  REQUIRE(trace->counts == std::vector<int32_t>{1, 2, 3, 4, 5, 6});
+}
+
+TEST_CASE("a bad trace is refused with file and place and value", "[placement][trace][errors]") {
+  const auto message = [](const NamedArray& phase, int32_t experts = 4) {
+    return MessageOf(CountSteps({&phase, 1}, {.step_tokens = 2, .num_experts = experts}));
+  };
+  REQUIRE_THAT(message(Ids("t.npy", {3, 1, 1}, {0, 3, 9})),
+               Contains("t.npy: token 2 layer 0 has expert 9, allowed: 0 to 3"));
+  REQUIRE_THAT(message(Ids("t.npy", {1, 1, 1}, {0})), Contains("1 tokens make no step of 2"));
+  REQUIRE_THAT(message(Ids("t.npy", {4}, {0, 0, 0, 0})), Contains("[4] of u8, allowed: [tokens"));
+  REQUIRE_THAT(message(Ids("t.npy", {2, 0, 1}, {})), Contains("[2, 0, 1] of u8, allowed"));
+  REQUIRE_THAT(message(Ids("t.npy", {1, 1}, {0}, NpyType::kF32)), Contains("f32, allowed: ids"));
+  REQUIRE_THAT(message(Ids("t.npy", {1, 1, 4}, {0, -1, 0, 0}, NpyType::kI64)),
+               Contains("t.npy: step 0 layer 0 expert 1 has count -1, allowed"));
+  REQUIRE_THAT(message(Ids("t.npy", {1, 1, 4}, {1, int64_t{1} << 31, 0, 0}, NpyType::kI64)),
+               Contains("has count 2147483648"));
+  REQUIRE_THAT(message(Ids("t.npy", {1, 1, 3}, {0, 1, 0}, NpyType::kI32)),
+               Contains("counts of 3 experts, but 4 were asked for"));
+  const NamedArray mixed[] = {Ids("a.npy", {2, 1, 1}, {0, 0}),
+                              Ids("b.npy", {2, 1, 2}, {0, 0, 0, 0})};
+  REQUIRE_THAT(MessageOf(CountSteps(mixed, {.step_tokens = 1})),
+               Contains("b.npy: [2, 1, 2] of u8 does not go with a.npy: [2, 1, 1] of u8"));
+}
+
+TEST_CASE("loads are read from arrays and text alike", "[placement][trace]") {
+  const NamedArray array = Ids("a", {2, 3}, {1, 2, 3, 4, 5, 6}, NpyType::kF64);
+  const auto from_array = LoadFromArray(array);
+  const auto from_text = LoadFromCsv("b", "e0,e1,e2\n1,2,3\r\n\n 4, 5 ,6\n");
+  REQUIRE(from_array.ok());
+  REQUIRE(from_text.ok());
+  REQUIRE(from_array->load == std::vector<int64_t>{1, 2, 3, 4, 5, 6});
+  REQUIRE(from_text->load == from_array->load);
+  REQUIRE(LoadToCsv(*from_text) == "1,2,3\n4,5,6\n");
+  // Fractions keep their ratios.
+  const auto shares = LoadFromCsv("b", "0.25,0.75\n");
+  REQUIRE(shares.ok());
+  REQUIRE(shares->load == std::vector<int64_t>{int64_t{1} << 38, 3 * (int64_t{1} << 38)});
+}
+
+TEST_CASE("a bad load is refused with file and place and value", "[placement][trace][errors]") {
+  const auto message = [](const std::string& text) {
+    return MessageOf(LoadFromCsv("l.csv", text));
+  };
+  REQUIRE_THAT(message("1,2\n3,nan\n"), Contains("l.csv: layer 1 expert 1 has load nan, allowed"));
+  REQUIRE_THAT(message("1,-2\n"), Contains("layer 0 expert 1 has load -2"));
+  REQUIRE_THAT(message("1,inf\n"), Contains("has load inf"));
+  REQUIRE_THAT(message("1,2\n1\n"), Contains("line 2 has 1 numbers; the first has 2"));
+  REQUIRE_THAT(message("1,x\n"), Contains("line 1 field 2 is 'x', allowed: a number"));
+  REQUIRE_THAT(message("1,,2\n"), Contains("line 1 field 2 is ''"));
+  REQUIRE_THAT(message("\n"), Contains("no numbers"));
+  REQUIRE_THAT(MessageOf(LoadFromArray(Ids("l.npy", {1, 1, 1}, {0}))), Contains("shape [1, 1, 1]"));
+  REQUIRE_THAT(MessageOf(LoadFromArray(Ids("l.npy", {0, 4}, {}))), Contains("shape [0, 4]"));
+  REQUIRE_THAT(MessageOf(LoadFromArray(Ids("l.npy", {1, 2}, {5, -5}, NpyType::kI64))),
+               Contains("l.npy: layer 0 expert 1 has load -5"));
+}
+
+}  // namespace
+}  // namespace ballast
