@@ -112,7 +112,12 @@ TEST_CASE("a bad flag is named with its value and what is allowed", "[serve]") {
   RequireRefusal(OnFreePorts(DemoModel(), {"--max-seqs", "0"}), {"--max-seqs", "0", "1 to 65536"});
   RequireRefusal(OnFreePorts(DemoModel(), {"--dtype", "int3"}), {"--dtype", "int3", "bf16"});
   RequireRefusal(OnFreePorts(DemoModel(), {"--kv-bytes", "lots"}), {"--kv-bytes", "lots"});
-  RequireRefusal(OnFreePorts(DemoModel(), {"--kv-bytes", "10"}), {"--kv-bytes", "10", "at least"});
+  RequireRefusal(OnFreePorts(DemoModel(), {"--kv-bytes", "10"}),
+                 {"--kv-bytes is 10", "allowed: 1310720", "whole context"});
+  RequireRefusal(OnFreePorts(DemoModel(), {"--kv-bytes", "100TiB"}),
+                 {"--kv-bytes is 109951162777600", "the machine's memory"});
+  RequireRefusal(OnFreePorts(DemoModel(), {"--ready-file", "/nowhere/ready"}),
+                 {"--ready-file", "/nowhere/ready"});
   RequireRefusal(OnFreePorts(DemoModel(), {"--slots-per-rank", "3"}),
                  {"--slots-per-rank", "3", "at least"});
   RequireRefusal(OnFreePorts(DemoModel(), {"--step-log", "/nowhere/steps"}),
@@ -170,7 +175,7 @@ TEST_CASE("help shows the defaults and exits 0", "[serve]") {
     INFO(ended.out);
     REQUIRE(ended.code == 0);
     REQUIRE(ended.err.find("ballast: ") == std::string::npos);
-    for (const char* part : {"--model", "--port", "=8080", "--metrics-port", "=9420", "=eplb",
+    for (const char* part : {"--model", "--port", "=8080", "--metrics-port", "=9420", "=regret",
                              "=exact", "BALLAST_PORT", "=300000"}) {
       INFO(part);
       REQUIRE(ended.out.find(part) != std::string::npos);
