@@ -6,6 +6,8 @@ target_compile_options(ballast_flags INTERFACE
   $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -Wpedantic -Wshadow>
   # A fused multiply-add must stand where the source says std::fma, or the bits of a row would depend on inlining.
   $<$<COMPILE_LANGUAGE:CXX>:-ffp-contract=off>
+  # Nobody reads errno after a square root, and with it none can be taken for a whole vector.
+  $<$<COMPILE_LANGUAGE:CXX>:-fno-math-errno>
   $<$<BOOL:${BALLAST_WERROR}>:$<$<COMPILE_LANGUAGE:CXX>:-Werror>>)
 if(BALLAST_MARCH)
   target_compile_options(ballast_flags INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-march=${BALLAST_MARCH}>)

@@ -81,7 +81,11 @@ Controller::Controller(ControllerOptions options, Placement initial, std::unique
       policy_(std::move(policy)),
       window_sums_(static_cast<size_t>(placement_.num_layers()) * placement_.num_experts(), 0),
       batch_(window_sums_.size(), 0) {
-  const PolicyContext context{placement_, options_.num_groups, options_.rho};
+  const PolicyContext context{.initial = placement_,
+                              .num_groups = options_.num_groups,
+                              .rho = options_.rho,
+                              .in_step = options_.in_step,
+                              .rules = options_.rules};
   for (int32_t layer = 0; layer < placement_.num_layers(); ++layer) {
     planners_.push_back(policy_->MakeLayerPlanner(context, layer));
   }

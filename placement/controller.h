@@ -21,6 +21,8 @@ struct ControllerOptions {
   std::string policy = "eplb";
   int32_t num_groups = 1;
   double rho = 0.1;                // transfer of one copy, in ideal times of a layer and batch
+  bool in_step = false;            // plans serve the very step whose counts made them
+  PlacementRules rules = {};
   int64_t batch_tokens = 1;        // tokens per batch for planners that look at batches
   int64_t window_tokens = 8192;    // tokens per layer that a decision looks back over
   int32_t min_steps_between = 16;  // steps between the end of one plan and the next

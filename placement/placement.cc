@@ -135,6 +135,20 @@ absl::Status AppendIntegers(const Json& list, const std::string& key, int64_t lo
   return absl::OkStatus();
 }
 
+// 1, 3, ..., 2, 4, ... up to half way round, where each joins new pairs of ranks, then the others.
+// Odd ones first: with steps of 1 and 3 any rank is near any other.
+std::vector<int32_t> RingDistances(int32_t num_ranks) {
+  std::vector<int32_t> distances;
+  for (bool far : {false, true}) {
+    for (int32_t first : {1, 2}) {
+      for (int32_t d = first; d < num_ranks; d += 2) {
+        if ((2 * d > num_ranks) == far) distances.push_back(d);
+      }
+    }
+  }
+  return distances;
+}
+
 std::string Hex(uint64_t bits) {
   char text[17];
   std::snprintf(text, sizeof text, "%016" PRIx64, bits);
@@ -274,6 +288,7 @@ absl::StatusOr<Placement> Placement::Contiguous(int32_t num_layers, int32_t num_
   for (int32_t e = 0; e < num_experts; ++e) {
     block[static_cast<int64_t>(e) * num_ranks / num_experts].push_back(e);
   }
+  const std::vector<int32_t> distances = RingDistances(num_ranks);
   std::vector<int32_t> row(topology.num_slots(), kNoExpert);
   for (int32_t r = 0; r < num_ranks; ++r) {
     const int32_t own = static_cast<int32_t>(block[r].size());
@@ -285,13 +300,12 @@ absl::StatusOr<Placement> Placement::Contiguous(int32_t num_layers, int32_t num_
     int32_t slot = topology.slot_offsets[r];
     for (int32_t e : block[r]) row[slot++] = e;
     if (!fill_spare) continue;
-    // Neighbours at all distances once, then all of them with their next expert.
     const int32_t end = topology.slot_offsets[r + 1];
     for (int32_t round = 0; slot < end && round < num_experts; ++round) {
-      for (int32_t distance = 1; slot < end && distance < num_ranks; ++distance) {
-        const std::vector<int32_t>& theirs = block[(r + distance) % num_ranks];
-        const int32_t size = static_cast<int32_t>(theirs.size());
-        if (round < size) row[slot++] = theirs[(distance - 1 + round) % size];
+      for (size_t i = 0; slot < end && i < distances.size(); ++i) {
+        const std::vector<int32_t>& theirs = block[(r + num_ranks - distances[i]) % num_ranks];
+        const size_t size = theirs.size();
+        if (static_cast<size_t>(round) < size) row[slot++] = theirs[(i + round) % size];
       }
     }
   }

@@ -47,8 +47,9 @@ class Placement {
                                           int64_t epoch);
 
   // Expert e on rank floor(e * R / E): the experts in order, in blocks as even as can be. Spare
-  // slots are empty, or (fill_spare) filled as a ring: the i-th of rank r copies an expert of rank
-  // r + i, for i = 1, 2, ... round the ranks; so the copies join as many pairs of ranks as can be.
+  // slots are empty, or (fill_spare) filled as a ring: the i-th of rank r holds the i-th expert of
+  // rank r - d_i, with d = 1, 3, ..., 2, 4, ... round the ranks, so that the copies join many pairs
+  // of ranks.
   // ERRORS kInvalidArgument when the slots do not suffice, with both numbers
   static absl::StatusOr<Placement> Contiguous(int32_t num_layers, int32_t num_experts,
                                               const Topology& topology, bool fill_spare);

@@ -6,7 +6,6 @@
 #include "base/status.h"
 #include "placement/eplb.h"
 #include "placement/migration_plan.h"
-#include "placement/regret.h"
 
 namespace ballast {
 namespace {

@@ -13,11 +13,19 @@
 
 namespace ballast {
 
+// What a placement must keep to, beyond being valid.
+struct PlacementRules {
+  int32_t coverage = 0;     // 1: the loss of any one rank leaves every hot expert a copy
+  bool node_local = false;  // copies stay on the node where the expert is at home
+};
+
 // What every layer of a model has in common for a policy.
 struct PolicyContext {
   Placement initial;       // the placement in force at the start
   int32_t num_groups = 1;  // expert groups of the model (1: none)
   double rho = 0.1;        // transfer of one copy, in ideal times of a layer and batch
+  bool in_step = false;    // plans serve the very batch whose counts made them
+  PlacementRules rules = {};
 };
 
 // Plans one layer. Sees every batch, and says which logical expert each slot should hold.
@@ -61,6 +69,7 @@ class Policy {
 
 // "static", "never", "eplb", "regret". ERRORS kInvalidArgument names the value and the choices
 absl::StatusOr<std::unique_ptr<Policy>> MakePolicy(const std::string& name);
+std::unique_ptr<Policy> MakeRegretPolicy();  // regret.cc
 // Names that MakePolicy accepts, for help texts.
 std::vector<std::string> PolicyNames();
 

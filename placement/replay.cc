@@ -137,12 +137,6 @@ bool IgnoresRho(const std::string& policy) {
          absl::StartsWith(policy, kIntervalPrefix);
 }
 
-// Tells the controller what a copy costs, if it asks.
-template <typename Options>
-void SetRho(double rho, Options* options) {
-  if constexpr (requires { options->rho; }) options->rho = rho;
-}
-
 absl::StatusOr<std::unique_ptr<Player>> MakePlayer(const StepTrace& trace,
                                                    const ReplayOptions& options,
                                                    const std::string& policy, double rho) {
@@ -153,7 +147,8 @@ absl::StatusOr<std::unique_ptr<Player>> MakePlayer(const StepTrace& trace,
     return FullPlayer::Create(trace, options.topology, Kind::kOracleSwitch);
   }
   ControllerOptions controller = options.controller;
-  SetRho(rho, &controller);
+  controller.rho = rho;
+  controller.in_step = options.when == PlanTime::kInStep;
   int32_t interval = 0;
   if (absl::StartsWith(policy, kIntervalPrefix)) {
     const std::string number = policy.substr(sizeof kIntervalPrefix - 1);

@@ -9,10 +9,9 @@
 namespace ballast {
 namespace {
 
-// How fast the means follow, and how much each counts. The slow one is a hedge: it remembers the
-// traffic before the last change.
+// How fast the means follow. The first is the last batch itself.
+// SOURCE all constants: see regret.cc
 constexpr float kRates[] = {1.0f, 0.4f, 0.12f, 0.02f};
-constexpr float kMeanWeights[] = {1.0f, 1.0f, 1.0f, 0.25f};
 constexpr int kSlowMean = 3;
 // Weight of the batch before the last one, and how it falls with age.
 constexpr float kBatchWeight = 0.3f, kBatchDecay = 0.8f;
@@ -22,8 +21,9 @@ constexpr float kDistanceRate = 0.2f;
 
 }  // namespace
 
-TrafficMemory::TrafficMemory(int32_t num_experts, int32_t num_ranks)
+TrafficMemory::TrafficMemory(int32_t num_experts, int32_t num_ranks, float last_batch_weight)
     : num_ranks_(num_ranks),
+      last_batch_weight_(last_batch_weight),
       scenarios_(static_cast<size_t>(num_experts),
                  Splat(static_cast<float>(num_ranks) / static_cast<float>(num_experts))),
       history_(static_cast<size_t>(num_experts)),
@@ -51,7 +51,7 @@ void TrafficMemory::Add(std::span<const int32_t> counts) {
   const bool changed = Changed(load_);
   for (size_t e = 0; e < load_.size(); ++e) {
     for (int m = 0; m < kNumMeans; ++m) {
-      const bool restart = num_batches_ == 0 || (changed && m != kSlowMean);
+      const bool restart = changed && m != kSlowMean;
       scenarios_[e][m] += (restart ? 1.0f : kRates[m]) * (load_[e] - scenarios_[e][m]);
     }
   }
@@ -61,7 +61,7 @@ void TrafficMemory::Add(std::span<const int32_t> counts) {
   for (size_t e = 0; e < load_.size(); ++e) history_[e][newest_] = load_[e];
 
   weights_ = Lanes{};
-  for (int m = 0; m < kNumMeans; ++m) weights_[m] = kMeanWeights[m];
+  for (int m = 0; m < kNumMeans; ++m) weights_[m] = m == 0 ? last_batch_weight_ : 1.0f;
   const int batches = std::min({kLanes - kNumMeans, since_change_ - 1, num_batches_ - 1});
   float weight = kBatchWeight;
   for (int k = 0; k < kLanes - kNumMeans; ++k) {

@@ -5,7 +5,7 @@
 #include <span>
 #include <vector>
 
-#include "placement/water_fill.h"
+#include "placement/lanes.h"
 
 namespace ballast {
 
@@ -14,13 +14,16 @@ namespace ballast {
 // would have load 1: a vector sums to the number of ranks.
 class TrafficMemory {
  public:
-  TrafficMemory(int32_t num_experts, int32_t num_ranks);
+  // `last_batch_weight` is how much the last batch counts as a scenario, against 1 of each mean.
+  TrafficMemory(int32_t num_experts, int32_t num_ranks, float last_batch_weight);
 
   // SHAPES counts [E], not all zero
   void Add(std::span<const int32_t> counts);
 
-  // Scenarios that a placement should be good at, and how much each counts (they sum to 1): means
-  // at four speeds, then up to twelve of the last batches, newest first.
+  // Scenarios that a placement should be good at, and how much each counts (they sum to 1): the
+  // last batch and means at three speeds, then up to twelve of the batches before, newest first.
+  // The slowest mean begins with equal loads and never forgets at once: it is the hedge for traffic
+  // to come.
   const std::vector<Lanes>& scenarios() const { return scenarios_; }  // [E]
   const Lanes& weights() const { return weights_; }
 
@@ -32,6 +35,8 @@ class TrafficMemory {
 
   // Mean of a speed at which single batches still show, for ordering experts by size.
   float typical_load(int32_t expert) const { return scenarios_[expert][1]; }
+  // The slowest mean: what the expert has carried for long.
+  float lasting_load(int32_t expert) const { return scenarios_[expert][kNumMeans - 1]; }
   // Batches since the traffic changed, the first one after the change included.
   int batches_since_change() const { return since_change_; }
 
@@ -40,6 +45,7 @@ class TrafficMemory {
   bool Changed(std::span<const float> load);
 
   int32_t num_ranks_;
+  float last_batch_weight_;
   std::vector<Lanes> scenarios_, history_;
   Lanes weights_ = {};
   std::vector<float> load_;        // the batch being added

@@ -94,7 +94,7 @@ TEST_CASE("contiguous placements are blocks and their spare slots a ring", "[pla
           std::vector<int32_t>{0, 1, 2, -1, 3, 4, -1, -1, 5, 6, -1, -1});
   const auto ring = Placement::Contiguous(1, 7, topology, /*fill_spare=*/true);
   REQUIRE(ToVector(ring->expert_of_slot(0)) ==
-          std::vector<int32_t>{0, 1, 2, 3, 3, 4, 5, 1, 5, 6, 0, 4});
+          std::vector<int32_t>{0, 1, 2, 5, 3, 4, 0, 6, 5, 6, 3, 1});
   const auto one = Placement::Contiguous(2, 2, Topology::Uniform(1, 3), /*fill_spare=*/true);
   REQUIRE(ToVector(one->expert_of_slot(1)) == std::vector<int32_t>{0, 1, -1});
   REQUIRE(MessageOf(Placement::Contiguous(1, 7, Topology::Uniform(3, 2), false).status()) ==
