@@ -102,6 +102,7 @@ class MoeExecutor {
   std::unique_ptr<GatedMlp> expert_mlp_;
   size_t row_bytes_;
   Split split_;
+  RankPart part_;
   Route route_;
   Grouped grouped_;
   std::vector<int32_t> ids_, histogram_;
