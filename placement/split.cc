@@ -3,35 +3,47 @@
 #include <algorithm>
 #include <utility>
 
+#include "absl/strings/str_join.h"
 #include "base/check.h"
 #include "base/random.h"
 #include "base/status.h"
+#include "placement/rank_prices.h"
 
 namespace ballast {
 namespace {
 
-constexpr std::pair<SplitMode, const char*> kModes[] = {{SplitMode::kExact, "exact"},
-                                                        {SplitMode::kEven, "even"},
-                                                        {SplitMode::kRoundRobin, "roundrobin"},
-                                                        {SplitMode::kHash, "hash"}};
+constexpr double kWeightOfOne = 4096.0;  // of a copy at a price of 1
 
 }  // namespace
 
 absl::StatusOr<SplitMode> ParseSplitMode(const std::string& name) {
-  std::string choices;
-  for (const auto& [mode, mode_name] : kModes) {
-    if (name == mode_name) return mode;
-    absl::StrAppend(&choices, choices.empty() ? "" : ", ", mode_name);
+  for (SplitMode mode : kAllSplitModes) {
+    if (name == NameOf(mode)) return mode;
   }
-  return absl::InvalidArgumentError(
-      absl::StrCat("unknown split mode '", name, "'; the choices are ", choices));
+  return absl::InvalidArgumentError(absl::StrCat(
+      "unknown split mode '", name, "'; the choices are ", absl::StrJoin(SplitModeNames(), ", ")));
 }
 
 const char* NameOf(SplitMode mode) {
-  for (const auto& [known, name] : kModes) {
-    if (known == mode) return name;
+  switch (mode) {
+    case SplitMode::kExact:
+      return "exact";
+    case SplitMode::kPrice:
+      return "price";
+    case SplitMode::kEven:
+      return "even";
+    case SplitMode::kRoundRobin:
+      return "roundrobin";
+    case SplitMode::kHash:
+      return "hash";
   }
   return "unknown";
+}
+
+std::vector<std::string> SplitModeNames() {
+  std::vector<std::string> names;
+  for (SplitMode mode : kAllSplitModes) names.push_back(NameOf(mode));
+  return names;
 }
 
 void SumOverSources(std::span<const int32_t> counts, std::span<int32_t> demand) {
@@ -47,6 +59,7 @@ void SumOverSources(std::span<const int32_t> counts, std::span<int32_t> demand) 
 struct Splitter::State {
   explicit State(const LayerHosts& hosts);
 
+  void FollowPrices();
   void SplitEven(Split* split);
   void SplitBySource(SplitMode mode, std::span<const int32_t> counts, Split* split);
   void CutBySource(SplitMode mode, std::span<const int32_t> counts, int32_t rank, RankPart* part);
@@ -56,14 +69,20 @@ struct Splitter::State {
   std::vector<int32_t> host_offsets, host_rank, host_copies, node_of_rank;
   std::vector<int32_t> node_offsets, node_ranks;  // per node: its ranks, ascending
   ExactSplitter exact;
-  std::vector<int32_t> demand;  // [E] copies of the batch per expert
+  RankPrices prices;
+  std::vector<int32_t> priced_load;  // [R] of the last batch by price, not yet learnt; or empty
+  std::vector<int32_t> demand;       // [E] copies of the batch per expert
 
  private:
   void CutSharedExpert(std::span<const int32_t> counts, const Split& split, int32_t expert,
                        int32_t rank, RankPart* part);
   template <typename Add>
+  void Apportion(std::span<const int32_t> weight, int32_t expert, int32_t count, int32_t turn,
+                 const Add& add);
+  template <typename Add>
   void ForEachShare(SplitMode mode, int32_t source, int32_t expert, int32_t count, const Add& add);
 
+  std::vector<int32_t> price_weight_;                      // [num_hosts] copies / price
   std::vector<std::pair<int64_t, int32_t>> by_remainder_;  // hosts of one expert
   std::vector<int32_t> left_count_;   // [R] copies of one expert still to be sent, per source
   std::vector<int32_t> left_quota_;   // [largest number of hosts] copies still to be taken
@@ -79,7 +98,9 @@ Splitter::State::State(const LayerHosts& hosts)
       host_copies(hosts.host_copies.begin(), hosts.host_copies.end()),
       node_of_rank(hosts.node_of_rank.begin(), hosts.node_of_rank.end()),
       exact(hosts),
+      prices(num_ranks),
       demand(num_experts),
+      price_weight_(num_hosts),
       by_remainder_(num_ranks),
       left_count_(num_ranks),
       left_quota_(num_ranks) {
@@ -94,22 +115,40 @@ Splitter::State::State(const LayerHosts& hosts)
   node_cursor_.resize(num_nodes);
 }
 
+// Divides `count` copies over the expert's hosts by weight: calls add(host, copies). What is left
+// after rounding down goes to the largest remainders, ties from host `turn` on.
+template <typename Add>
+void Splitter::State::Apportion(std::span<const int32_t> weight, int32_t expert, int32_t count,
+                                int32_t turn, const Add& add) {
+  const int32_t first = host_offsets[expert];
+  const int32_t n = host_offsets[expert + 1] - first;
+  int64_t all = 0;
+  for (int32_t i = 0; i < n; ++i) all += weight[first + i];
+  int32_t left = count;
+  for (int32_t i = 0; i < n; ++i) {
+    const int32_t host = first + (turn + i) % n;
+    const int64_t weighted = int64_t{count} * weight[host];
+    const int32_t copies = static_cast<int32_t>(weighted / all);
+    add(host, copies);
+    left -= copies;
+    by_remainder_[i] = {-(weighted % all), i};
+  }
+  if (left == 0) return;
+  std::sort(by_remainder_.begin(), by_remainder_.begin() + n);
+  for (int32_t i = 0; i < left; ++i) add(first + (turn + by_remainder_[i].second) % n, 1);
+}
+
 void Splitter::State::SplitEven(Split* split) {
-  for (int32_t e = 0; e < num_experts; ++e) {
-    const int32_t first = host_offsets[e];
-    const int32_t n = host_offsets[e + 1] - first;
-    int64_t copies = 0;
-    for (int32_t i = 0; i < n; ++i) copies += host_copies[first + i];
-    int64_t left = demand[e];
-    for (int32_t i = 0; i < n; ++i) {
-      const int64_t weighted = int64_t{demand[e]} * host_copies[first + i];
-      split->quota[first + i] = static_cast<int32_t>(weighted / copies);
-      left -= weighted / copies;
-      by_remainder_[i] = {-(weighted % copies), first + i};  // largest remainder first
-    }
-    if (left == 0) continue;
-    std::sort(by_remainder_.begin(), by_remainder_.begin() + n);
-    for (int64_t i = 0; i < left; ++i) ++split->quota[by_remainder_[i].second];
+  const auto take = [&](int32_t host, int32_t copies) { split->quota[host] += copies; };
+  for (int32_t e = 0; e < num_experts; ++e) Apportion(host_copies, e, demand[e], 0, take);
+}
+
+// Learns from the batch before and sets what the hosts weigh in this one.
+void Splitter::State::FollowPrices() {
+  if (!priced_load.empty()) prices.Learn(priced_load);
+  for (int32_t h = 0; h < num_hosts; ++h) {
+    const double weight = kWeightOfOne * host_copies[h] / prices.prices()[host_rank[h]];
+    price_weight_[h] = static_cast<int32_t>(weight + 0.5);
   }
 }
 
@@ -122,6 +161,8 @@ void Splitter::State::ForEachShare(SplitMode mode, int32_t source, int32_t exper
   const int32_t n = host_offsets[expert + 1] - first;
   if (n == 1) {
     add(first, count);
+  } else if (mode == SplitMode::kPrice) {
+    Apportion(price_weight_, expert, count, source % n, add);
   } else if (mode == SplitMode::kRoundRobin) {
     for (int32_t i = 0; i < n; ++i) add(first + i, count / n);
     for (int32_t j = 0; j < count % n; ++j) add(first + (j + source) % n, 1);
@@ -231,12 +272,14 @@ void Splitter::Run(SplitMode mode, std::span<const int32_t> counts, Split* split
   if (mode == SplitMode::kEven) {
     state.SplitEven(split);
   } else {
+    if (mode == SplitMode::kPrice) state.FollowPrices();
     state.SplitBySource(mode, counts, split);
   }
   for (int32_t h = 0; h < state.num_hosts; ++h) {
     split->rank_load[state.host_rank[h]] += split->quota[h];
   }
   split->largest_load = *std::max_element(split->rank_load.begin(), split->rank_load.end());
+  if (mode == SplitMode::kPrice) state.priced_load = split->rank_load;
 }
 
 void Splitter::Cut(SplitMode mode, std::span<const int32_t> counts, const Split& split,

@@ -14,11 +14,16 @@
 namespace ballast {
 
 // How the copies of a replicated expert are divided over its hosts.
-enum class SplitMode { kExact, kEven, kRoundRobin, kHash };
+enum class SplitMode { kExact, kPrice, kEven, kRoundRobin, kHash };
+inline constexpr SplitMode kAllSplitModes[] = {SplitMode::kExact, SplitMode::kPrice,
+                                               SplitMode::kEven, SplitMode::kRoundRobin,
+                                               SplitMode::kHash};
 
-// "exact", "even", "roundrobin", "hash". ERRORS kInvalidArgument names the value and the choices
+// "exact", "price", "even", "roundrobin", "hash". ERRORS kInvalidArgument names the value and the
+// choices
 absl::StatusOr<SplitMode> ParseSplitMode(const std::string& name);
 const char* NameOf(SplitMode mode);
+std::vector<std::string> SplitModeNames();  // of all modes
 
 // One rank's part of a split: what it sends and what it gets.
 struct RankPart {
@@ -34,6 +39,10 @@ void SumOverSources(std::span<const int32_t> counts, std::span<int32_t> demand);
 // Divides batches over one layer of one placement. Deterministic: the same counts give the same
 // split on every rank, with no message. Owns its scratch; allocates only while growing.
 //
+// kPrice remembers: the split depends on the rank loads of the earlier batches that were Run with
+// kPrice since construction, so all ranks must construct their splitters at the same batch and Run
+// the same batches. Batches Run in other modes in between leave no trace.
+//
 // THREADS one thread at a time.
 class Splitter {
  public:
@@ -47,8 +56,11 @@ class Splitter {
   // SHAPES counts [R * E], counts[s * E + e] = copies that source rank s has for expert e, >= 0
   // REQUIRES all counts together are below 2^31.
   // ORDER  kExact: as ExactSplitter, of the counts' sums over the sources. kEven: a host weighs its
-  //        copies, remainders by largest remainder then lowest rank. kRoundRobin: the j-th copy of
-  //        source s goes to host (j + s) mod num_hosts(e). kHash: by a hash of (s, j).
+  //        copies, remainders by largest remainder then lowest rank. kPrice: each source divides
+  //        its own counts, a host weighs copies / price of its rank (RankPrices, in steps of
+  //        1/4096), remainders by largest remainder, then by turns that start at host s mod
+  //        num_hosts(e). kRoundRobin: the j-th copy of source s goes to host (j + s) mod
+  //        num_hosts(e). kHash: by a hash of (s, j).
   void Run(SplitMode mode, std::span<const int32_t> counts, Split* split);
 
   // Cuts the split of the last Run over the sources, as far as `rank` sends or receives. The parts
@@ -56,7 +68,8 @@ class Splitter {
   // SHAPES counts as given to Run
   // REQUIRES mode, counts and split are those of the last Run
   // ORDER  kExact, kEven: a source serves its own rank first, then its node, then the others in
-  //        ascending order; sources in ascending order too. kRoundRobin, kHash: as Run says.
+  //        ascending order; sources in ascending order too. kPrice, kRoundRobin, kHash: as Run
+  //        says; what source s sends depends on counts[s] and, with kPrice, on the prices alone.
   void Cut(SplitMode mode, std::span<const int32_t> counts, const Split& split, int32_t rank,
            RankPart* part);
 
