@@ -1,6 +1,7 @@
 #include "placement/split_exact.h"
 
 #include <algorithm>
+#include <limits>
 
 #include "base/check.h"
 
@@ -175,6 +176,7 @@ void ExactSplitter::Run(std::span<const int32_t> demand, Split* split) {
   }
   int64_t total = 0;
   for (int32_t d : demand) total += d;
+  BALLAST_CHECK(total <= std::numeric_limits<int32_t>::max());
   int32_t target = CeilDiv(total, num_ranks_);
   const auto fullest = std::max_element(load.begin(), load.end());
   if (*fullest > target) {

@@ -39,7 +39,7 @@ class ExactSplitter {
   explicit ExactSplitter(const LayerHosts& hosts);
 
   // SHAPES demand [E], >= 0
-  // REQUIRES all demand together is below 2^31
+  // REQUIRES all demand together is below 2^31 (checked)
   void Run(std::span<const int32_t> demand, Split* split);
 
  private:
