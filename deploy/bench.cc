@@ -100,6 +100,13 @@ int64_t CertifiedBound(const LayerHosts& hosts, std::span<const int32_t> counts,
   return ranks == 0 ? 0 : (load + ranks - 1) / ranks;
 }
 
+template <typename Work>
+double MicrosecondsOf(const Work& work) {
+  const int64_t begin = NowNs();
+  work();
+  return static_cast<double>(NowNs() - begin) * 1e-3;
+}
+
 Json BenchSplitShape(const BenchShape& shape, const std::string& family) {
   constexpr int kPlacements = 30;
   constexpr int kStepsEach = 40;
@@ -107,33 +114,47 @@ Json BenchSplitShape(const BenchShape& shape, const std::string& family) {
   FullPlanner planner = PlannerOf(shape);
   FullPlan plan;
   Split split;
-  std::vector<double> times_us;
+  RankPart part;
+  std::vector<int32_t> demand(shape.experts);
+  std::vector<double> sum_us, exact_us, partition_us, total_us;
   int64_t largest_gap = 0;
   for (int i = 0; i < kPlacements; ++i) {
     const std::vector<int64_t> load = ZipfLoad(&random, shape.experts, i);
     planner.Plan(load, &plan);
     const Placement placement =
         PlacementOf(shape, family == "eplb" ? EplbRow(shape, load) : plan.expert_of_slot);
+    ExactSplitter exact(placement.hosts(0));
     Splitter splitter(placement.hosts(0));
     for (int step = 0; step < kStepsEach; ++step) {
       const std::vector<int32_t> counts = DriftedCounts(&random, load, shape.ranks);
-      const int64_t begin = NowNs();
-      splitter.Run(SplitMode::kExact, counts, &split);
-      const int64_t end = NowNs();
-      if (step > 0) times_us.push_back(static_cast<double>(end - begin) * 1e-3);  // the first warms
+      const double sum = MicrosecondsOf([&] { SumOverSources(counts, demand); });
+      const double solve = MicrosecondsOf([&] { exact.Run(demand, &split); });
+      // And once more in the form in which a server does it.
+      const double run = MicrosecondsOf([&] { splitter.Run(SplitMode::kExact, counts, &split); });
+      const double cut = MicrosecondsOf(
+          [&] { splitter.Cut(SplitMode::kExact, counts, split, step % shape.ranks, &part); });
+      if (step > 0) {  // the first warms
+        sum_us.push_back(sum);
+        exact_us.push_back(solve);
+        partition_us.push_back(cut);
+        total_us.push_back(run + cut);
+      }
       const int64_t bound = CertifiedBound(placement.hosts(0), counts, split.certificate);
       largest_gap = std::max(largest_gap, split.largest_load - bound);
     }
   }
   const double mean =
-      std::accumulate(times_us.begin(), times_us.end(), 0.0) / static_cast<double>(times_us.size());
+      std::accumulate(exact_us.begin(), exact_us.end(), 0.0) / static_cast<double>(exact_us.size());
   return {{"experts", shape.experts},
           {"slots", shape.slots},
           {"ranks", shape.ranks},
           {"family", family},
           {"mean_us", mean},
-          {"p50_us", PercentileOf(times_us, 0.5)},
-          {"p99_us", PercentileOf(times_us, 0.99)},
+          {"p50_us", PercentileOf(exact_us, 0.5)},
+          {"p99_us", PercentileOf(exact_us, 0.99)},
+          {"sum_us", PercentileOf(sum_us, 0.5)},
+          {"partition_us", PercentileOf(partition_us, 0.5)},
+          {"total_us", PercentileOf(total_us, 0.5)},
           {"max_gap_tokens", largest_gap}};
 }
 
@@ -234,9 +255,11 @@ RunCommand AddBenchCommand(CLI::App* app) {
       ->check(CLI::IsMember({"split", "plan"}));
   app->add_option("--json", *json, "Write the figures to this file");
   app->footer(
-      "Loads are Zipf 0.8, 1.2 and 1.6. max_gap_tokens: largest rank load minus what its "
-      "certificate\n"
-      "proves unavoidable. max_over_mean: the worst layer, under the exact split.");
+      "Loads are Zipf 0.8, 1.2 and 1.6. mean_us, p50_us, p99_us: the exact solve, from the demand\n"
+      "per expert to quotas and certificate. Medians: sum_us adds the counts up over the sources,\n"
+      "partition_us cuts the quotas over the sources for one rank, total_us is all of it.\n"
+      "max_gap_tokens: largest rank load minus what its certificate proves unavoidable.\n"
+      "max_over_mean: the worst layer, under the exact split.");
   return [what, json](int*, char***) { return Finish(RunBench(*what, *json)); };
 }
 

@@ -6,6 +6,7 @@
 #include <memory>
 #include <nlohmann/json.hpp>
 
+#include "absl/strings/str_join.h"
 #include "base/clock.h"
 #include "base/file.h"
 #include "base/status.h"
@@ -142,7 +143,7 @@ void AddFlags(CLI::App* app, ReplayFlags* f) {
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 30));
   app->add_option("--policy", f->policies, absl::StrCat("Policies, of: ", policies))
       ->delimiter(',');
-  app->add_option("--split", f->splits, "Splits, of: exact, even, roundrobin, hash")
+  app->add_option("--split", f->splits, "Splits, of: " + absl::StrJoin(SplitModeNames(), ", "))
       ->delimiter(',');
   app->add_option("--when", f->when,
                   "after-step: a plan serves the next step; in-step: the step whose counts made it")

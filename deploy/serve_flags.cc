@@ -4,6 +4,7 @@
 #include "deploy/commands.h"
 #include "deploy/serve.h"
 #include "placement/policy.h"
+#include "placement/split.h"
 
 namespace ballast {
 namespace {
@@ -83,7 +84,7 @@ void AddPlacementFlags(CLI::App* app, ServeFlags* f) {
       ->check(CLI::IsMember(PolicyNames()))
       ->group(group);
   app->add_option("--split", f->split, "How tokens are divided over the copies of an expert")
-      ->check(CLI::IsMember({"exact", "even", "roundrobin", "hash"}))
+      ->check(CLI::IsMember(SplitModeNames()))
       ->group(group);
   app->add_option("--window-tokens", f->window_tokens, "Tokens that a decision looks back over")
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 40))

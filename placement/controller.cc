@@ -5,6 +5,7 @@
 
 #include "base/check.h"
 #include "base/status.h"
+#include "placement/split_exact.h"
 
 namespace ballast {
 namespace {
@@ -252,15 +253,14 @@ double Controller::Imbalance(const LayerHosts& hosts, std::span<const int64_t> l
   if (total == 0) return 1.0;
   int shift = 0;  // the splitter counts in 32 bits
   while ((total >> shift) >= (int64_t{1} << 30)) ++shift;
-  // Where copies come from does not change the loads: let one source have them all.
-  std::vector<int32_t> counts(static_cast<size_t>(hosts.num_ranks) * hosts.num_experts, 0);
+  std::vector<int32_t> demand(load.size());
   int64_t kept = 0;
   for (size_t e = 0; e < load.size(); ++e) {
-    counts[e] = static_cast<int32_t>(load[e] >> shift);
-    kept += counts[e];
+    demand[e] = static_cast<int32_t>(load[e] >> shift);
+    kept += demand[e];
   }
   Split split;
-  Splitter(hosts).Run(SplitMode::kExact, counts, &split);
+  ExactSplitter(hosts).Run(demand, &split);
   return static_cast<double>(split.largest_load) * hosts.num_ranks / static_cast<double>(kept);
 }
 

@@ -7,7 +7,7 @@
 
 #include "base/check.h"
 #include "base/status.h"
-#include "placement/split.h"
+#include "placement/split_exact.h"
 
 namespace ballast {
 namespace {
@@ -318,11 +318,11 @@ void FullPlanner::SplitRow(std::span<const int64_t> load, FullPlan* plan) const 
   int shift = 0;
   const int64_t total = TotalOf(load);
   while ((total >> shift) >= (int64_t{1} << 30)) ++shift;
-  std::vector<int32_t> counts(static_cast<size_t>(topology_.num_ranks()) * num_experts_, 0);
-  for (int32_t e = 0; e < num_experts_; ++e) counts[e] = static_cast<int32_t>(load[e] >> shift);
+  std::vector<int32_t> demand(num_experts_);
+  for (int32_t e = 0; e < num_experts_; ++e) demand[e] = static_cast<int32_t>(load[e] >> shift);
   const LayerHosts& hosts = placement->hosts(0);
   Split split;
-  Splitter(hosts).Run(SplitMode::kExact, counts, &split);
+  ExactSplitter(hosts).Run(demand, &split);
   plan->quota.assign(plan->expert_of_slot.size(), 0);
   std::vector<int64_t> rank_load(topology_.num_ranks(), 0);
   for (int32_t e = 0; e < num_experts_; ++e) {

@@ -87,7 +87,7 @@ std::vector<std::string> ReplayPolicyNames();
 // a ring (static: empty). Every plan is renamed for least movement (AlignRow) and takes effect at
 // once; a copy is an expert that enters a rank which lacked it. Plans of the last step are not
 // charged. The copies of a layer and step are dealt to the source ranks in turn, expert by expert:
-// it matters to roundrobin and hash only.
+// it matters to price, roundrobin and hash only.
 //
 // ORDER  deterministic but for the times
 // ERRORS kInvalidArgument names the policy or the option that cannot be used

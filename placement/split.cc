@@ -3,75 +3,90 @@
 #include <algorithm>
 #include <utility>
 
+#include "absl/strings/str_join.h"
 #include "base/check.h"
 #include "base/random.h"
 #include "base/status.h"
+#include "placement/rank_prices.h"
 
 namespace ballast {
 namespace {
 
-constexpr std::pair<SplitMode, const char*> kModes[] = {{SplitMode::kExact, "exact"},
-                                                        {SplitMode::kEven, "even"},
-                                                        {SplitMode::kRoundRobin, "roundrobin"},
-                                                        {SplitMode::kHash, "hash"}};
-
-constexpr int64_t CeilDiv(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
+constexpr double kWeightOfOne = 4096.0;  // of a copy at a price of 1
 
 }  // namespace
 
 absl::StatusOr<SplitMode> ParseSplitMode(const std::string& name) {
-  std::string choices;
-  for (const auto& [mode, mode_name] : kModes) {
-    if (name == mode_name) return mode;
-    absl::StrAppend(&choices, choices.empty() ? "" : ", ", mode_name);
+  for (SplitMode mode : kAllSplitModes) {
+    if (name == NameOf(mode)) return mode;
   }
-  return absl::InvalidArgumentError(
-      absl::StrCat("unknown split mode '", name, "'; the choices are ", choices));
+  return absl::InvalidArgumentError(absl::StrCat(
+      "unknown split mode '", name, "'; the choices are ", absl::StrJoin(SplitModeNames(), ", ")));
 }
 
 const char* NameOf(SplitMode mode) {
-  for (const auto& [known, name] : kModes) {
-    if (known == mode) return name;
+  switch (mode) {
+    case SplitMode::kExact:
+      return "exact";
+    case SplitMode::kPrice:
+      return "price";
+    case SplitMode::kEven:
+      return "even";
+    case SplitMode::kRoundRobin:
+      return "roundrobin";
+    case SplitMode::kHash:
+      return "hash";
   }
   return "unknown";
 }
 
-// The placement, compiled once, and scratch for one batch. "Shared" experts are those with more
-// than one host: only they leave anything to decide.
+std::vector<std::string> SplitModeNames() {
+  std::vector<std::string> names;
+  for (SplitMode mode : kAllSplitModes) names.push_back(NameOf(mode));
+  return names;
+}
+
+void SumOverSources(std::span<const int32_t> counts, std::span<int32_t> demand) {
+  std::fill(demand.begin(), demand.end(), 0);
+  int32_t* __restrict__ sum = demand.data();  // nothing overlaps: the additions are vectorised
+  for (size_t row = 0; row < counts.size(); row += demand.size()) {
+    const int32_t* __restrict__ of_source = counts.data() + row;
+    for (size_t e = 0; e < demand.size(); ++e) sum[e] += of_source[e];
+  }
+}
+
+// The placement, compiled once, and scratch for one batch.
 struct Splitter::State {
   explicit State(const LayerHosts& hosts);
 
-  void SumDemand(std::span<const int32_t> counts);
-  void SplitExact(Split* split);
+  void FollowPrices();
   void SplitEven(Split* split);
   void SplitBySource(SplitMode mode, std::span<const int32_t> counts, Split* split);
-  void PartitionOverSources(std::span<const int32_t> counts, Split* split);
+  void CutBySource(SplitMode mode, std::span<const int32_t> counts, int32_t rank, RankPart* part);
+  void CutQuotas(std::span<const int32_t> counts, const Split& split, int32_t rank, RankPart* part);
 
   int32_t num_experts, num_ranks, num_hosts;
   std::vector<int32_t> host_offsets, host_rank, host_copies, node_of_rank;
-  std::vector<int32_t> expert_of_host;            // [num_hosts]
-  std::vector<int32_t> shared;                    // shared experts, ascending
-  std::vector<int32_t> edge_offsets, edges;       // per rank: hosts of shared experts on it
   std::vector<int32_t> node_offsets, node_ranks;  // per node: its ranks, ascending
+  ExactSplitter exact;
+  RankPrices prices;
+  std::vector<int32_t> priced_load;  // [R] of the last batch by price, not yet learnt; or empty
+  std::vector<int32_t> demand;       // [E] copies of the batch per expert
 
  private:
-  void Pour(int32_t expert, int32_t* quota);
-  int64_t Augment(int64_t target, int32_t* quota);
-  int64_t PushTo(int32_t rank, int64_t target, int32_t* quota);
+  void CutSharedExpert(std::span<const int32_t> counts, const Split& split, int32_t expert,
+                       int32_t rank, RankPart* part);
+  template <typename Add>
+  void Apportion(std::span<const int32_t> weight, int32_t expert, int32_t count, int32_t turn,
+                 const Add& add);
+  template <typename Add>
+  void ForEachShare(SplitMode mode, int32_t source, int32_t expert, int32_t count, const Add& add);
 
-  std::vector<int64_t> demand_;                        // [E] copies of the batch per expert
-  std::vector<int64_t> load_;                          // [R] copies per rank
-  std::vector<int32_t> pour_order_;                    // shared experts, largest demand first
-  std::vector<std::pair<int64_t, int32_t>> by_level_;  // hosts of one expert by (load, host)
-  std::vector<int32_t> queue_;                         // [R] reached ranks in breadth-first order
-  std::vector<uint8_t> reached_;                       // [R]
-  std::vector<uint8_t> expert_seen_;                   // [E]
-  std::vector<int32_t> give_host_;   // [R] host of the parent rank that would give copies, or -1
-  std::vector<int32_t> take_host_;   // [R] host of this rank that would take them
-  std::vector<int32_t> left_count_;  // [R] copies of one expert still to be sent, per source
-  std::vector<int32_t> left_quota_;  // [largest number of hosts] copies still to be taken
+  std::vector<int32_t> price_weight_;                      // [num_hosts] copies / price
+  std::vector<std::pair<int64_t, int32_t>> by_remainder_;  // hosts of one expert
+  std::vector<int32_t> left_count_;   // [R] copies of one expert still to be sent, per source
+  std::vector<int32_t> left_quota_;   // [largest number of hosts] copies still to be taken
+  std::vector<int32_t> node_cursor_;  // [nodes] into node_ranks: those before have nothing left
 };
 
 Splitter::State::State(const LayerHosts& hosts)
@@ -82,36 +97,13 @@ Splitter::State::State(const LayerHosts& hosts)
       host_rank(hosts.host_rank.begin(), hosts.host_rank.end()),
       host_copies(hosts.host_copies.begin(), hosts.host_copies.end()),
       node_of_rank(hosts.node_of_rank.begin(), hosts.node_of_rank.end()),
-      expert_of_host(num_hosts),
-      edge_offsets(num_ranks + 1),
-      demand_(num_experts),
-      load_(num_ranks),
-      by_level_(num_ranks),
-      queue_(num_ranks),
-      reached_(num_ranks),
-      expert_seen_(num_experts),
-      give_host_(num_ranks),
-      take_host_(num_ranks),
+      exact(hosts),
+      prices(num_ranks),
+      demand(num_experts),
+      price_weight_(num_hosts),
+      by_remainder_(num_ranks),
       left_count_(num_ranks),
       left_quota_(num_ranks) {
-  BALLAST_CHECK(host_offsets.size() == static_cast<size_t>(num_experts) + 1);
-  for (int32_t e = 0; e < num_experts; ++e) {
-    const int32_t n = host_offsets[e + 1] - host_offsets[e];
-    BALLAST_CHECK(n >= 1 && n <= num_ranks);
-    if (n > 1) shared.push_back(e);
-    for (int32_t h = host_offsets[e]; h < host_offsets[e + 1]; ++h) {
-      expert_of_host[h] = e;
-      if (n > 1) ++edge_offsets[host_rank[h] + 1];
-    }
-  }
-  for (int32_t r = 0; r < num_ranks; ++r) edge_offsets[r + 1] += edge_offsets[r];
-  edges.resize(edge_offsets[num_ranks]);
-  std::vector<int32_t> next(edge_offsets.begin(), edge_offsets.end() - 1);
-  for (int32_t e : shared) {
-    for (int32_t h = host_offsets[e]; h < host_offsets[e + 1]; ++h) edges[next[host_rank[h]]++] = h;
-  }
-  pour_order_ = shared;
-
   const int32_t num_nodes = *std::max_element(node_of_rank.begin(), node_of_rank.end()) + 1;
   node_offsets.push_back(0);
   for (int32_t node = 0; node < num_nodes; ++node) {
@@ -120,216 +112,141 @@ Splitter::State::State(const LayerHosts& hosts)
     }
     node_offsets.push_back(static_cast<int32_t>(node_ranks.size()));
   }
+  node_cursor_.resize(num_nodes);
 }
 
-void Splitter::State::SumDemand(std::span<const int32_t> counts) {
-  std::fill(demand_.begin(), demand_.end(), 0);
-  for (int32_t s = 0; s < num_ranks; ++s) {
-    const int32_t* of_source = counts.data() + static_cast<size_t>(s) * num_experts;
-    for (int32_t e = 0; e < num_experts; ++e) demand_[e] += of_source[e];
-  }
-}
-
-// Divides the expert's demand over its hosts as water finds its level: the lowest ranks are raised
-// first, to levels that differ by one copy at most. Adds the quotas to load_.
-void Splitter::State::Pour(int32_t expert, int32_t* quota) {
+// Divides `count` copies over the expert's hosts by weight: calls add(host, copies). What is left
+// after rounding down goes to the largest remainders, ties from host `turn` on.
+template <typename Add>
+void Splitter::State::Apportion(std::span<const int32_t> weight, int32_t expert, int32_t count,
+                                int32_t turn, const Add& add) {
   const int32_t first = host_offsets[expert];
   const int32_t n = host_offsets[expert + 1] - first;
-  for (int32_t i = 0; i < n; ++i) by_level_[i] = {load_[host_rank[first + i]], first + i};
-  std::sort(by_level_.begin(), by_level_.begin() + n);
-
-  int64_t left = demand_[expert];
-  int32_t wet = 1;  // the lowest `wet` hosts stand at the level of by_level_[wet - 1]
-  while (wet < n) {
-    const int64_t rise = by_level_[wet].first - by_level_[wet - 1].first;
-    if (rise * wet > left) break;
-    left -= rise * wet++;
-  }
-  const int64_t level = by_level_[wet - 1].first + left / wet;
-  const int64_t remainder = left % wet;
+  int64_t all = 0;
+  for (int32_t i = 0; i < n; ++i) all += weight[first + i];
+  int32_t left = count;
   for (int32_t i = 0; i < n; ++i) {
-    const auto [load, host] = by_level_[i];
-    const int64_t share = i < wet ? level - load + (i < remainder ? 1 : 0) : 0;
-    quota[host] = static_cast<int32_t>(share);
-    load_[host_rank[host]] += share;
+    const int32_t host = first + (turn + i) % n;
+    const int64_t weighted = int64_t{count} * weight[host];
+    const int32_t copies = static_cast<int32_t>(weighted / all);
+    add(host, copies);
+    left -= copies;
+    by_remainder_[i] = {-(weighted % all), i};
   }
-}
-
-// Moves copies along the search tree from the root above `rank` to `rank`, as many as the path
-// carries, without lowering the root below `target` or raising `rank` above it. Returns how many.
-int64_t Splitter::State::PushTo(int32_t rank, int64_t target, int32_t* quota) {
-  int64_t amount = target - load_[rank];
-  int32_t root = rank;
-  while (give_host_[root] >= 0) {
-    amount = std::min<int64_t>(amount, quota[give_host_[root]]);
-    root = host_rank[give_host_[root]];
-  }
-  amount = std::min(amount, load_[root] - target);
-  if (amount <= 0) return 0;
-  for (int32_t at = rank; give_host_[at] >= 0; at = host_rank[give_host_[at]]) {
-    quota[give_host_[at]] -= static_cast<int32_t>(amount);
-    quota[take_host_[at]] += static_cast<int32_t>(amount);
-  }
-  load_[root] -= amount;
-  load_[rank] += amount;
-  return amount;
-}
-
-// One breadth-first search from all ranks above `target` at once, over the experts whose copies
-// could be handed on; pushes to each rank below `target` when it is reached. Returns the copies
-// pushed. If none, the ranks reached (reached_) are closed: what they carry belongs to
-// experts hosted only among them.
-int64_t Splitter::State::Augment(int64_t target, int32_t* quota) {
-  std::fill(reached_.begin(), reached_.end(), 0);
-  std::fill(expert_seen_.begin(), expert_seen_.end(), 0);
-  int32_t tail = 0;
-  for (int32_t r = 0; r < num_ranks; ++r) {
-    if (load_[r] <= target) continue;
-    reached_[r] = 1;
-    give_host_[r] = -1;
-    queue_[tail++] = r;
-  }
-  int64_t pushed = 0;
-  for (int32_t head = 0; head < tail; ++head) {
-    const int32_t rank = queue_[head];
-    for (int32_t i = edge_offsets[rank]; i < edge_offsets[rank + 1]; ++i) {
-      const int32_t give = edges[i];
-      const int32_t expert = expert_of_host[give];
-      if (quota[give] == 0 || expert_seen_[expert]) continue;
-      expert_seen_[expert] = 1;  // all its hosts are reached from here
-      for (int32_t take = host_offsets[expert]; take < host_offsets[expert + 1]; ++take) {
-        const int32_t to = host_rank[take];
-        if (reached_[to]) continue;
-        reached_[to] = 1;
-        give_host_[to] = give;
-        take_host_[to] = take;
-        queue_[tail++] = to;
-        if (load_[to] < target) pushed += PushTo(to, target, quota);
-      }
-    }
-  }
-  return pushed;
-}
-
-// Raises a lower bound `target` on the largest load until quotas attain it; `certificate` is always
-// a set that proves the bound.
-void Splitter::State::SplitExact(Split* split) {
-  int32_t* quota = split->quota.data();
-  std::fill(load_.begin(), load_.end(), 0);
-  int64_t total = 0;
-  for (int32_t e = 0; e < num_experts; ++e) {
-    total += demand_[e];
-    const int32_t h = host_offsets[e];
-    if (host_offsets[e + 1] - h > 1) continue;
-    quota[h] = static_cast<int32_t>(demand_[e]);
-    load_[host_rank[h]] += demand_[e];
-  }
-  int64_t target = CeilDiv(total, num_ranks);
-  const auto fullest = std::max_element(load_.begin(), load_.end());
-  if (*fullest > target) {
-    target = *fullest;
-    split->certificate[fullest - load_.begin()] = 1;
-  } else {
-    std::fill(split->certificate.begin(), split->certificate.end(), 1);
-  }
-
-  std::sort(pour_order_.begin(), pour_order_.end(), [this](int32_t a, int32_t b) {
-    return demand_[a] != demand_[b] ? demand_[a] > demand_[b] : a < b;
-  });
-  for (int32_t e : pour_order_) Pour(e, quota);
-  for (int32_t e : pour_order_) {  // again, now that each knows where the others went
-    for (int32_t h = host_offsets[e]; h < host_offsets[e + 1]; ++h) load_[host_rank[h]] -= quota[h];
-    Pour(e, quota);
-  }
-
-  while (*std::max_element(load_.begin(), load_.end()) > target) {
-    if (Augment(target, quota) > 0) continue;
-    int64_t load = 0;
-    int64_t ranks = 0;
-    for (int32_t r = 0; r < num_ranks; ++r) {
-      if (!reached_[r]) continue;
-      load += load_[r];
-      ++ranks;
-    }
-    target = CeilDiv(load, ranks);
-    std::copy(reached_.begin(), reached_.end(), split->certificate.begin());
-  }
-  split->bound = target;
+  if (left == 0) return;
+  std::sort(by_remainder_.begin(), by_remainder_.begin() + n);
+  for (int32_t i = 0; i < left; ++i) add(first + (turn + by_remainder_[i].second) % n, 1);
 }
 
 void Splitter::State::SplitEven(Split* split) {
-  for (int32_t e = 0; e < num_experts; ++e) {
-    const int32_t first = host_offsets[e];
-    const int32_t n = host_offsets[e + 1] - first;
-    int64_t copies = 0;
-    for (int32_t i = 0; i < n; ++i) copies += host_copies[first + i];
-    int64_t left = demand_[e];
-    for (int32_t i = 0; i < n; ++i) {
-      const int64_t weighted = demand_[e] * host_copies[first + i];
-      split->quota[first + i] = static_cast<int32_t>(weighted / copies);
-      left -= weighted / copies;
-      by_level_[i] = {-(weighted % copies), first + i};  // largest remainder first
+  const auto take = [&](int32_t host, int32_t copies) { split->quota[host] += copies; };
+  for (int32_t e = 0; e < num_experts; ++e) Apportion(host_copies, e, demand[e], 0, take);
+}
+
+// Learns from the batch before and sets what the hosts weigh in this one.
+void Splitter::State::FollowPrices() {
+  if (!priced_load.empty()) prices.Learn(priced_load);
+  for (int32_t h = 0; h < num_hosts; ++h) {
+    const double weight = kWeightOfOne * host_copies[h] / prices.prices()[host_rank[h]];
+    price_weight_[h] = static_cast<int32_t>(weight + 0.5);
+  }
+}
+
+// Calls add(host, copies) for the hosts that the copies of one source and expert go to, possibly
+// several times for one host.
+template <typename Add>
+void Splitter::State::ForEachShare(SplitMode mode, int32_t source, int32_t expert, int32_t count,
+                                   const Add& add) {
+  const int32_t first = host_offsets[expert];
+  const int32_t n = host_offsets[expert + 1] - first;
+  if (n == 1) {
+    add(first, count);
+  } else if (mode == SplitMode::kPrice) {
+    Apportion(price_weight_, expert, count, source % n, add);
+  } else if (mode == SplitMode::kRoundRobin) {
+    for (int32_t i = 0; i < n; ++i) add(first + i, count / n);
+    for (int32_t j = 0; j < count % n; ++j) add(first + (j + source) % n, 1);
+  } else {
+    for (int32_t j = 0; j < count; ++j) {
+      add(first + static_cast<int32_t>(RandomBits(source, j) % n), 1);
     }
-    if (left == 0) continue;
-    std::sort(by_level_.begin(), by_level_.begin() + n);
-    for (int64_t i = 0; i < left; ++i) ++split->quota[by_level_[i].second];
   }
 }
 
 void Splitter::State::SplitBySource(SplitMode mode, std::span<const int32_t> counts, Split* split) {
+  const auto take = [&](int32_t host, int32_t copies) { split->quota[host] += copies; };
   for (int32_t s = 0; s < num_ranks; ++s) {
-    int32_t* share = split->share.data() + static_cast<size_t>(s) * num_hosts;
+    const int32_t* of_source = counts.data() + static_cast<size_t>(s) * num_experts;
+    for (int32_t e = 0; e < num_experts; ++e) ForEachShare(mode, s, e, of_source[e], take);
+  }
+}
+
+void Splitter::State::CutBySource(SplitMode mode, std::span<const int32_t> counts, int32_t rank,
+                                  RankPart* part) {
+  const auto send = [&](int32_t host, int32_t copies) { part->send[host] += copies; };
+  for (int32_t s = 0; s < num_ranks; ++s) {
+    const int32_t* of_source = counts.data() + static_cast<size_t>(s) * num_experts;
+    const auto receive = [&](int32_t host, int32_t copies) {
+      if (host_rank[host] == rank) part->receive[s] += copies;
+    };
     for (int32_t e = 0; e < num_experts; ++e) {
-      const int32_t count = counts[static_cast<size_t>(s) * num_experts + e];
-      const int32_t first = host_offsets[e];
-      const int32_t n = host_offsets[e + 1] - first;
-      if (mode == SplitMode::kRoundRobin) {
-        for (int32_t i = 0; i < n; ++i) share[first + i] = count / n;
-        for (int32_t j = 0; j < count % n; ++j) ++share[first + (j + s) % n];
-      } else {
-        for (int32_t j = 0; j < count; ++j) ++share[first + RandomBits(s, j) % n];
-      }
-      for (int32_t i = 0; i < n; ++i) split->quota[first + i] += share[first + i];
+      ForEachShare(mode, s, e, of_source[e], receive);
+      if (s == rank) ForEachShare(mode, s, e, of_source[e], send);
     }
   }
 }
 
-void Splitter::State::PartitionOverSources(std::span<const int32_t> counts, Split* split) {
-  const auto share = [&](int32_t source, int32_t host) -> int32_t& {
-    return split->share[static_cast<size_t>(source) * num_hosts + host];
+// Own rank first, then the node, then ascending ranks; only what `rank` sends or gets is noted.
+void Splitter::State::CutSharedExpert(std::span<const int32_t> counts, const Split& split,
+                                      int32_t expert, int32_t rank, RankPart* part) {
+  const int32_t first = host_offsets[expert];
+  const int32_t n = host_offsets[expert + 1] - first;
+  for (int32_t s = 0; s < num_ranks; ++s) {
+    left_count_[s] = counts[static_cast<size_t>(s) * num_experts + expert];
+  }
+  const auto send = [&](int32_t source, int32_t i) {
+    const int32_t amount = std::min(left_count_[source], left_quota_[i]);
+    left_count_[source] -= amount;
+    left_quota_[i] -= amount;
+    if (source == rank) part->send[first + i] += amount;
+    if (host_rank[first + i] == rank) part->receive[source] += amount;
   };
-  for (int32_t e = 0; e < num_experts; ++e) {
-    if (demand_[e] == 0) continue;
-    const int32_t first = host_offsets[e];
-    const int32_t n = host_offsets[e + 1] - first;
-    for (int32_t s = 0; s < num_ranks; ++s) {
-      left_count_[s] = counts[static_cast<size_t>(s) * num_experts + e];
+  for (int32_t i = 0; i < n; ++i) {
+    const int32_t to = host_rank[first + i];
+    left_quota_[i] = split.quota[first + i];
+    node_cursor_[node_of_rank[to]] = node_offsets[node_of_rank[to]];
+    send(to, i);
+  }
+  for (int32_t i = 0; i < n; ++i) {
+    const int32_t node = node_of_rank[host_rank[first + i]];
+    for (int32_t& k = node_cursor_[node]; k < node_offsets[node + 1]; ++k) {
+      send(node_ranks[k], i);
+      if (left_count_[node_ranks[k]] > 0) break;  // the host is full
     }
-    if (n == 1) {
-      for (int32_t s = 0; s < num_ranks; ++s) share(s, first) = left_count_[s];
+  }
+  for (int32_t s = 0, i = 0; s < num_ranks; ++s) {
+    while (left_count_[s] > 0) {  // the quotas add up to the counts: a host is left
+      send(s, i);
+      if (left_quota_[i] == 0) ++i;
+    }
+  }
+}
+
+void Splitter::State::CutQuotas(std::span<const int32_t> counts, const Split& split, int32_t rank,
+                                RankPart* part) {
+  const int32_t* own = counts.data() + static_cast<size_t>(rank) * num_experts;
+  for (int32_t e = 0; e < num_experts; ++e) {
+    const auto begin = host_rank.begin() + host_offsets[e];
+    const auto end = host_rank.begin() + host_offsets[e + 1];
+    const bool hosted = std::find(begin, end, rank) != end;
+    if (!hosted && own[e] == 0) continue;
+    if (end - begin > 1) {
+      CutSharedExpert(counts, split, e, rank, part);
       continue;
     }
-    const auto send = [&](int32_t source, int32_t i) {
-      const int32_t amount = std::min(left_count_[source], left_quota_[i]);
-      share(source, first + i) += amount;
-      left_count_[source] -= amount;
-      left_quota_[i] -= amount;
-    };
-    for (int32_t i = 0; i < n; ++i) {
-      left_quota_[i] = split->quota[first + i];
-      send(host_rank[first + i], i);
-    }
-    for (int32_t i = 0; i < n; ++i) {
-      const int32_t node = node_of_rank[host_rank[first + i]];
-      for (int32_t k = node_offsets[node]; left_quota_[i] > 0 && k < node_offsets[node + 1]; ++k) {
-        send(node_ranks[k], i);
-      }
-    }
-    for (int32_t s = 0, i = 0; s < num_ranks; ++s) {
-      while (left_count_[s] > 0) {  // the quotas add up to the counts: a host is left
-        send(s, i);
-        if (left_quota_[i] == 0) ++i;
-      }
+    part->send[host_offsets[e]] = own[e];
+    for (int32_t s = 0; hosted && s < num_ranks; ++s) {
+      part->receive[s] += counts[static_cast<size_t>(s) * num_experts + e];
     }
   }
 }
@@ -342,31 +259,41 @@ Splitter& Splitter::operator=(Splitter&&) noexcept = default;
 void Splitter::Run(SplitMode mode, std::span<const int32_t> counts, Split* split) {
   State& state = *state_;
   const size_t num_ranks = state.num_ranks;
-  const size_t num_hosts = state.num_hosts;
   BALLAST_CHECK(counts.size() == num_ranks * state.num_experts);
-  split->quota.assign(num_hosts, 0);
-  split->share.assign(num_ranks * num_hosts, 0);
+  SumOverSources(counts, state.demand);
+  if (mode == SplitMode::kExact) {
+    state.exact.Run(state.demand, split);
+    return;
+  }
+  split->quota.assign(state.num_hosts, 0);
   split->rank_load.assign(num_ranks, 0);
   split->certificate.assign(num_ranks, 0);
   split->bound = 0;
-
-  state.SumDemand(counts);
-  switch (mode) {
-    case SplitMode::kExact:
-      state.SplitExact(split);
-      state.PartitionOverSources(counts, split);
-      break;
-    case SplitMode::kEven:
-      state.SplitEven(split);
-      state.PartitionOverSources(counts, split);
-      break;
-    case SplitMode::kRoundRobin:
-    case SplitMode::kHash:
-      state.SplitBySource(mode, counts, split);
-      break;
+  if (mode == SplitMode::kEven) {
+    state.SplitEven(split);
+  } else {
+    if (mode == SplitMode::kPrice) state.FollowPrices();
+    state.SplitBySource(mode, counts, split);
   }
-  for (size_t h = 0; h < num_hosts; ++h) split->rank_load[state.host_rank[h]] += split->quota[h];
+  for (int32_t h = 0; h < state.num_hosts; ++h) {
+    split->rank_load[state.host_rank[h]] += split->quota[h];
+  }
   split->largest_load = *std::max_element(split->rank_load.begin(), split->rank_load.end());
+  if (mode == SplitMode::kPrice) state.priced_load = split->rank_load;
+}
+
+void Splitter::Cut(SplitMode mode, std::span<const int32_t> counts, const Split& split,
+                   int32_t rank, RankPart* part) {
+  State& state = *state_;
+  BALLAST_CHECK(rank >= 0 && rank < state.num_ranks);
+  BALLAST_CHECK(split.quota.size() == static_cast<size_t>(state.num_hosts));
+  part->send.assign(state.num_hosts, 0);
+  part->receive.assign(state.num_ranks, 0);
+  if (mode == SplitMode::kExact || mode == SplitMode::kEven) {
+    state.CutQuotas(counts, split, rank, part);
+  } else {
+    state.CutBySource(mode, counts, rank, part);
+  }
 }
 
 }  // namespace ballast

@@ -9,32 +9,39 @@
 
 #include "absl/status/statusor.h"
 #include "base/layer_hosts.h"
+#include "placement/split_exact.h"
 
 namespace ballast {
 
 // How the copies of a replicated expert are divided over its hosts.
-enum class SplitMode { kExact, kEven, kRoundRobin, kHash };
+enum class SplitMode { kExact, kPrice, kEven, kRoundRobin, kHash };
+inline constexpr SplitMode kAllSplitModes[] = {SplitMode::kExact, SplitMode::kPrice,
+                                               SplitMode::kEven, SplitMode::kRoundRobin,
+                                               SplitMode::kHash};
 
-// "exact", "even", "roundrobin", "hash". ERRORS kInvalidArgument names the value and the choices
+// "exact", "price", "even", "roundrobin", "hash". ERRORS kInvalidArgument names the value and the
+// choices
 absl::StatusOr<SplitMode> ParseSplitMode(const std::string& name);
 const char* NameOf(SplitMode mode);
+std::vector<std::string> SplitModeNames();  // of all modes
 
-// The division of one batch over the hosts of one layer; reused from step to step.
-struct Split {
-  std::vector<int32_t> quota;      // [num_hosts] copies that the host takes
-  std::vector<int32_t> share;      // [R * num_hosts] of these, how many come from source rank r
-  std::vector<int64_t> rank_load;  // [R] copies per rank: the sum of its quotas
-  int64_t largest_load = 0;        // the maximum of rank_load
-  int64_t bound = 0;               // ceil(T*): no split of this placement does better (kExact)
-  std::vector<uint8_t>
-      certificate;  // [R] kExact: a rank set S with ceil(load only in S / |S|) = bound
+// One rank's part of a split: what it sends and what it gets.
+struct RankPart {
+  std::vector<int32_t> send;     // [num_hosts] copies of this rank that go to the host
+  std::vector<int32_t> receive;  // [R] copies that come to this rank from source r, itself included
 };
+
+// Copies of the batch per expert: demand[e] = sum over s of counts[s * E + e].
+// SHAPES counts [R * E]   demand [E], written
+// REQUIRES all counts together are below 2^31
+void SumOverSources(std::span<const int32_t> counts, std::span<int32_t> demand);
 
 // Divides batches over one layer of one placement. Deterministic: the same counts give the same
 // split on every rank, with no message. Owns its scratch; allocates only while growing.
 //
-//   minimise  max_r sum over hosts h on rank r of quota[h]
-//   subject to  sum over hosts h of e of quota[h] = sum over sources s of counts[s][e]
+// kPrice remembers: the split depends on the rank loads of the earlier batches that were Run with
+// kPrice since construction, so all ranks must construct their splitters at the same batch and Run
+// the same batches. Batches Run in other modes in between leave no trace.
 //
 // THREADS one thread at a time.
 class Splitter {
@@ -45,14 +52,26 @@ class Splitter {
   Splitter(Splitter&&) noexcept;
   Splitter& operator=(Splitter&&) noexcept;
 
+  // Divides the batch over the hosts.
   // SHAPES counts [R * E], counts[s * E + e] = copies that source rank s has for expert e, >= 0
   // REQUIRES all counts together are below 2^31.
-  // ORDER  kExact: quotas attain ceil(T*); the partition over sources serves a source's own rank
-  //        first, then its node, then ascending rank. kEven: a host weighs its copies, remainders
-  //        by largest remainder then lowest rank. kRoundRobin: the j-th copy of source s goes to
-  //        host (j + s) mod num_hosts(e). kHash: by a hash of (s, j).
-  //        `bound` and `certificate` are zero in the modes other than kExact.
+  // ORDER  kExact: as ExactSplitter, of the counts' sums over the sources. kEven: a host weighs its
+  //        copies, remainders by largest remainder then lowest rank. kPrice: each source divides
+  //        its own counts, a host weighs copies / price of its rank (RankPrices, in steps of
+  //        1/4096), remainders by largest remainder, then by turns that start at host s mod
+  //        num_hosts(e). kRoundRobin: the j-th copy of source s goes to host (j + s) mod
+  //        num_hosts(e). kHash: by a hash of (s, j).
   void Run(SplitMode mode, std::span<const int32_t> counts, Split* split);
+
+  // Cuts the split of the last Run over the sources, as far as `rank` sends or receives. The parts
+  // of all ranks fit together: host h gets split.quota[h] in all, and source s sends counts[s][e].
+  // SHAPES counts as given to Run
+  // REQUIRES mode, counts and split are those of the last Run
+  // ORDER  kExact, kEven: a source serves its own rank first, then its node, then the others in
+  //        ascending order; sources in ascending order too. kPrice, kRoundRobin, kHash: as Run
+  //        says; what source s sends depends on counts[s] and, with kPrice, on the prices alone.
+  void Cut(SplitMode mode, std::span<const int32_t> counts, const Split& split, int32_t rank,
+           RankPart* part);
 
  private:
   struct State;

@@ -91,21 +91,20 @@ absl::Status MoeExecutor::SplitBatch(DispatchTable* table, const Args& args) {
   out.counts.resize(experts * static_cast<size_t>(comm_->size()));
   BALLAST_RETURN_IF_ERROR(comm_->AllGather(table->epoch(), std::as_bytes(std::span(histogram_)),
                                            std::as_writable_bytes(std::span(out.counts))));
-  table->layer(args.layer).splitter->Run(options_.split, out.counts, &split_);
-  out.rank_load = split_.rank_load;
+  Splitter& splitter = *table->layer(args.layer).splitter;
+  splitter.Run(options_.split, out.counts, &split_);
+  splitter.Cut(options_.split, out.counts, split_, comm_->rank(), &part_);
+  out.rank_load.assign(split_.rank_load.begin(), split_.rank_load.end());
   return absl::OkStatus();
 }
 
 absl::Status MoeExecutor::Dispatch(const DispatchTable& table, const Args& args) {
   const LayerHosts& hosts = table.placement().hosts(args.layer);
-  const size_t num_hosts = hosts.host_rank.size();
-  const size_t me = static_cast<size_t>(comm_->rank());
-  const std::span<const int32_t> share(split_.share);
   BALLAST_RETURN_IF_ERROR(kernels_.assign_copies({.num_tokens = args.num_tokens,
                                                   .top_k = options_.gate.top_k,
                                                   .ids = ids_,
                                                   .hosts = &hosts,
-                                                  .share = share.subspan(me * num_hosts, num_hosts),
+                                                  .share = part_.send,
                                                   .route = &route_},
                                                  nullptr));
   for (size_t r = 0; r < out_.size(); ++r) {
@@ -114,11 +113,7 @@ absl::Status MoeExecutor::Dispatch(const DispatchTable& table, const Args& args)
     out_[r] = dispatch_.SendBuffer(static_cast<int>(r), send_bytes_[r]);
     // The split says how many copies come from r; a row for each is the most that can come along.
     DispatchMessage most;
-    for (size_t h = 0; h < num_hosts; ++h) {
-      if (hosts.host_rank[h] == comm_->rank()) {
-        most.num_copies += static_cast<uint32_t>(share[r * num_hosts + h]);
-      }
-    }
+    most.num_copies = static_cast<uint32_t>(part_.receive[r]);
     most.num_rows = most.num_copies;
     recv_bytes_[r] = most.num_copies > 0 ? most.bytes(row_bytes_) : 0;
   }

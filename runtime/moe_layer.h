@@ -22,7 +22,8 @@ namespace ballast {
 // from start to end.
 class DispatchTable {
  public:
-  // `previous` (may be null) lends its compiled splits for the layers that did not change.
+  // `previous` (may be null) lends its compiled splits for the layers that did not change. All
+  // ranks change tables between the same two steps, so splits that remember stay alike on them.
   DispatchTable(const Placement& placement, int32_t rank, const ExpertStore& store,
                 DispatchTable* previous);
 
@@ -102,6 +103,7 @@ class MoeExecutor {
   std::unique_ptr<GatedMlp> expert_mlp_;
   size_t row_bytes_;
   Split split_;
+  RankPart part_;
   Route route_;
   Grouped grouped_;
   std::vector<int32_t> ids_, histogram_;

@@ -12,7 +12,7 @@
 #include "base/random.h"
 #include "base/status.h"
 #include "placement/full_plan.h"
-#include "placement/split.h"
+#include "placement/split_exact.h"
 
 namespace ballast::testing {
 
@@ -51,10 +51,9 @@ inline std::string BrokenPromise(const Topology& topology, const std::vector<int
   if (largest != plan.largest_load) return "largest_load is not the largest";
   if (plan.largest_load < plan.lower_bound) return "largest_load is below lower_bound";
   // The exact split, which knows nothing of the quotas, does not find more or less.
-  std::vector<int32_t> counts(static_cast<size_t>(topology.num_ranks()) * num_experts, 0);
-  std::copy(load.begin(), load.end(), counts.begin());
+  const std::vector<int32_t> demand(load.begin(), load.end());
   Split split;
-  Splitter(placement->hosts(0)).Run(SplitMode::kExact, counts, &split);
+  ExactSplitter(placement->hosts(0)).Run(demand, &split);
   if (split.largest_load != plan.largest_load) {
     return absl::StrCat("largest_load is ", plan.largest_load, "; the exact split has ",
                         split.largest_load);

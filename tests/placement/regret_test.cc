@@ -47,10 +47,8 @@ Placement Ring() {
 }
 
 double Imbalance(const Placement& placement, const std::vector<int32_t>& counts) {
-  std::vector<int32_t> by_source(static_cast<size_t>(kRanks) * kExperts);
-  std::copy(counts.begin(), counts.end(), by_source.begin());
   Split split;
-  Splitter(placement.hosts(0)).Run(SplitMode::kExact, by_source, &split);
+  ExactSplitter(placement.hosts(0)).Run(counts, &split);
   return static_cast<double>(split.largest_load) * kRanks /
          std::accumulate(counts.begin(), counts.end(), 0);
 }

@@ -128,14 +128,15 @@ TEST_CASE("a plan after a step is charged to the next and nothing after the last
 TEST_CASE("the split changes the imbalance but never the copies", "[placement][replay]") {
   const StepTrace trace = ShiftingTrace(2, 16, 6);
   ReplayOptions options = Options({"never", "eplb-interval:2"});
-  options.splits = {SplitMode::kExact, SplitMode::kEven, SplitMode::kRoundRobin, SplitMode::kHash};
+  options.splits.assign(std::begin(kAllSplitModes), std::end(kAllSplitModes));
   const auto result = Replay(trace, options);
   REQUIRE(result.ok());
-  REQUIRE(result->series.size() == 8);
+  const size_t num_splits = options.splits.size();
+  REQUIRE(result->series.size() == 2 * num_splits);
   for (size_t policy = 0; policy < 2; ++policy) {
-    const ReplaySeries& exact = result->series[4 * policy];
-    for (size_t split = 1; split < 4; ++split) {
-      const ReplaySeries& other = result->series[4 * policy + split];
+    const ReplaySeries& exact = result->series[num_splits * policy];
+    for (size_t split = 1; split < num_splits; ++split) {
+      const ReplaySeries& other = result->series[num_splits * policy + split];
       REQUIRE(other.copies == exact.copies);
       for (size_t i = 0; i < exact.imbalance.size(); ++i) {
         REQUIRE(exact.imbalance[i] <= other.imbalance[i]);
@@ -226,6 +227,11 @@ TEST_CASE("the recorded traces give the figures that the prototypes gave",
   REQUIRE(result->figures[3].mean_imbalance == near(1.297));
   REQUIRE(result->figures[4].mean_imbalance == Approx(1.151).margin(0.02));
   REQUIRE(result->figures[7].p99_imbalance < 1.002);
+  options.policies = {"never"};
+  options.splits = {SplitMode::kPrice, SplitMode::kEven};
+  const auto prices = Replay(*trace, options);
+  REQUIRE(prices.ok());
+  REQUIRE(prices->figures[0].mean_imbalance < prices->figures[1].mean_imbalance - 0.05);
 }
 
 }  // namespace

@@ -103,8 +103,7 @@ TEST_CASE("tokens do not depend on the split", "[runtime][cluster]") {
   TempFolder folder;
   WriteCheckpoint(folder.path(), TinyModel{.seed = 3});
   const Reference reference({.model = folder.path()}, 1.0, TinyModel{}.vocab, 16);
-  for (SplitMode split :
-       {SplitMode::kExact, SplitMode::kEven, SplitMode::kRoundRobin, SplitMode::kHash}) {
+  for (SplitMode split : kAllSplitModes) {
     CAPTURE(NameOf(split));
     const Served served =
         Serve({.model = folder.path(), .num_ranks = 3, .slots_per_rank = 7, .split = split},

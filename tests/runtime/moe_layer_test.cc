@@ -282,8 +282,7 @@ bool SameBits(const std::vector<float>& a, const std::vector<float>& b) {
 TEST_CASE("the layer equals the dense definition on exact data", "[runtime][moe]") {
   Random random(1);
   for (int ranks : {1, 2, 3, 4}) {
-    for (SplitMode split :
-         {SplitMode::kExact, SplitMode::kEven, SplitMode::kRoundRobin, SplitMode::kHash}) {
+    for (SplitMode split : kAllSplitModes) {
       CAPTURE(ranks, NameOf(split));
       const Instance in = ExactInstance(random.Next(), {.num_experts = 11, .top_k = 4}, 37);
       const Topology topology = Topology::Uniform(ranks, 5 + 11 / ranks);
@@ -323,8 +322,7 @@ TEST_CASE("the bits depend on neither placement nor split nor ranks nor flips",
     const auto reference = RunLayer(
         in, {.placements = {Contiguous(12, 1)}, .kernels = kernels, .dtype = dtype});
     for (int ranks : {1, 2, 3, 4}) {
-      for (SplitMode split :
-           {SplitMode::kExact, SplitMode::kEven, SplitMode::kRoundRobin, SplitMode::kHash}) {
+      for (SplitMode split : kAllSplitModes) {
         CAPTURE(kernels->name, NameOf(dtype), ranks, NameOf(split));
         const Topology topology = Topology::Uniform(ranks, 4 + 12 / ranks);
         RunOptions options{.split = split, .kernels = kernels, .dtype = dtype,
