@@ -49,6 +49,8 @@ int Main(int argc, char** argv) {
   CLI::App* convert =
       app.add_subcommand("convert", "Convert traces, loads and placements to other formats");
   commands.emplace_back(convert, AddConvertCommand(convert));
+  CLI::App* record = app.add_subcommand("record", "Record the routing of a running server");
+  commands.emplace_back(record, AddRecordCommand(record));
   CLI::App* bench = app.add_subcommand("bench", "Measure the split or the planners");
   commands.emplace_back(bench, AddBenchCommand(bench));
   CLI::App* version = app.add_subcommand("version", "Print the version");

@@ -15,7 +15,8 @@ struct HttpResponse {
   std::string body;
 };
 
-// A blocking HTTP/1.1 client on one connection, for the demo and for tests. Movable, not copyable.
+// A blocking HTTP/1.1 client on one connection, for `ballast record`, the demo and tests. Movable,
+// not copyable.
 // ERRORS kUnavailable: the connection broke; kDeadlineExceeded: nothing came for the time-out;
 //        kInvalidArgument: the answer is not HTTP
 class HttpClient {
