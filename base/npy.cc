@@ -1,5 +1,6 @@
 #include "base/npy.h"
 
+#include <algorithm>
 #include <bit>
 #include <cctype>
 #include <cstring>
@@ -246,6 +247,8 @@ const char* NameOf(NpyType type) {
 }
 
 int64_t NpyArray::num_elements() const {
+  // Beside a zero, the other extents may be too large to multiply.
+  if (std::find(shape.begin(), shape.end(), 0) != shape.end()) return 0;
   int64_t count = 1;
   for (int64_t extent : shape) count *= extent;
   return count;

@@ -10,7 +10,7 @@
 #include "base/npy.h"
 #include "base/status.h"
 #include "deploy/commands.h"
-#include "deploy/demo/driver/http_client.h"
+#include "deploy/http_client.h"
 #include "deploy/lab.h"
 #include "monitor/trace_recorder.h"
 

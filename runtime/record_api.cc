@@ -3,6 +3,7 @@
 #include <nlohmann/json.hpp>
 #include <utility>
 
+#include "base/json_depth.h"
 #include "base/status.h"
 #include "runtime/completions_api.h"
 
@@ -13,15 +14,15 @@ using nlohmann::ordered_json;
 
 absl::Status Reject(const std::string& field, const ordered_json& value,
                     const std::string& allowed) {
-  // A nest of arrays would be shown by as deep a recursion.
-  const std::string shown =
-      value.is_structured() ? value.type_name()
-                            : value.dump(-1, ' ', false, ordered_json::error_handler_t::replace);
+  const std::string shown = value.dump(-1, ' ', false, ordered_json::error_handler_t::replace);
   return absl::InvalidArgumentError(
       absl::StrCat(field, ": ", shown.substr(0, 80), ", allowed: ", allowed));
 }
 
 absl::Status Start(TraceRecorder* recorder, const std::string& body) {
+  if (JsonNestsTooDeep(body)) {
+    return absl::InvalidArgumentError(absl::StrCat("body: nests deeper than ", kMostJsonDepth));
+  }
   const ordered_json json =
       body.empty() ? ordered_json::object() : ordered_json::parse(body, nullptr, false);
   if (!json.is_object()) return absl::InvalidArgumentError("body: allowed is a JSON object");

@@ -60,14 +60,15 @@ TEST_CASE("what cannot be recorded is refused with what is allowed", "[runtime][
   refused(400, "start", "{", "body: ");
   refused(400, "start", "[]", "JSON object");
   refused(400, "start", R"({"what":"all"})", R"(what: "all", allowed: "counts", "ids")");
-  refused(400, "start", R"({"what":[["counts"]]})", "what: array");
+  refused(400, "start", R"({"what":[["counts"]]})", "what: [[\"counts\"]]");
   refused(400, "start", R"({"max_bytes":"1"})", "max_bytes: \"1\", allowed: 1 to 1073741824");
   refused(400, "start", R"({"max_bytes":1.5})", "max_bytes: 1.5");
   refused(400, "start", R"({"max_bytes":18446744073709551615})", "max_bytes: 184467440737095516");
   refused(400, "start", R"({"max_bytes":7})", "max_bytes: 7, allowed: 8 (one step");
   refused(400, "start", R"({"bytes":7})", "bytes: 7, allowed: the fields what and max_bytes");
   const std::string nest(1 << 20, '[');
-  refused(400, "start", R"({"what":)" + nest + std::string(nest.size(), ']') + "}", "what: array");
+  refused(400, "start", R"({"what":)" + nest + std::string(nest.size(), ']') + "}",
+          "body: nests deeper than 64");
   refused(409, "stop", "", "start one first");
   refused(409, "dump", "", "start a recording first");
   REQUIRE(AnswerRecord(&recorder, "start", "").status == 200);

@@ -1,5 +1,5 @@
-#ifndef BALLAST_DEPLOY_DEMO_DRIVER_HTTP_CLIENT_H_
-#define BALLAST_DEPLOY_DEMO_DRIVER_HTTP_CLIENT_H_
+#ifndef BALLAST_DEPLOY_HTTP_CLIENT_H_
+#define BALLAST_DEPLOY_HTTP_CLIENT_H_
 
 #include <map>
 #include <string>
@@ -56,4 +56,4 @@ std::string FormatRequest(const std::string& method, const std::string& path,
 
 }  // namespace ballast
 
-#endif  // BALLAST_DEPLOY_DEMO_DRIVER_HTTP_CLIENT_H_
+#endif  // BALLAST_DEPLOY_HTTP_CLIENT_H_
