@@ -29,6 +29,7 @@ RunCommand AddReplayCommand(CLI::App* app);
 RunCommand AddBenchCommand(CLI::App* app);
 RunCommand AddConvertCommand(CLI::App* app);
 RunCommand AddRecordCommand(CLI::App* app);
+RunCommand AddDoctorCommand(CLI::App* app);
 
 }  // namespace ballast
 

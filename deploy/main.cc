@@ -53,6 +53,9 @@ int Main(int argc, char** argv) {
   commands.emplace_back(record, AddRecordCommand(record));
   CLI::App* bench = app.add_subcommand("bench", "Measure the split or the planners");
   commands.emplace_back(bench, AddBenchCommand(bench));
+  CLI::App* doctor =
+      app.add_subcommand("doctor", "Check this machine, or measure its constants");
+  commands.emplace_back(doctor, AddDoctorCommand(doctor));
   CLI::App* version = app.add_subcommand("version", "Print the version");
   commands.emplace_back(version, [](int*, char***) {
     std::cout << "ballast " << BALLAST_VERSION << "\n";
