@@ -22,7 +22,7 @@ struct ComputeConstants {
   double read_gb_per_s = 0.0;
   double expert_bytes = 0.0;    // of one expert's packed parameters
   double expert_read_us = 0.0;  // to stream them from memory
-  double block_us = 0.0;        // kRowBlock rows of one expert whose parameters are in cache
+  double block_us = 0.0;        // kRowBlock rows of one expert, parameters cached if they fit
   double token_us = 0.0;        // one row among many
   double gflop_per_s = 0.0;     // of these
 };
