@@ -1,5 +1,6 @@
 #include "base/npy.h"
 
+#include <algorithm>
 #include <bit>
 #include <cctype>
 #include <cstring>
@@ -246,6 +247,8 @@ const char* NameOf(NpyType type) {
 }
 
 int64_t NpyArray::num_elements() const {
+  // Beside a zero, the other extents may be too large to multiply.
+  if (std::find(shape.begin(), shape.end(), 0) != shape.end()) return 0;
   int64_t count = 1;
   for (int64_t extent : shape) count *= extent;
   return count;
@@ -318,13 +321,13 @@ absl::StatusOr<NpyArray> ParseNpy(const std::string& name, const std::string& by
   return absl::InvalidArgumentError(absl::StrCat(name, ": ", array.status().message()));
 }
 
-std::string SerializeNpy(const NpyArray& array) {
+std::string NpyHeader(NpyType type, std::span<const int64_t> extents) {
   std::string shape = "(";
-  for (size_t i = 0; i < array.shape.size(); ++i) {
-    absl::StrAppend(&shape, i > 0 ? " " : "", array.shape[i],
-                    i + 1 < array.shape.size() || array.shape.size() == 1 ? "," : "");
+  for (size_t i = 0; i < extents.size(); ++i) {
+    absl::StrAppend(&shape, i > 0 ? " " : "", extents[i],
+                    i + 1 < extents.size() || extents.size() == 1 ? "," : "");
   }
-  std::string header = absl::StrCat("{'descr': '", RowOf(array.type).descr,
+  std::string header = absl::StrCat("{'descr': '", RowOf(type).descr,
                                     "', 'fortran_order': False, 'shape': ", shape, "), }");
   const size_t before = kMagicBytes + 2 + sizeof(uint16_t);
   const size_t end = (before + header.size() + 1 + kAlignment - 1) / kAlignment * kAlignment;
@@ -334,7 +337,11 @@ std::string SerializeNpy(const NpyArray& array) {
   bytes += std::string("\x01\x00", 2);
   bytes += static_cast<char>(header.size() & 0xff);
   bytes += static_cast<char>(header.size() >> 8);
-  bytes += header;
+  return bytes + header;
+}
+
+std::string SerializeNpy(const NpyArray& array) {
+  std::string bytes = NpyHeader(array.type, array.shape);
   bytes.append(reinterpret_cast<const char*>(array.data.data()), array.data.size());
   return bytes;
 }

@@ -46,7 +46,10 @@ std::string ShapeText(std::span<const int64_t> shape);
 //        order, a shape that overflows, bytes missing at the end or left over after it
 absl::StatusOr<NpyArray> ParseNpy(const std::string& name, const std::string& bytes);
 
-// Format 1.0 as NumPy writes it: the header padded so that the data begin at a multiple of 64.
+// Format 1.0 as NumPy writes it: all that stands before the data, padded so that these begin at a
+// multiple of 64.
+std::string NpyHeader(NpyType type, std::span<const int64_t> shape);
+// The header, then the data.
 std::string SerializeNpy(const NpyArray& array);
 
 // ERRORS kNotFound: no such file; kInvalidArgument as ParseNpy; the message names the path

@@ -145,9 +145,9 @@ absl::Status ControlChannel::FlushLocked() {
   return absl::OkStatus();
 }
 
-bool ControlChannel::HasUnsent() const {
+size_t ControlChannel::unsent_bytes() const {
   const std::lock_guard lock(send_mutex_);
-  return out_at_ < out_.size();
+  return out_.size() - out_at_;
 }
 
 bool ControlChannel::HasFrame() const {

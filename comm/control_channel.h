@@ -41,7 +41,8 @@ class ControlChannel {
   //        kInvalidArgument: longer than kMaxFrameBytes
   absl::Status Send(std::span<const std::byte> payload);
   absl::Status Flush();
-  bool HasUnsent() const;
+  bool HasUnsent() const { return unsent_bytes() > 0; }
+  size_t unsent_bytes() const;
 
   // The next whole frame, or nullopt when none has arrived. Never blocks.
   // ERRORS kUnavailable: the peer is gone; kInvalidArgument: not our protocol

@@ -12,6 +12,7 @@ namespace ballast {
 // Exit codes of the command.
 enum ExitCode : int {
   kExitOk = 0,
+  kExitFailed = 1,   // a server that does not answer, a machine that is not fit
   kExitUsage = 2,    // a flag, a file or a model that cannot be used
   kExitRetry = 75,   // the job broke while it ran: a peer was lost
 };
@@ -27,6 +28,8 @@ RunCommand AddPlanCommand(CLI::App* app);
 RunCommand AddReplayCommand(CLI::App* app);
 RunCommand AddBenchCommand(CLI::App* app);
 RunCommand AddConvertCommand(CLI::App* app);
+RunCommand AddRecordCommand(CLI::App* app);
+RunCommand AddDoctorCommand(CLI::App* app);
 
 }  // namespace ballast
 

@@ -4,10 +4,11 @@
 #include <algorithm>
 #include <cctype>
 #include <cstdlib>
-#include <fstream>
 #include <nlohmann/json.hpp>
 #include <vector>
 
+#include "base/file.h"
+#include "base/json_depth.h"
 #include "base/status.h"
 
 namespace ballast {
@@ -53,24 +54,27 @@ void NameEnvironment(CLI::App* command) {
 }
 
 absl::Status ApplyConfigFile(const std::string& path, CLI::App* command) {
-  std::ifstream in(path);
-  if (!in) return absl::InvalidArgumentError(absl::StrCat("--config: cannot read ", path));
-  const auto json = nlohmann::json::parse(in, nullptr, /*allow_exceptions=*/false,
+  const absl::StatusOr<std::string> text = ReadFile(path);
+  if (!text.ok()) return absl::InvalidArgumentError(absl::StrCat("--config: cannot read ", path));
+  if (JsonNestsTooDeep(*text)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--config: ", path, " nests deeper than ", kMostJsonDepth));
+  }
+  const auto json = nlohmann::json::parse(*text, nullptr, /*allow_exceptions=*/false,
                                           /*ignore_comments=*/true);
   if (!json.is_object()) {
     return absl::InvalidArgumentError(absl::StrCat("--config: ", path, " is not a JSON object"));
   }
   for (const auto& [key, value] : json.items()) {
-    CLI::Option* option = key == "config" || key == "help"
-                              ? nullptr
-                              : command->get_option_no_throw("--" + key);
+    CLI::Option* option =
+        key == "config" || key == "help" ? nullptr : command->get_option_no_throw("--" + key);
     if (option == nullptr) {
       return absl::InvalidArgumentError(
           absl::StrCat(path, ": unknown key \"", key, "\"", NearestOption(key, command)));
     }
     if (value.is_structured() || value.is_null()) {
-      return absl::InvalidArgumentError(absl::StrCat(
-          path, ": \"", key, "\" is ", value.dump(), ", allowed: a text, a number, true or false"));
+      return absl::InvalidArgumentError(absl::StrCat(path, ": \"", key, "\" is ", value.dump(),
+                                                     ", allowed: a text, a number, true or false"));
     }
     const bool takes_no_value = option->get_expected_max() == 0;
     if (takes_no_value && !value.is_boolean()) {

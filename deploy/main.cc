@@ -49,8 +49,13 @@ int Main(int argc, char** argv) {
   CLI::App* convert =
       app.add_subcommand("convert", "Convert traces, loads and placements to other formats");
   commands.emplace_back(convert, AddConvertCommand(convert));
+  CLI::App* record = app.add_subcommand("record", "Record the routing of a running server");
+  commands.emplace_back(record, AddRecordCommand(record));
   CLI::App* bench = app.add_subcommand("bench", "Measure the split or the planners");
   commands.emplace_back(bench, AddBenchCommand(bench));
+  CLI::App* doctor =
+      app.add_subcommand("doctor", "Check this machine, or measure its constants");
+  commands.emplace_back(doctor, AddDoctorCommand(doctor));
   CLI::App* version = app.add_subcommand("version", "Print the version");
   commands.emplace_back(version, [](int*, char***) {
     std::cout << "ballast " << BALLAST_VERSION << "\n";

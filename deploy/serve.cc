@@ -23,11 +23,13 @@
 #include "deploy/commands.h"
 #include "monitor/exporter.h"
 #include "monitor/metrics.h"
+#include "monitor/trace_recorder.h"
 #include "runtime/engine.h"
 #include "runtime/frontend.h"
 #include "runtime/http_server.h"
 #include "runtime/leader.h"
 #include "runtime/rank_observer.h"
+#include "runtime/record_api.h"
 #include "runtime/tokenizer.h"
 
 namespace ballast {
@@ -112,6 +114,7 @@ class Server {
   std::optional<Placement> placement_;
   std::unique_ptr<RankMetrics> metrics_;
   std::unique_ptr<MetricsExporter> exporter_;
+  std::unique_ptr<TraceRecorder> recorder_;  // of the leader
   std::unique_ptr<Transport> transport_;
   std::unique_ptr<Communicator> communicator_;
   std::unique_ptr<ControlChannel> channel_;
@@ -273,13 +276,22 @@ absl::Status Server::ConnectControl() {
         listener->AcceptRanks(mpi_->size(), address["token"].get<uint64_t>(), kStartTimeoutMs);
     BALLAST_RETURN_IF_ERROR(channels.status());
     const ModelConfig& config = checkpoint_->config();
+    recorder_ = std::make_unique<TraceRecorder>(
+        TraceRecorder::Shape{.num_ranks = mpi_->size(),
+                             .num_layers = config.num_moe_layers(),
+                             .num_experts = config.gate.num_experts,
+                             .top_k = config.gate.top_k});
     BALLAST_ASSIGN_OR_RETURN(
         frontend_,
         Frontend::Create({.max_pending = flags_.max_queue,
                           .request_timeout_ms = flags_.request_timeout_ms,
                           .context_tokens = config.context_tokens,
                           .vocab_size = config.vocab_size,
-                          .on_end = [this](RequestEnd end) { metrics_->OnRequest(ResultOf(end)); }},
+                          .on_end = [this](RequestEnd end) { metrics_->OnRequest(ResultOf(end)); },
+                          .on_routing = [this](int rank, const RoutingFrame& f) {
+                            recorder_->AddIds(
+                                rank, {f.recording, f.step_begin, f.step_end, f.first, f.ids});
+                          }},
                          *std::move(channels), EndJob));
   }
   BALLAST_ASSIGN_OR_RETURN(channel_, connected.get());
@@ -303,6 +315,7 @@ absl::Status Server::StartLeader() {
   }
   options.controller.max_incoming_per_rank = most_slots;
   options.step_log = flags_.step_log;
+  options.recorder = recorder_.get();
   RankObserver observer(0, mpi_->size(), config.num_moe_layers(), metrics_.get());
   BALLAST_ASSIGN_OR_RETURN(leader_,
                            Leader::Create(options, *placement_, std::move(observer), metrics_.get(),
@@ -324,6 +337,7 @@ absl::Status Server::StartEngine() {
   options.rebalancer.slice_bytes = flags_.migration_slice_bytes;
   options.rebalancer.plan_deadline_ms = flags_.plan_timeout_ms;
   options.chunk_bytes = flags_.migration_chunk_bytes;
+  options.recorder = recorder_.get();
   EngineObserver* observer = leader_.get();
   if (!is_leader()) {
     observer_ = std::make_unique<RankObserver>(mpi_->rank(), mpi_->size(), config.num_moe_layers(),
@@ -351,6 +365,10 @@ absl::Status Server::StartHttp() {
        .rebalance =
            [this](const std::string&) {
              return HttpReply{200, leader_->Rebalance()};
+           },
+       .record =
+           [this](const std::string& action, const std::string& body) {
+             return AnswerRecord(recorder_.get(), action, body);
            }});
   if (!http.ok()) {
     return absl::InvalidArgumentError(

@@ -20,6 +20,7 @@ struct ServeFlags {
   std::string dtype = "auto";
   std::string policy = "regret";
   std::string split = "exact";
+  std::string when = "after-step";  // the only one that serves
   int32_t slots_per_rank = 0;
   int32_t max_seqs = 64;
   int32_t max_batch_tokens = 512;

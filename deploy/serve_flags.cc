@@ -1,6 +1,7 @@
 #include <CLI/CLI.hpp>
 #include <memory>
 
+#include "absl/strings/str_cat.h"
 #include "deploy/commands.h"
 #include "deploy/serve.h"
 #include "placement/policy.h"
@@ -74,6 +75,14 @@ void AddEngineFlags(CLI::App* app, ServeFlags* f) {
   app->add_option("--step-log", f->step_log, "File that gets one JSON line per step")->group(group);
 }
 
+// In-step planning exists in the laboratory only: serving it needs copies that travel before the
+// dispatch of the step that asked for them.
+std::string CheckWhen(const std::string& when) {
+  if (when == "after-step") return "";
+  if (when == "in-step") return "in-step is for `ballast replay` only, allowed: after-step";
+  return absl::StrCat("'", when, "' is unknown, allowed: after-step");
+}
+
 void AddPlacementFlags(CLI::App* app, ServeFlags* f) {
   const char* group = "Placement";
   app->add_option("--slots-per-rank", f->slots_per_rank,
@@ -85,6 +94,9 @@ void AddPlacementFlags(CLI::App* app, ServeFlags* f) {
       ->group(group);
   app->add_option("--split", f->split, "How tokens are divided over the copies of an expert")
       ->check(CLI::IsMember(SplitModeNames()))
+      ->group(group);
+  app->add_option("--when", f->when, "When a plan is in force: after-step, some steps later")
+      ->check(CheckWhen, "{after-step}")
       ->group(group);
   app->add_option("--window-tokens", f->window_tokens, "Tokens that a decision looks back over")
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 40))

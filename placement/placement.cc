@@ -10,6 +10,7 @@
 
 #include "base/check.h"
 #include "base/hash.h"
+#include "base/json_depth.h"
 #include "base/status.h"
 
 namespace ballast {
@@ -378,6 +379,10 @@ std::string Placement::ToJson() const {
 }
 
 absl::StatusOr<Placement> Placement::FromJson(const std::string& json) {
+  if (JsonNestsTooDeep(json)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("the placement nests deeper than ", kMostJsonDepth));
+  }
   const Json root = Json::parse(json, nullptr, /*allow_exceptions=*/false);
   if (!root.is_object()) {
     return absl::InvalidArgumentError("the placement is not a JSON object");

@@ -3,12 +3,14 @@
 #include <algorithm>
 #include <cctype>
 #include <nlohmann/json.hpp>
+#include <numeric>
 #include <optional>
 #include <utility>
 
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
+#include "base/json_depth.h"
 #include "base/status.h"
 
 namespace ballast {
@@ -23,6 +25,7 @@ using Rows = std::vector<std::vector<int32_t>>;
 
 constexpr int32_t kMostExperts = 1 << 16;
 constexpr size_t kMostLayers = 1 << 16;
+constexpr size_t kMostEntries = 1 << 28;  // of a placement; a short file can ask for more
 
 constexpr std::pair<PlacementFormat, const char*> kFormats[] = {
     {PlacementFormat::kNative, "native"}, {PlacementFormat::kEplb, "eplb"},
@@ -146,8 +149,13 @@ absl::StatusOr<const Json*> FindList(const Json& object, const char* key) {
   return &*it;
 }
 
+absl::StatusOr<Json> ParseJson(const std::string& text) {
+  if (JsonNestsTooDeep(text)) return Wrong(absl::StrCat("nests deeper than ", kMostJsonDepth));
+  return Json::parse(text, nullptr, /*allow_exceptions=*/false);
+}
+
 absl::StatusOr<Rows> ReadJsonRows(const std::string& text, const char* key) {
-  const Json root = Json::parse(text, nullptr, /*allow_exceptions=*/false);
+  BALLAST_ASSIGN_OR_RETURN(const Json root, ParseJson(text));
   BALLAST_ASSIGN_OR_RETURN(const Json* list, FindList(root, key));
   Rows rows(list->size());
   for (size_t layer = 0; layer < rows.size(); ++layer) {
@@ -158,7 +166,7 @@ absl::StatusOr<Rows> ReadJsonRows(const std::string& text, const char* key) {
 }
 
 absl::StatusOr<std::vector<Ranks>> ReadAscend(const std::string& text) {
-  const Json root = Json::parse(text, nullptr, /*allow_exceptions=*/false);
+  BALLAST_ASSIGN_OR_RETURN(const Json root, ParseJson(text));
   BALLAST_ASSIGN_OR_RETURN(const Json* list, FindList(root, "layer_list"));
   std::vector<Ranks> layers;
   for (const Json& layer : *list) {
@@ -291,6 +299,11 @@ absl::StatusOr<Placement> Assemble(const std::vector<Ranks>& layers, const Impor
   if (options.num_nodes < 1 || num_ranks % options.num_nodes != 0) {
     return Wrong(
         absl::StrCat(num_ranks, " ranks on ", options.num_nodes, " nodes, allowed: equal nodes"));
+  }
+  const size_t num_slots = std::accumulate(slots.begin(), slots.end(), size_t{0});
+  if (num_slots > kMostEntries / layers.size()) {
+    return Wrong(absl::StrCat(num_slots, " slots in each of ", layers.size(),
+                              " layers, allowed: ", kMostEntries, " in all of them"));
   }
   Topology topology;
   topology.slot_offsets.push_back(0);

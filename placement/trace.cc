@@ -15,6 +15,7 @@ namespace {
 
 constexpr int64_t kMostCopies = int64_t{std::numeric_limits<int32_t>::max()};
 constexpr int64_t kMostExperts = 1 << 16;
+constexpr int64_t kMostCounts = int64_t{1} << 31;  // a trace of 8 GiB
 constexpr int64_t kMostLayers = 1 << 16;
 constexpr double kMostLoad = 0x1p53;         // the largest double of which all smaller integers are
 constexpr double kScaledLayerLoad = 0x1p40;  // what a layer with fractions adds up to
@@ -182,6 +183,13 @@ absl::StatusOr<StepTrace> CountSteps(std::span<const NamedArray> phases,
       return absl::InvalidArgumentError(
           absl::StrCat(phase.name, ": ", shape.length, shape.ids ? " tokens" : " steps",
                        " make no step of ", options.step_tokens, " tokens"));
+    }
+    const int64_t step_size = int64_t{trace.num_layers} * trace.num_experts;
+    if (num_steps > kMostCounts / step_size - trace.num_steps()) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          phase.name, ": ", num_steps, " steps (after ", trace.num_steps(), ") of ",
+          trace.num_layers, " layers and ", trace.num_experts, " experts, allowed: ", kMostCounts,
+          " counts in all; larger steps have fewer"));
     }
     BALLAST_RETURN_IF_ERROR(shape.ids ? CountIds(phase, shape, &trace)
                                       : CopyCounts(phase, shape, &trace));

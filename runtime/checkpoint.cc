@@ -6,6 +6,7 @@
 #include <nlohmann/json.hpp>
 #include <set>
 
+#include "base/json_depth.h"
 #include "base/status.h"
 
 namespace ballast {
@@ -118,6 +119,10 @@ absl::Status Checkpoint::OpenFiles() {
   const std::string index_path = folder_ + "/model.safetensors.index.json";
   if (std::ifstream(index_path).good()) {
     BALLAST_ASSIGN_OR_RETURN(const std::string text, ReadFile(index_path, kMaxJsonBytes));
+    if (JsonNestsTooDeep(text)) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(index_path, ": nests deeper than ", kMostJsonDepth));
+    }
     const auto index = nlohmann::json::parse(text, nullptr, /*allow_exceptions=*/false);
     if (!index.is_object() || !index.contains("weight_map") || !index["weight_map"].is_object()) {
       return absl::InvalidArgumentError(index_path + ": has no object weight_map");

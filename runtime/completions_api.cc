@@ -340,6 +340,10 @@ std::string ErrorJson(const absl::Status& status) {
         param = message.substr(0, colon);
       }
       break;
+    case absl::StatusCode::kFailedPrecondition:
+      type = "invalid_request_error";
+      code = "wrong_state";
+      break;
     case absl::StatusCode::kResourceExhausted:
       type = "rate_limit_error";
       code = "queue_full";
@@ -365,6 +369,8 @@ int HttpStatusOf(const absl::Status& status) {
       return 403;
     case absl::StatusCode::kNotFound:
       return 404;
+    case absl::StatusCode::kFailedPrecondition:
+      return 409;
     case absl::StatusCode::kResourceExhausted:
       return 429;
     case absl::StatusCode::kUnavailable:

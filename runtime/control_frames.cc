@@ -8,7 +8,16 @@
 namespace ballast {
 namespace {
 
-enum class FrameKind : uint8_t { kSubmit, kCancel, kWake, kPlan, kStop, kEvents, kRankStatus };
+enum class FrameKind : uint8_t {
+  kSubmit,
+  kCancel,
+  kWake,
+  kPlan,
+  kStop,
+  kEvents,
+  kRankStatus,
+  kRouting
+};
 
 template <class... Ts>
 struct Overloaded : Ts... {
@@ -96,6 +105,14 @@ std::vector<std::byte> Serialize(const RankFrame& frame) {
                           out.Put(body.running);
                           out.Put(body.waiting);
                           out.Put(body.kv_bytes_used);
+                        },
+                        [&](const RoutingFrame& body) {
+                          out.Put(FrameKind::kRouting);
+                          out.Put(body.recording);
+                          out.Put(body.step_begin);
+                          out.Put(body.step_end);
+                          out.Put(body.first);
+                          out.PutArray(body.ids);
                         }},
              frame.body);
   return out.Take();
@@ -142,6 +159,16 @@ absl::StatusOr<RankFrame> ParseRankFrame(std::span<const std::byte> bytes) {
       body.waiting = in.Get<int32_t>();
       body.kv_bytes_used = in.Get<int64_t>();
       frame.body = body;
+      break;
+    }
+    case FrameKind::kRouting: {
+      RoutingFrame body;
+      body.recording = in.Get<uint32_t>();
+      body.step_begin = in.Get<int64_t>();
+      body.step_end = in.Get<int64_t>();
+      body.first = in.Get<int64_t>();
+      body.ids = in.GetArray<std::byte>();
+      frame.body = std::move(body);
       break;
     }
     default:

@@ -42,8 +42,15 @@ struct RankStatusFrame {
   int32_t running = 0, waiting = 0;
   int64_t kv_bytes_used = 0;
 };
+// What the gates of a rank chose in one step, while the leader records ids: the fields of
+// TraceRecorder::IdsPart.
+struct RoutingFrame {
+  uint32_t recording = 0;
+  int64_t step_begin = 0, step_end = 0, first = 0;
+  std::vector<std::byte> ids;
+};
 struct RankFrame {
-  std::variant<EventsFrame, RankStatusFrame> body;
+  std::variant<EventsFrame, RankStatusFrame, RoutingFrame> body;
 };
 
 std::vector<std::byte> Serialize(const LeaderFrame& frame);

@@ -50,6 +50,9 @@ class Decoder {
   absl::Status LoadExpert(const Checkpoint& checkpoint, int32_t moe_layer, int32_t expert,
                           std::byte* packed);
 
+  // What the gate of the MoE layer that ran last chose. SHAPES [T, top-k]
+  std::span<const int32_t> last_ids() const { return moe_->ids(); }
+
   // Runs the batch. `between_layers` is called after every MoE layer.
   // SHAPES logits, valid until the next call: [N, vocab]; counts [num_moe_layers]
   // COLLECTIVE also with an empty batch

@@ -21,6 +21,8 @@ constexpr int kLeader = 0;
 constexpr int kIdleWaitMs = 10'000;
 // Pause between slices when transfers are all there is to do.
 constexpr long kTransferPauseNs = 200'000;
+// What may wait to be sent when recorded ids are added to it.
+constexpr size_t kMostUnsentIds = 32u << 20;
 
 int64_t UnixUs() {
   return std::chrono::duration_cast<std::chrono::microseconds>(
@@ -59,6 +61,7 @@ struct Engine::Header {
   int64_t last_plan_id;     // the newest plan that has reached the rank
   int64_t command_plan_id;  // leader
   int64_t last_cpu_us;      // of the step before, outside waits
+  uint32_t record_ids;      // leader: the recording that wants this step's ids; 0: none
   int32_t num_tokens;
   Vote vote;
   Command command;  // leader
@@ -119,6 +122,10 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(
   rebalancer.rank = engine->rank_;
   engine->rebalancer_ = std::make_unique<Rebalancer>(rebalancer, engine->store_.get(), initial);
   engine->headers_.resize(static_cast<size_t>(communicator->size()));
+  engine->rank_tokens_.resize(engine->headers_.size());
+  engine->capture_ =
+      std::make_unique<IdsCapture>(engine->rank_, config.num_moe_layers(), config.gate.top_k,
+                                   TraceRecorder::IdBytes(config.gate.num_experts));
   return engine;
 }
 
@@ -132,6 +139,7 @@ absl::Status Engine::Run() {
                                   [](const Header& h) { return h.num_tokens > 0; });
     BALLAST_RETURN_IF_ERROR(work ? RunStep(batch) : Rest());
     BALLAST_RETURN_IF_ERROR(SendEvents());
+    if (work && capture_->active()) BALLAST_RETURN_IF_ERROR(SendIds());
   }
 }
 
@@ -169,6 +177,7 @@ absl::Status Engine::Open(int32_t num_tokens) {
     mine.command_plan_id = next_command_.plan_id;
     mine.command = next_command_.command;
     mine.stop = stop_;
+    if (options_.recorder != nullptr) mine.record_ids = options_.recorder->ids_recording();
     next_command_ = {};
   }
   BALLAST_RETURN_IF_ERROR(comm_->AllGather(rebalancer_->placement().epoch(),
@@ -213,7 +222,10 @@ void Engine::ReportAbort() {
 absl::Status Engine::RunStep(const Batch& batch) {
   const int64_t began = NowNs(), cpu_began = ThreadCpuNs(), waited = comm_->wait_cpu_ns();
   const size_t events_before = events_.size();
+  for (size_t r = 0; r < headers_.size(); ++r) rank_tokens_[r] = headers_[r].num_tokens;
+  capture_->Begin(headers_[kLeader].record_ids, rank_tokens_);
   const auto between_layers = [this]() -> absl::Status {
+    if (capture_->active()) capture_->TakeLayer(decoder_->last_ids());
     if (rebalancer_->busy()) {
       const int64_t slice_began = NowNs();
       rebalancer_->Slice();
@@ -282,6 +294,14 @@ absl::Status Engine::SendEvents() {
   absl::Status status = channel_->Send(Serialize(RankFrame{EventsFrame{events_}}));
   events_.clear();
   return status;
+}
+
+absl::Status Engine::SendIds() {
+  const RankFrame& frame = capture_->frame();
+  // Tokens go first. A part that is left out ends the recording, which the leader notices.
+  const size_t bytes = std::get<RoutingFrame>(frame.body).ids.size();
+  if (bytes + channel_->unsent_bytes() > kMostUnsentIds) return absl::OkStatus();
+  return channel_->Send(Serialize(frame));
 }
 
 }  // namespace ballast

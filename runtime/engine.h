@@ -10,8 +10,10 @@
 #include "absl/status/statusor.h"
 #include "comm/communicator.h"
 #include "comm/control_channel.h"
+#include "monitor/trace_recorder.h"
 #include "runtime/checkpoint.h"
 #include "runtime/decoder.h"
+#include "runtime/ids_capture.h"
 #include "runtime/rebalancer.h"
 #include "runtime/scheduler.h"
 
@@ -53,6 +55,7 @@ struct EngineOptions {
   Rebalancer::Options rebalancer;  // rank is filled in
   int32_t staging_experts = 0;     // per rank; 0: as many as the rank has slots in one layer
   size_t chunk_bytes = 256 << 10;
+  const TraceRecorder* recorder = nullptr;  // leader: says whether ids are wanted; may be null
 };
 
 // One rank of the server: runs steps in lock-step with the other ranks until told to stop
@@ -83,6 +86,7 @@ class Engine {
   absl::Status RunStep(const Batch& batch);
   absl::Status Rest();  // nobody has tokens
   absl::Status SendEvents();
+  absl::Status SendIds();  // of the step, where the leader records them
   void Report();  // the step before, now that all CPU times are known
 
   EngineOptions options_;
@@ -97,6 +101,8 @@ class Engine {
   std::unique_ptr<Rebalancer> rebalancer_;
 
   std::vector<Header> headers_;  // [R] of this step
+  std::vector<int32_t> rank_tokens_;  // [R] of them
+  std::unique_ptr<IdsCapture> capture_;
   std::vector<TokenEvent> events_;
   PlanCommand next_command_;                    // leader: for the next header
   std::optional<Rebalancer::Outcome> aborted_;  // not yet reported: messages of it are under way

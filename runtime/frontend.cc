@@ -392,6 +392,10 @@ void Frontend::State::Receive(int rank) {
 }
 
 void Frontend::State::Handle(int rank, const RankFrame& frame) {
+  if (const auto* routing = std::get_if<RoutingFrame>(&frame.body)) {
+    if (options_.on_routing) options_.on_routing(rank, *routing);
+    return;
+  }
   const std::lock_guard lock(mutex_);
   if (const auto* status = std::get_if<RankStatusFrame>(&frame.body)) {
     rank_status_[static_cast<size_t>(rank)] = *status;

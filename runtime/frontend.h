@@ -24,6 +24,8 @@ struct FrontendOptions {
   int32_t vocab_size = 0;
   // Told of each end, under the front end's lock: must not block or call back. Empty: nobody.
   std::function<void(RequestEnd)> on_end = {};
+  // Told what the gates of a rank chose, from the I/O thread: must not block. Empty: nobody.
+  std::function<void(int rank, const RoutingFrame&)> on_routing = {};
 };
 
 // Receives the tokens of one request. Called from the front end's I/O thread: must not block.

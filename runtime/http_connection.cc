@@ -121,10 +121,21 @@ bool HttpConnection::Write(const std::string& bytes) {
 }
 
 void HttpConnection::Reply(int status, const std::string& json, const std::string& headers) {
-  Write(absl::StrCat("HTTP/1.1 ", status, " ", mg_get_response_code_text(connection_, status),
-                     "\r\nContent-Type: application/json\r\nContent-Length: ", json.size(),
-                     "\r\nConnection: ", keep_alive_ ? "keep-alive" : "close", "\r\n", headers,
-                     "\r\n", json));
+  ReplyAs("application/json", status, json, headers);
+}
+
+void HttpConnection::ReplyAs(const char* type, int status, const std::string& body,
+                             const std::string& headers) {
+  std::string head = absl::StrCat(
+      "HTTP/1.1 ", status, " ", mg_get_response_code_text(connection_, status),
+      "\r\nContent-Type: ", type, "\r\nContent-Length: ", body.size(),
+      "\r\nConnection: ", keep_alive_ ? "keep-alive" : "close", "\r\n", headers, "\r\n");
+  // One packet where it is small; no second copy where it is large.
+  if (body.size() <= kReadBytes) {
+    Write(head + body);
+  } else if (Write(head)) {
+    Write(body);
+  }
 }
 
 bool HttpConnection::BeginEvents() {

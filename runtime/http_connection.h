@@ -27,6 +27,9 @@ class HttpConnection {
 
   // Answers with a JSON text. `headers`: more header lines, each ending with "\r\n".
   void Reply(int status, const std::string& json, const std::string& headers = "");
+  // Answers with bytes of a type of their own (a Content-Type).
+  void ReplyAs(const char* type, int status, const std::string& body,
+               const std::string& headers = "");
 
   // Answers with a stream of server-sent events: (BeginEvents SendEvents* EndEvents).
   // Each returns false when the client is gone.

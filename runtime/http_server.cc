@@ -201,7 +201,7 @@ class HttpServer::State {
   void Complete(HttpConnection& connection);
   void Models(HttpConnection& connection);
   void Ready(HttpConnection& connection);
-  void Rebalance(HttpConnection& connection);
+  void Operate(HttpConnection& connection);
   uint64_t NextRandom() { return RandomBits(random_seed_, random_counter_++); }
 
   const HttpServerOptions options_;
@@ -291,13 +291,18 @@ void HttpServer::State::Route(HttpConnection& connection) {
     void (State::*serve)(HttpConnection&);  // nullptr: `placement`
     bool exists;
   };
+  const bool rebalances = backend_.rebalance != nullptr, records = backend_.record != nullptr;
   const Endpoint endpoints[] = {
       {"/v1/completions", "POST", &State::Complete, true},
       {"/v1/models", "GET", &State::Models, true},
       {"/healthz", "GET", nullptr, true},
       {"/readyz", "GET", &State::Ready, true},
       {"/v1/placement", "GET", nullptr, backend_.placement != nullptr},
-      {"/v1/rebalance", "POST", &State::Rebalance, backend_.rebalance != nullptr}};
+      {"/v1/rebalance", "POST", &State::Operate, rebalances},
+      {"/v1/record/start", "POST", &State::Operate, records},
+      {"/v1/record/stop", "POST", &State::Operate, records},
+      {"/v1/record/status", "POST", &State::Operate, records},
+      {"/v1/record/dump", "POST", &State::Operate, records}};
   for (const Endpoint& endpoint : endpoints) {
     if (!endpoint.exists || connection.path() != endpoint.path) continue;
     if (connection.method() != endpoint.method) {
@@ -310,7 +315,7 @@ void HttpServer::State::Route(HttpConnection& connection) {
     if (endpoint.serve != nullptr) return (this->*endpoint.serve)(connection);
     const HttpReply reply = connection.path() == "/healthz" ? HttpReply{200, R"({"status":"ok"})"}
                                                             : backend_.placement();
-    return connection.Reply(reply.status, reply.json);
+    return connection.Reply(reply.status, reply.body);
   }
   connection.Reply(404, ErrorJson(absl::InvalidArgumentError(
                             absl::StrCat("path: ", connection.path(), " does not exist"))));
@@ -356,15 +361,19 @@ void HttpServer::State::Ready(HttpConnection& connection) {
   connection.Reply(200, R"({"status":"ready"})");
 }
 
-void HttpServer::State::Rebalance(HttpConnection& connection) {
+// What operators do: from the server's own machine only.
+void HttpServer::State::Operate(HttpConnection& connection) {
+  const std::string& path = connection.path();
   if (!connection.from_loopback()) {
-    return ReplyError(connection,
-                      absl::PermissionDeniedError("/v1/rebalance is for the server's own machine"));
+    return ReplyError(connection, absl::PermissionDeniedError(
+                                      absl::StrCat(path, " is for the server's own machine")));
   }
   const absl::StatusOr<std::string> body = connection.ReadBody(options_.max_body_bytes);
   if (!body.ok()) return ReplyError(connection, body.status());
-  const HttpReply reply = backend_.rebalance(*body);
-  connection.Reply(reply.status, reply.json);
+  const HttpReply reply = path == "/v1/rebalance"
+                              ? backend_.rebalance(*body)
+                              : backend_.record(path.substr(path.rfind('/') + 1), *body);
+  connection.ReplyAs(reply.type, reply.status, reply.body);
 }
 
 // ---- HttpServer --------------------------------------------------------------------------------

@@ -21,7 +21,8 @@ struct HttpServerOptions {
 
 struct HttpReply {
   int status = 200;
-  std::string json;
+  std::string body;
+  const char* type = "application/json";
 };
 
 // What stands behind the server. The functions are called from many threads at a time and have to
@@ -33,10 +34,13 @@ struct HttpBackend {
   std::function<bool()> is_ready = {};                               // empty: always
   std::function<HttpReply()> placement = {};                         // GET /v1/placement
   std::function<HttpReply(const std::string& body)> rebalance = {};  // POST /v1/rebalance
+  // POST /v1/record/<action>: start, stop, status, dump
+  std::function<HttpReply(const std::string& action, const std::string& body)> record = {};
 };
 
 // The HTTP side: POST /v1/completions, GET /v1/models, GET /healthz, GET /readyz, GET
-// /v1/placement, POST /v1/rebalance (from this machine only). Errors have OpenAI's form.
+// /v1/placement, POST /v1/rebalance and /v1/record/... (both from this machine only). Errors have
+// OpenAI's form.
 //
 // A client that goes away frees its sequence, also between tokens and while it waits for a whole
 // answer. A few threads are kept for the endpoints that answer at once: completions beyond

@@ -102,6 +102,7 @@ void Leader::Handle(const StepRecord& record) {
     for (size_t i = 0; i < by_source.size(); ++i)
       counts_[layer * experts + i % experts] += by_source[i];
   }
+  if (options_.recorder != nullptr) options_.recorder->AddStep(counts_);
   controller_->OnStep(record.step, record.num_tokens, counts_);
   WriteStep(record);
   tokens_since_hot_ += record.num_tokens;

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "monitor/trace_recorder.h"
 #include "placement/controller.h"
 #include "runtime/engine.h"
 #include "runtime/rank_observer.h"
@@ -32,6 +33,7 @@ class Leader : public EngineObserver {
     std::string step_log;         // a file that gets one JSON line per step; empty: none
     int32_t hot_experts = 8;      // per layer, in the metrics; 0: none
     int64_t hot_experts_every_tokens = 4096;
+    TraceRecorder* recorder = nullptr;  // gets the counts of every step; may be null
   };
   // `send_plan` gives a serialized plan to every rank. `metrics` belongs to rank 0.
   // ERRORS kInvalidArgument: the controller's options; the step log cannot be written

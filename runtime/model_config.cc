@@ -2,6 +2,7 @@
 
 #include <nlohmann/json.hpp>
 
+#include "base/json_depth.h"
 #include "base/status.h"
 
 namespace ballast {
@@ -132,6 +133,10 @@ absl::Status CheckShape(const ModelConfig& c) {
 }  // namespace
 
 absl::StatusOr<ModelConfig> ModelConfig::FromJson(const std::string& text) {
+  if (JsonNestsTooDeep(text)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("config.json nests deeper than ", kMostJsonDepth));
+  }
   const Json json = Json::parse(text, nullptr, /*allow_exceptions=*/false);
   if (!json.is_object()) return absl::InvalidArgumentError("config.json is not a JSON object");
   BALLAST_RETURN_IF_ERROR(CheckArchitecture(json));

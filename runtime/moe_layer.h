@@ -85,6 +85,8 @@ class MoeExecutor {
   };
   absl::Status Run(DispatchTable* table, const Args& args);
 
+  // What the gate chose in the last Run. SHAPES [T, top-k]
+  std::span<const int32_t> ids() const { return ids_; }
   Matmul& gate_matmul() { return *gate_matmul_; }
   GatedMlp& expert_mlp() { return *expert_mlp_; }
 

@@ -10,6 +10,7 @@
 #include <cstring>
 #include <nlohmann/json.hpp>
 
+#include "base/json_depth.h"
 #include "base/status.h"
 
 namespace ballast {
@@ -108,6 +109,10 @@ absl::Status SafetensorsFile::Parse(const std::string& path) {
         " (truncated, or not safetensors); allowed: up to ", kMaxHeaderBytes));
   }
   const auto* text = reinterpret_cast<const char*>(bytes + 8);
+  if (JsonNestsTooDeep({text, header_bytes})) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(path, ": the header nests deeper than ", kMostJsonDepth));
+  }
   const Json header = Json::parse(text, text + header_bytes, nullptr, /*allow_exceptions=*/false);
   if (!header.is_object()) {
     return absl::InvalidArgumentError(absl::StrCat(path, ": the header is not a JSON object"));

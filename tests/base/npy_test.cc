@@ -32,6 +32,12 @@ std::string WithHeader(const std::string& header, size_t data_bytes, char major 
   return bytes + header + std::string(data_bytes, '\x01');
 }
 
+TEST_CASE("an array with a zero extent has no elements whatever the others are", "[base][unit]") {
+  NpyArray array;
+  array.shape = {int64_t{1} << 62, int64_t{1} << 62, 0};
+  REQUIRE(array.num_elements() == 0);
+}
+
 TEST_CASE("what is written as npy is read back", "[base][npy]") {
   const std::vector<int64_t> values = {0, 1, 2, 3, 100, 255};
   for (NpyType type :

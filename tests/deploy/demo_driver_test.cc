@@ -2,6 +2,7 @@
 #include <filesystem>
 #include <nlohmann/json.hpp>
 
+#include "base/file.h"
 #include "deploy/demo/driver/drive.h"
 #include "deploy/demo/driver/measures.h"
 #include "deploy/demo/driver/report.h"

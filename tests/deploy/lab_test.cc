@@ -196,6 +196,21 @@ TEST_CASE("ballast replay refuses bad traces and flags by name and value",
   REQUIRE(WriteFile(files.At("cut.npy"), bytes->substr(0, 500)).ok());
   RequireRefused("replay --trace " + files.At("cut.npy") + shape,
                  {"cut.npy: has 372 bytes of data", "needs 1024 (cut off)"});
+  RequireRefused(a + shape + "--experts 8",
+                 {"a.npy: token 0 layer 0 has expert 15, allowed: 0 to 7"});
+  const std::vector<int64_t> counts = {1, -2, 3, 1};
+  REQUIRE(WriteNpy(files.At("n.npy"), MakeNpyArray(NpyType::kI32, {1, 2, 2}, counts)).ok());
+  RequireRefused("replay --ranks 1 --slots 2 --trace " + files.At("n.npy"),
+                 {"n.npy: step 0 layer 0 expert 1 has count -2, allowed: 0 and more"});
+  REQUIRE(WriteNpy(files.At("l.npy"), MakeNpyArray(NpyType::kI32, {2, 2}, counts)).ok());
+  RequireRefused("plan --ranks 1 --slots 2 --load " + files.At("l.npy"),
+                 {"l.npy: layer 0 expert 1 has load -2, allowed: numbers from 0"});
+  // A short file that would fill the memory.
+  const std::vector<int64_t> many(40'000, 1);
+  REQUIRE(WriteNpy(files.At("m.npy"), MakeNpyArray(NpyType::kU16, {40'000, 1, 1}, many)).ok());
+  RequireRefused(
+      "replay --ranks 1 --slots 65536 --experts 65536 --step-tokens 1 --trace " + files.At("m.npy"),
+      {"m.npy: 40000 steps", "65536 experts, allowed: 2147483648 counts in all"});
   const std::vector<int64_t> zeros(256 * 3 * 2, 0);
   REQUIRE(WriteNpy(files.At("c.npy"), MakeNpyArray(NpyType::kU8, {256, 3, 2}, zeros)).ok());
   RequireRefused(a + "," + files.At("c.npy") + shape,
@@ -256,6 +271,14 @@ TEST_CASE("ballast convert refuses what it cannot do", "[deploy][lab][errors]") 
                  {"a.npy: u8, allowed with --from steps: i32, i64"});
   RequireRefused("convert --from sglang --to native --in " + files.At("load.csv") + out,
                  {"load.csv: no list \"physical_to_logical_map\""});
+  const std::string nest(100'000, '[');
+  REQUIRE(WriteFile(files.At("nest.json"),
+                    "{\"physical_to_logical_map\": [" + nest + std::string(nest.size(), ']') + "]}")
+              .ok());
+  RequireRefused("convert --from sglang --to native --in " + files.At("nest.json") + out,
+                 {"nest.json: nests deeper than 64"});
+  RequireRefused("convert --from ids --to load --in " + files.At("a.npy") + " --out /nowhere/x",
+                 {"/nowhere/x", "cannot be written"});
   RequireRefused("convert --from esft --to ids --in " + files.At("") + out,
                  {"a folder without expert_weights_<layer>.txt"});
 }

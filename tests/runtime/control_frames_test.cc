@@ -27,7 +27,8 @@ std::vector<LeaderFrame> LeaderFrames() {
 
 std::vector<RankFrame> RankFrames() {
   return {{EventsFrame{{{1, 65, FinishReason::kNone}, {2, -1, FinishReason::kStop}}}},
-          {RankStatusFrame{3, 4, 1'000'000'000'000}}};
+          {RankStatusFrame{3, 4, 1'000'000'000'000}},
+          {RoutingFrame{2, 100, 108, 103, std::vector<std::byte>(6, std::byte{4})}}};
 }
 
 TEST_CASE("leader frames survive the wire", "[runtime][unit]") {

@@ -5,7 +5,7 @@
 #include <nlohmann/json.hpp>
 #include <thread>
 
-#include "deploy/demo/driver/http_client.h"
+#include "deploy/http_client.h"
 #include "tests/support/fake_ranks.h"
 
 namespace ballast {

@@ -12,7 +12,7 @@
 #include <utility>
 #include <vector>
 
-#include "deploy/demo/driver/http_client.h"
+#include "deploy/http_client.h"
 
 namespace ballast::testing {
 

@@ -111,6 +111,9 @@ TEST_CASE("a bad flag is named with its value and what is allowed", "[serve]") {
   RequireRefusal({"--port", "0"}, {"--model"});
   RequireRefusal(OnFreePorts(DemoModel(), {"--max-seqs", "0"}), {"--max-seqs", "0", "1 to 65536"});
   RequireRefusal(OnFreePorts(DemoModel(), {"--dtype", "int3"}), {"--dtype", "int3", "bf16"});
+  RequireRefusal(OnFreePorts(DemoModel(), {"--when", "in-step"}),
+                 {"--when: in-step is for `ballast replay` only, allowed: after-step"});
+  RequireRefusal(OnFreePorts(DemoModel(), {"--when", "never"}), {"--when: 'never'", "after-step"});
   RequireRefusal(OnFreePorts(DemoModel(), {"--kv-bytes", "lots"}), {"--kv-bytes", "lots"});
   RequireRefusal(OnFreePorts(DemoModel(), {"--kv-bytes", "10"}),
                  {"--kv-bytes is 10", "allowed: 1310720", "whole context"});
@@ -144,6 +147,7 @@ TEST_CASE("a bad configuration file is named with the key and the value", "[serv
   refused(R"({"max-seqs": [3]})", {"max-seqs", "[3]"});
   refused(R"({"no-metrics": 7})", {"no-metrics", "7"});
   refused(R"({"max-seqs": 0})", {"max-seqs", "0", "1 to 65536"});
+  refused(R"({"when": "in-step"})", {"when", "in-step is for `ballast replay` only"});
   refused(R"({"max-seqs": 3)", {"JSON"});
   RequireRefusal(OnFreePorts(DemoModel(), {"--config", dir / "absent.json"}),
                  {"--config", dir / "absent.json"});

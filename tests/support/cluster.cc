@@ -121,9 +121,14 @@ absl::Status Cluster::Prepare(const ClusterOptions& options) {
         std::make_unique<Communicator>(rank->transport.get(), Communicator::Options{});
     ranks_.push_back(std::move(rank));
   }
+  const auto on_routing = [recorder = options.recorder](int rank, const RoutingFrame& f) {
+    if (recorder == nullptr) return;
+    recorder->AddIds(rank, {f.recording, f.step_begin, f.step_end, f.first, f.ids});
+  };
   BALLAST_ASSIGN_OR_RETURN(
       frontend_, Frontend::Create({.context_tokens = config.context_tokens,
-                                   .vocab_size = config.vocab_size},
+                                   .vocab_size = config.vocab_size,
+                                   .on_routing = on_routing},
                                   std::move(leader_ends), [](int, absl::Status) {}));
   BALLAST_RETURN_IF_ERROR(StartLeader(options, placement));
   return MakeEngines(options, placement);
@@ -147,6 +152,7 @@ absl::Status Cluster::StartLeader(const ClusterOptions& options, const Placement
   leader.controller.window_tokens = options.window_tokens;
   leader.controller.min_gain = options.min_gain;
   leader.controller.force_every_steps = options.rebalance_every;
+  leader.recorder = options.recorder;
   leader.controller.max_incoming_per_rank = placement.topology().slots_on(0);
   BALLAST_ASSIGN_OR_RETURN(
       leader_,
@@ -173,8 +179,10 @@ absl::Status Cluster::MakeEngines(const ClusterOptions& options, const Placement
   for (size_t r = 0; r < ranks_.size(); ++r) {
     Rank& rank = *ranks_[r];
     if (r == 0) {
+      engine.recorder = options.recorder;
       rank.observer = std::make_unique<Counter>(this);
     } else {
+      engine.recorder = nullptr;
       rank.observer = std::make_unique<NoObserver>();
     }
     BALLAST_ASSIGN_OR_RETURN(

@@ -33,6 +33,7 @@ struct ClusterOptions {
   int64_t kv_bytes = 8 << 20;
   size_t chunk_bytes = 4 << 10, slice_bytes = 16 << 10;
   int64_t plan_deadline_ms = 30'000;
+  TraceRecorder* recorder = nullptr;  // of the leader; may be null
 };
 
 // What came back of one request.

@@ -12,9 +12,10 @@
 #include <thread>
 
 #include "base/clock.h"
+#include "base/file.h"
 #include "base/random.h"
 #include "base/status.h"
-#include "deploy/demo/driver/http_client.h"
+#include "deploy/http_client.h"
 
 namespace ballast {
 namespace {

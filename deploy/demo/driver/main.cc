@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <filesystem>
 
+#include "base/file.h"
 #include "base/status.h"
 #include "deploy/demo/driver/drive.h"
 #include "deploy/demo/driver/measures.h"

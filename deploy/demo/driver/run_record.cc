@@ -1,6 +1,5 @@
 #include "deploy/demo/driver/run_record.h"
 
-#include <fstream>
 #include <nlohmann/json.hpp>
 #include <sstream>
 
@@ -83,23 +82,6 @@ absl::StatusOr<RunRecord> ParseRunRecord(std::string_view text) {
   } catch (const json::exception& error) {
     return absl::InvalidArgumentError(absl::StrCat("not a record of a run: ", error.what()));
   }
-}
-
-absl::StatusOr<std::string> ReadFile(const std::string& path) {
-  std::ifstream file(path, std::ios::binary);
-  std::ostringstream content;
-  if (!file || !(content << file.rdbuf())) {
-    return absl::NotFoundError(absl::StrCat(path, ": cannot be read, or is empty"));
-  }
-  return content.str();
-}
-
-absl::Status WriteFile(const std::string& path, const std::string& content) {
-  std::ofstream file(path, std::ios::binary);
-  file << content;
-  file.close();
-  if (!file) return absl::UnavailableError(absl::StrCat(path, ": cannot be written"));
-  return absl::OkStatus();
 }
 
 }  // namespace ballast

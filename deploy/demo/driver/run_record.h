@@ -56,9 +56,6 @@ void AssignSteps(const std::vector<StepRecord>& steps, std::vector<PhaseRecord>*
 std::string ToJson(const RunRecord& run);
 absl::StatusOr<RunRecord> ParseRunRecord(std::string_view text);
 
-absl::StatusOr<std::string> ReadFile(const std::string& path);
-absl::Status WriteFile(const std::string& path, const std::string& content);
-
 }  // namespace ballast
 
 #endif  // BALLAST_DEPLOY_DEMO_DRIVER_RUN_RECORD_H_

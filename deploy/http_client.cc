@@ -1,4 +1,4 @@
-#include "deploy/demo/driver/http_client.h"
+#include "deploy/http_client.h"
 
 #include <arpa/inet.h>
 #include <netinet/in.h>

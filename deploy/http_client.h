@@ -1,5 +1,5 @@
-#ifndef BALLAST_DEPLOY_DEMO_DRIVER_HTTP_CLIENT_H_
-#define BALLAST_DEPLOY_DEMO_DRIVER_HTTP_CLIENT_H_
+#ifndef BALLAST_DEPLOY_HTTP_CLIENT_H_
+#define BALLAST_DEPLOY_HTTP_CLIENT_H_
 
 #include <map>
 #include <string>
@@ -15,7 +15,8 @@ struct HttpResponse {
   std::string body;
 };
 
-// A blocking HTTP/1.1 client on one connection, for the demo and for tests. Movable, not copyable.
+// A blocking HTTP/1.1 client on one connection, for `ballast record`, the demo and tests. Movable,
+// not copyable.
 // ERRORS kUnavailable: the connection broke; kDeadlineExceeded: nothing came for the time-out;
 //        kInvalidArgument: the answer is not HTTP
 class HttpClient {
@@ -55,4 +56,4 @@ std::string FormatRequest(const std::string& method, const std::string& path,
 
 }  // namespace ballast
 
-#endif  // BALLAST_DEPLOY_DEMO_DRIVER_HTTP_CLIENT_H_
+#endif  // BALLAST_DEPLOY_HTTP_CLIENT_H_
