@@ -1,6 +1,7 @@
 #include <CLI/CLI.hpp>
 #include <memory>
 
+#include "absl/strings/str_join.h"
 #include "absl/strings/str_cat.h"
 #include "deploy/commands.h"
 #include "deploy/serve.h"
@@ -83,6 +84,10 @@ std::string CheckWhen(const std::string& when) {
   return absl::StrCat("'", when, "' is unknown, allowed: after-step");
 }
 
+std::string CheckPolicy(const std::string& name) {
+  return std::string(MakePolicy(name).status().message());
+}
+
 void AddPlacementFlags(CLI::App* app, ServeFlags* f) {
   const char* group = "Placement";
   app->add_option("--slots-per-rank", f->slots_per_rank,
@@ -90,7 +95,7 @@ void AddPlacementFlags(CLI::App* app, ServeFlags* f) {
       ->check(CLI::Range(0, 4096))
       ->group(group);
   app->add_option("--policy", f->policy, "What plans the placement")
-      ->check(CLI::IsMember(PolicyNames()))
+      ->check(CheckPolicy, absl::StrJoin(PolicyNames(), "|"))
       ->group(group);
   app->add_option("--split", f->split, "How tokens are divided over the copies of an expert")
       ->check(CLI::IsMember(SplitModeNames()))

@@ -12,12 +12,12 @@ namespace {
 
 // A window is kept as about this many chunks: old steps leave it in pieces that small.
 constexpr int64_t kChunksPerWindow = 16;
+constexpr int64_t kMostWindowTokens = int64_t{1} << 40;
 
 absl::Status CheckOptions(const ControllerOptions& options, const Topology& topology) {
   const auto reject = [](const char* name, auto value, const std::string& allowed) {
     return absl::InvalidArgumentError(absl::StrCat(name, " is ", value, "; it must be ", allowed));
   };
-  constexpr int64_t kMostWindowTokens = int64_t{1} << 40;
   if (options.num_groups < 1) return reject("num_groups", options.num_groups, "at least 1");
   if (options.window_tokens < 1 || options.window_tokens > kMostWindowTokens) {
     return reject("window_tokens", options.window_tokens, "in [1, 2^40]");
@@ -101,7 +101,10 @@ void Controller::OnStep(int64_t, int64_t num_tokens, std::span<const int32_t> co
   BALLAST_CHECK(counts.size() == window_sums_.size() && num_tokens >= 0);
   if (num_tokens == 0) return;
   AddToBatch(num_tokens, counts);
-  const int64_t chunk_tokens = options_.window_tokens / kChunksPerWindow;
+  ++window_steps_;
+  const bool whole_interval = policy_->interval_steps() > 0;
+  const int64_t window_tokens = whole_interval ? kMostWindowTokens : options_.window_tokens;
+  const int64_t chunk_tokens = window_tokens / kChunksPerWindow;
   if (window_.empty() || window_.back().num_tokens >= chunk_tokens) {
     spare_.num_tokens = 0;
     spare_.counts.assign(window_sums_.size(), 0);
@@ -114,7 +117,7 @@ void Controller::OnStep(int64_t, int64_t num_tokens, std::span<const int32_t> co
     last.counts[i] += counts[i];
     window_sums_[i] += counts[i];
   }
-  while (window_tokens_ - window_.front().num_tokens >= options_.window_tokens) {
+  while (window_tokens_ - window_.front().num_tokens >= window_tokens) {
     spare_ = std::move(window_.front());
     window_.pop_front();
     window_tokens_ -= spare_.num_tokens;
@@ -143,13 +146,15 @@ void Controller::HandOverBatch() {
 }
 
 std::optional<MigrationPlan> Controller::Decide(int64_t step, bool force, Decision* why) {
+  const int32_t interval = policy_->interval_steps();
+  const bool over = interval > 0 && window_steps_ >= interval && step >= not_before_by_abort_;
   const bool periodic = options_.force_every_steps > 0 && step >= not_before_by_abort_ &&
                         step - last_start_ >= options_.force_every_steps;
-  const bool forced = force || periodic;
+  const bool forced = force || periodic || over;
   *why = Decision::kNone;
   if (in_flight()) {
     *why = Decision::kInFlight;
-  } else if (!forced && step < not_before_) {
+  } else if (!forced && (interval > 0 || step < not_before_)) {
     *why = Decision::kTooSoon;
   } else if (!forced && policy_->meters_itself()
                  ? !new_batch_
@@ -162,6 +167,7 @@ std::optional<MigrationPlan> Controller::Decide(int64_t step, bool force, Decisi
   new_batch_ = false;
   bool policy_stays = false;
   std::vector<Placement::LayerRow> rows = WithinLimit(WantedRows(forced, &policy_stays));
+  if (over) ForgetWindow();
   if (rows.empty()) {
     *why = policy_stays ? Decision::kPolicyStays : Decision::kNothingToGain;
     return std::nullopt;
@@ -176,6 +182,13 @@ std::optional<MigrationPlan> Controller::Decide(int64_t step, bool force, Decisi
   target_ = *std::move(target);
   *why = Decision::kPlanned;
   return *std::move(plan);
+}
+
+void Controller::ForgetWindow() {
+  window_.clear();
+  window_tokens_ = 0;
+  window_steps_ = 0;
+  std::fill(window_sums_.begin(), window_sums_.end(), 0);
 }
 
 // The rows that the policy wants and that gain enough (all that differ, when forced).

@@ -51,8 +51,9 @@ const char* NameOf(Decision decision);
 //
 // where T is the largest rank load under the exact split and mean is the window's load per rank.
 // Layers whose gain is at least min_gain take the policy's row; a policy that meters itself needs
-// no gate. Under max_incoming_per_rank the layers with the largest gain go first, and one that
-// would bring any rank over the limit waits for a later plan.
+// no gate, and one with an interval takes its rows when it is over, from a window of those steps.
+// Under max_incoming_per_rank the layers with the largest gain go first, and one that would bring
+// any rank over the limit waits for a later plan.
 //
 // Call order: (OnStep Decide? (OnCommitted | OnAborted)?)*. At most one plan is in flight.
 class Controller {
@@ -96,6 +97,7 @@ class Controller {
 
   Controller(ControllerOptions options, Placement initial, std::unique_ptr<Policy> policy);
   void HandOverBatch();
+  void ForgetWindow();
   void AddToBatch(int64_t num_tokens, std::span<const int32_t> counts);
   std::vector<Candidate> WantedRows(bool forced, bool* policy_stays);
   void MeasureGains(std::vector<Candidate>* wanted) const;
@@ -109,6 +111,7 @@ class Controller {
   std::deque<Chunk> window_;
   Chunk spare_;  // memory of the chunk that left the window last
   int64_t window_tokens_ = 0;
+  int64_t window_steps_ = 0;
   std::vector<int64_t> window_sums_;  // [num_layers * E] over window_
   std::vector<int32_t> batch_;        // [num_layers * E] steps not yet handed to the planners
   int64_t batch_tokens_ = 0;

@@ -50,16 +50,17 @@ class LayerPlanner {
   virtual void Adopt(std::span<const int32_t> row) = 0;
 };
 
-// A way to plan, by name.
+// A way to plan.
 class Policy {
  public:
   virtual ~Policy() = default;
-  virtual const char* name() const = 0;
   // Whether the placement that this policy starts from has its spare slots filled (as a ring).
   virtual bool fills_spare_slots_at_start() const { return true; }
   // Whether it weighs what a move gains against what it costs. The controller gates the rows of
   // those that do not.
   virtual bool meters_itself() const { return false; }
+  // 0: whenever there is reason to; N: every N steps, from the counts of those N steps.
+  virtual int32_t interval_steps() const { return 0; }
   // Whether the policy can plan for such a placement, before it is asked to.
   // ERRORS kInvalidArgument names the policy and what it cannot do
   virtual absl::Status CheckSupport(const Placement&) const { return absl::OkStatus(); }
@@ -67,10 +68,21 @@ class Policy {
                                                          int32_t layer) const = 0;
 };
 
-// "static", "never", "eplb", "regret". ERRORS kInvalidArgument names the value and the choices
+// A name that policies are asked for by: NAME, or NAME:ARGUMENT where it takes one.
+struct PolicyFamily {
+  std::string name;
+  std::string argument;  // what help calls it; empty: none
+  // ERRORS kInvalidArgument names the policy, the argument and what is allowed
+  absl::StatusOr<std::unique_ptr<Policy>> (*make)(const std::string& argument);
+};
+
+// To add a policy, put a file into placement/policies/. NAME.cc defines
+//   std::vector<PolicyFamily> PoliciesIn_NAME();
+// in namespace ballast, and with the next build all commands know what it returns.
+
+// ERRORS kInvalidArgument names the value and the choices
 absl::StatusOr<std::unique_ptr<Policy>> MakePolicy(const std::string& name);
-std::unique_ptr<Policy> MakeRegretPolicy();  // regret.cc
-// Names that MakePolicy accepts, for help texts.
+// The names that MakePolicy accepts, file by file, for help texts.
 std::vector<std::string> PolicyNames();
 
 }  // namespace ballast

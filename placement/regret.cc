@@ -108,22 +108,4 @@ void RegretPlanner::Adopt(std::span<const int32_t> row) {
   history_in_force_ = search_.LargestLoads(memory_.history());
 }
 
-namespace {
-
-class RegretPolicy : public Policy {
- public:
-  const char* name() const override { return "regret"; }
-  bool meters_itself() const override { return true; }
-  std::unique_ptr<LayerPlanner> MakeLayerPlanner(const PolicyContext& context,
-                                                 int32_t layer) const override {
-    return std::make_unique<RegretPlanner>(context, context.initial.expert_of_slot(layer));
-  }
-};
-
-}  // namespace
-
-std::unique_ptr<Policy> MakeRegretPolicy() {
-  return std::make_unique<RegretPolicy>();
-}
-
 }  // namespace ballast

@@ -7,7 +7,6 @@
 #include <utility>
 
 #include "absl/strings/match.h"
-#include "absl/strings/numbers.h"
 #include "base/check.h"
 #include "base/status.h"
 #include "placement/full_plan.h"
@@ -15,9 +14,6 @@
 
 namespace ballast {
 namespace {
-
-constexpr char kIntervalPrefix[] = "eplb-interval:";
-constexpr int32_t kLongestInterval = 1 << 20;
 
 // One policy at work on one trace: holds the placement in force and changes it when asked.
 class Player {
@@ -33,29 +29,25 @@ class Player {
 // What the server runs.
 class ControllerPlayer : public Player {
  public:
-  // `interval` 0: the controller decides when; N: it is told to every N steps.
   static absl::StatusOr<std::unique_ptr<Player>> Create(const StepTrace& trace,
                                                         ControllerOptions options,
-                                                        const Topology& topology,
-                                                        int32_t interval) {
+                                                        const Topology& topology) {
     BALLAST_ASSIGN_OR_RETURN(const std::unique_ptr<Policy> policy, MakePolicy(options.policy));
     BALLAST_ASSIGN_OR_RETURN(Placement initial,
                              Placement::Contiguous(trace.num_layers, trace.num_experts, topology,
                                                    policy->fills_spare_slots_at_start()));
     BALLAST_ASSIGN_OR_RETURN(std::unique_ptr<Controller> controller,
                              Controller::Create(std::move(options), std::move(initial)));
-    return std::make_unique<ControllerPlayer>(trace, std::move(controller), interval);
+    return std::make_unique<ControllerPlayer>(trace, std::move(controller));
   }
-  ControllerPlayer(const StepTrace& trace, std::unique_ptr<Controller> controller, int32_t interval)
-      : trace_(trace), controller_(std::move(controller)), interval_(interval) {}
+  ControllerPlayer(const StepTrace& trace, std::unique_ptr<Controller> controller)
+      : trace_(trace), controller_(std::move(controller)) {}
 
   const Placement& placement() const override { return controller_->placement(); }
   std::optional<MigrationPlan> Learn(int64_t step) override {
     controller_->OnStep(step, trace_.step_tokens, trace_.step(step));
-    if (interval_ > 0 && (step + 1) % interval_ != 0) return std::nullopt;
     Decision why = Decision::kNone;
-    std::optional<MigrationPlan> plan =
-        controller_->Decide(step + 1, /*force=*/interval_ > 0, &why);
+    std::optional<MigrationPlan> plan = controller_->Decide(step + 1, /*force=*/false, &why);
     if (plan.has_value()) controller_->OnCommitted(plan->plan_id, step + 1);
     return plan;
   }
@@ -63,13 +55,12 @@ class ControllerPlayer : public Player {
  private:
   const StepTrace& trace_;
   std::unique_ptr<Controller> controller_;
-  int32_t interval_;
 };
 
-// The full plans of the laboratory.
-class FullPlayer : public Player {
+// Full plans of what no server can know.
+class OraclePlayer : public Player {
  public:
-  enum class Kind { kFull, kOracle, kOracleSwitch };
+  enum class Kind { kEveryStep, kEveryPhase };
 
   static absl::StatusOr<std::unique_ptr<Player>> Create(const StepTrace& trace,
                                                         const Topology& topology, Kind kind) {
@@ -77,24 +68,20 @@ class FullPlayer : public Player {
                              Placement::Contiguous(trace.num_layers, trace.num_experts, topology,
                                                    /*fill_spare=*/true));
     BALLAST_ASSIGN_OR_RETURN(FullPlanner planner, FullPlanner::Create(topology, trace.num_experts));
-    return std::make_unique<FullPlayer>(trace, std::move(initial), std::move(planner), kind);
+    return std::make_unique<OraclePlayer>(trace, std::move(initial), std::move(planner), kind);
   }
-  FullPlayer(const StepTrace& trace, Placement initial, FullPlanner planner, Kind kind)
+  OraclePlayer(const StepTrace& trace, Placement initial, FullPlanner planner, Kind kind)
       : trace_(trace), placement_(std::move(initial)), planner_(std::move(planner)), kind_(kind) {}
 
   const Placement& placement() const override { return placement_; }
   std::optional<MigrationPlan> Foresee(int64_t step) override {
-    if (kind_ == Kind::kOracle) return PlanFrom(step, step + 1);
-    if (kind_ == Kind::kFull) return std::nullopt;
+    if (kind_ == Kind::kEveryStep) return PlanFrom(step, step + 1);
     const auto phase =
         std::find(trace_.phase_offsets.begin(), trace_.phase_offsets.end() - 1, step);
     if (phase == trace_.phase_offsets.end() - 1) return std::nullopt;
     return PlanFrom(step, *(phase + 1));
   }
-  std::optional<MigrationPlan> Learn(int64_t step) override {
-    if (kind_ != Kind::kFull) return std::nullopt;
-    return PlanFrom(step, step + 1);
-  }
+  std::optional<MigrationPlan> Learn(int64_t) override { return std::nullopt; }
 
  private:
   // Moves to the full plan of the steps [first, end).
@@ -130,48 +117,32 @@ class FullPlayer : public Player {
   int64_t num_plans_ = 0;
 };
 
-// Whether the policy decides alike whatever a copy costs.
-bool IgnoresRho(const std::string& policy) {
-  return policy == "static" || policy == "never" || policy == "eplb" || policy == "full" ||
-         policy == "oracle" || policy == "oracle-switch" ||
-         absl::StartsWith(policy, kIntervalPrefix);
-}
-
 absl::StatusOr<std::unique_ptr<Player>> MakePlayer(const StepTrace& trace,
                                                    const ReplayOptions& options,
                                                    const std::string& policy, double rho) {
-  using Kind = FullPlayer::Kind;
-  if (policy == "full") return FullPlayer::Create(trace, options.topology, Kind::kFull);
-  if (policy == "oracle") return FullPlayer::Create(trace, options.topology, Kind::kOracle);
+  using Kind = OraclePlayer::Kind;
+  if (policy == "oracle") return OraclePlayer::Create(trace, options.topology, Kind::kEveryStep);
   if (policy == "oracle-switch") {
-    return FullPlayer::Create(trace, options.topology, Kind::kOracleSwitch);
+    return OraclePlayer::Create(trace, options.topology, Kind::kEveryPhase);
   }
   ControllerOptions controller = options.controller;
   controller.rho = rho;
   controller.in_step = options.when == PlanTime::kInStep;
-  int32_t interval = 0;
-  if (absl::StartsWith(policy, kIntervalPrefix)) {
-    const std::string number = policy.substr(sizeof kIntervalPrefix - 1);
-    if (!absl::SimpleAtoi(number, &interval) || interval < 1 || interval > kLongestInterval) {
-      return absl::InvalidArgumentError(absl::StrCat("policy '", policy, "': the interval is '",
-                                                     number, "', allowed: 1 to ",
-                                                     kLongestInterval));
-    }
-    controller.policy = "eplb";
-    controller.window_tokens = interval * trace.step_tokens;
-    return ControllerPlayer::Create(trace, std::move(controller), options.topology, interval);
-  }
-  const std::vector<std::string> known = PolicyNames();
-  if (std::find(known.begin(), known.end(), policy) == known.end()) {
-    std::string choices;
-    for (const std::string& name : ReplayPolicyNames()) {
-      absl::StrAppend(&choices, choices.empty() ? "" : ", ", name);
-    }
-    return absl::InvalidArgumentError(
-        absl::StrCat("unknown policy '", policy, "'; the choices are ", choices));
-  }
   controller.policy = policy;
-  return ControllerPlayer::Create(trace, std::move(controller), options.topology, interval);
+  return ControllerPlayer::Create(trace, std::move(controller), options.topology);
+}
+
+// Whether the policy decides alike whatever a copy costs.
+// ERRORS kInvalidArgument: no such policy
+absl::StatusOr<bool> IgnoresRho(const std::string& name) {
+  if (name == "oracle" || name == "oracle-switch") return true;
+  absl::StatusOr<std::unique_ptr<Policy>> policy = MakePolicy(name);
+  if (policy.ok()) return !(*policy)->meters_itself();
+  if (absl::StartsWith(policy.status().message(), "unknown policy")) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(policy.status().message(), ", oracle, oracle-switch"));
+  }
+  return policy.status();
 }
 
 // Deals the copies of a layer to the source ranks in turn, expert by expert.
@@ -341,9 +312,7 @@ const char* NameOf(PlanTime when) {
 
 std::vector<std::string> ReplayPolicyNames() {
   std::vector<std::string> names = PolicyNames();
-  for (const char* name : {"eplb-interval:N", "full", "oracle", "oracle-switch"}) {
-    if (std::find(names.begin(), names.end(), name) == names.end()) names.push_back(name);
-  }
+  for (const char* name : {"oracle", "oracle-switch"}) names.push_back(name);
   return names;
 }
 
@@ -356,7 +325,8 @@ absl::StatusOr<ReplayResult> Replay(const StepTrace& trace, const ReplayOptions&
   };
   std::vector<Job> jobs;  // all are made before the first runs, so that a bad name costs no time
   for (const std::string& policy : options.policies) {
-    const size_t num_jobs = IgnoresRho(policy) ? 1 : options.rhos.size();
+    BALLAST_ASSIGN_OR_RETURN(const bool ignores_rho, IgnoresRho(policy));
+    const size_t num_jobs = ignores_rho ? 1 : options.rhos.size();
     for (size_t i = 0; i < num_jobs; ++i) {
       BALLAST_ASSIGN_OR_RETURN(std::unique_ptr<Player> player,
                                MakePlayer(trace, options, policy, options.rhos[i]));

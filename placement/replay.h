@@ -30,8 +30,7 @@ struct ReplayOptions {
   std::vector<SplitMode> splits = {SplitMode::kExact};
   std::vector<double> rhos = {0.3};
   PlanTime when = PlanTime::kAfterStep;
-  // For the policies that the controller runs; `policy` is set from the policy's name, and for
-  // eplb-interval:N the window too.
+  // For the policies that the controller runs; `policy` is set from the policy's name.
   ControllerOptions controller = {};
   // Nanoseconds of any monotonic clock, for the times of planning and splitting; without one they
   // are 0. Everything else depends on the trace and these options alone.
@@ -75,8 +74,6 @@ struct ReplayResult {
 
 // The policies of a replay: those of MakePolicy, which the server's own Controller runs, and those
 // of the laboratory:
-//   eplb-interval:N  the controller with policy eplb, told to plan every N steps from those N steps
-//   full             a full plan after every step from its counts (in-step: as oracle)
 //   oracle           a full plan from the very counts it is judged on; charged in that step
 //   oracle-switch    at the first step of each phase a full plan from that phase's totals
 std::vector<std::string> ReplayPolicyNames();

@@ -175,6 +175,53 @@ TEST_CASE("plans at an interval wait for the backoff but not for gain", "[placem
   REQUIRE(controller->Decide(72, /*force=*/false, &why).has_value());
 }
 
+TEST_CASE("a policy with an interval plans from the steps of that interval alone",
+          "[placement][controller][policy]") {
+  const auto controller = Make({.policy = "eplb-interval:5", .min_steps_between = 1000});
+  Traffic traffic(9);
+  Decision why;
+  std::vector<int64_t> sums;
+  for (int64_t step = 1; step <= 10; ++step) {
+    const std::vector<int32_t> counts = traffic.Step(step <= 5 ? 0 : 7);
+    if (step % 5 == 1) sums.assign(counts.size(), 0);
+    for (size_t i = 0; i < counts.size(); ++i) sums[i] += counts[i];
+    controller->OnStep(step, kTokens, counts);
+    for (int32_t layer = 0; layer < controller->placement().num_layers(); ++layer) {
+      const auto window = controller->window_load(layer);
+      REQUIRE(std::equal(window.begin(), window.end(), sums.begin() + layer * kExperts));
+    }
+    const auto plan = controller->Decide(step, /*force=*/false, &why);
+    REQUIRE(plan.has_value() == (step % 5 == 0));
+    if (plan.has_value()) {
+      controller->OnCommitted(plan->plan_id, step);
+    } else {
+      REQUIRE(why == Decision::kTooSoon);
+    }
+  }
+}
+
+TEST_CASE("policies are made by name, with an argument where they take one",
+          "[placement][policy]") {
+  for (const std::string& name : PolicyNames()) {
+    INFO(name);
+    const size_t colon = name.find(':');
+    const std::string given =
+        colon == std::string::npos ? name : name.substr(0, colon + 1) + "8";
+    REQUIRE(MakePolicy(given).ok());
+  }
+  const auto message = [](const std::string& name) {
+    return std::string(MakePolicy(name).status().message());
+  };
+  REQUIRE((*MakePolicy("eplb-interval:8"))->interval_steps() == 8);
+  REQUIRE(message("eplb-interval:0") ==
+          "policy 'eplb-interval:0': the interval is '0', allowed: 1 to 1048576");
+  for (const char* name : {"eplb-interval", "regret:3", "best", "", ":", "eplb:"}) {
+    REQUIRE(message(name) == std::string("unknown policy '") + name +
+                                 "'; the choices are eplb, eplb-interval:N, full, regret, "
+                                 "static, never");
+  }
+}
+
 TEST_CASE("policies that never plan say so", "[placement][controller]") {
   for (const char* policy : {"static", "never"}) {
     const auto controller = Make({.policy = policy, .window_tokens = kTokens});
@@ -244,7 +291,8 @@ TEST_CASE("options and topologies that cannot work are refused by name",
   };
   const Topology even = Topology::Uniform(8, 5);
   REQUIRE(message({.policy = "best"}, even) ==
-          "unknown policy 'best'; the choices are static, never, eplb, regret");
+          "unknown policy 'best'; the choices are eplb, eplb-interval:N, full, regret, static, "
+          "never");
   REQUIRE(message({.window_tokens = 0}, even).find("window_tokens is 0") == 0);
   REQUIRE(message({.min_gain = std::nan("")}, even).find("min_gain") == 0);
   REQUIRE(message({.max_incoming_per_rank = 4}, even).find("max_incoming_per_rank is 4") == 0);

@@ -12,6 +12,12 @@ namespace {
 
 using Catch::Matchers::Contains;
 
+// The controller plans from every step alone, and whatever it gains.
+void PlanFromEveryStep(const StepTrace& trace, ReplayOptions* options) {
+  options->controller.window_tokens = trace.step_tokens;
+  options->controller.min_gain = 0.0;
+}
+
 // Two phases of different hot experts, with noise.
 StepTrace ShiftingTrace(int32_t num_layers, int32_t num_experts, int64_t steps_per_phase) {
   StepTrace trace{.num_layers = num_layers,
@@ -56,6 +62,7 @@ TEST_CASE("a replay counts imbalance and copies as by hand", "[placement][replay
   ReplayOptions options = Options({"static", "never", "full", "oracle"});
   options.topology = Topology::Uniform(2, 3);
   options.rhos = {0.5, 2.0};
+  PlanFromEveryStep(trace, &options);
   const auto result = Replay(trace, options);
   REQUIRE(result.ok());
   REQUIRE(result->figures.size() == 8);
@@ -80,6 +87,7 @@ TEST_CASE("the oracle is perfect and what it knows early others learn late",
   const StepTrace trace = ShiftingTrace(3, 16, 10);
   ReplayOptions options =
       Options({"static", "never", "eplb", "eplb-interval:1", "full", "oracle", "oracle-switch"});
+  PlanFromEveryStep(trace, &options);
   const auto result = Replay(trace, options);
   REQUIRE(result.ok());
   // A step of a layer has 3,000 copies and more: whole tokens leave less than 1.002.
@@ -92,14 +100,18 @@ TEST_CASE("the oracle is perfect and what it knows early others learn late",
           FiguresFor(*result, "oracle").copies_per_layer_step);
   REQUIRE(FiguresFor(*result, "static").copies_per_layer_step == 0.0);
   REQUIRE(FiguresFor(*result, "never").copies_per_layer_step == 0.0);
-  REQUIRE(FiguresFor(*result, "eplb-interval:1").copies_per_layer_step >
-          FiguresFor(*result, "eplb").copies_per_layer_step);
+  options.controller = Options({}).controller;  // now eplb waits until it pays
+  const auto patient = Replay(trace, options);
+  REQUIRE(patient.ok());
+  REQUIRE(FiguresFor(*patient, "eplb-interval:1").copies_per_layer_step >
+          FiguresFor(*patient, "eplb").copies_per_layer_step);
 }
 
 TEST_CASE("full planned in the step is the oracle", "[placement][replay]") {
   const StepTrace trace = ShiftingTrace(2, 16, 5);
   ReplayOptions options = Options({"full", "oracle"});
   options.when = PlanTime::kInStep;
+  PlanFromEveryStep(trace, &options);
   const auto result = Replay(trace, options);
   REQUIRE(result.ok());
   REQUIRE(result->series[0].imbalance == result->series[1].imbalance);
@@ -185,7 +197,7 @@ TEST_CASE("a replay refuses what it does not know", "[placement][replay][errors]
     return std::string(result.status().message());
   };
   REQUIRE_THAT(message(Options({"magic"})),
-               Contains("unknown policy 'magic'; the choices are static, never, eplb"));
+               Contains("unknown policy 'magic'; the choices are eplb, eplb-interval:N"));
   REQUIRE_THAT(message(Options({"eplb-interval:0"})), Contains("the interval is '0', allowed: 1"));
   REQUIRE_THAT(message(Options({"eplb-interval:x"})), Contains("the interval is 'x'"));
   REQUIRE_THAT(message(Options({})), Contains("needs a policy"));
