@@ -6,6 +6,7 @@
 
 #include "base/random.h"
 #include "placement/full_plan.h"
+#include "tests/placement/judgement.h"
 
 namespace ballast {
 namespace {
@@ -218,15 +219,9 @@ TEST_CASE("the recorded traces give the figures that the prototypes gave",
     std::cout << "BALLAST_TRACES is not set: the recorded traces are not replayed\n";
     return;
   }
-  std::vector<NamedArray> phases;
-  for (const char* task : {"intent", "law", "summary"}) {
-    const std::string path = std::string(folder) + "/esft_deepseek_v2_lite/ids_" + task + ".npy";
-    auto array = ReadNpy(path);
-    INFO(path);
-    REQUIRE(array.ok());
-    phases.push_back({.name = path, .array = *std::move(array)});
-  }
-  const auto trace = CountSteps(phases, {.step_tokens = 1024, .num_experts = 64});
+  const auto phases = testing::ReadTasks(folder);
+  REQUIRE(phases.ok());
+  const auto trace = CountSteps(*phases, {.step_tokens = 1024, .num_experts = 64});
   REQUIRE(trace.ok());
   REQUIRE(trace->num_steps() == 24);
   ReplayOptions options = Options({"static", "never", "eplb-interval:1", "oracle"});
@@ -244,6 +239,69 @@ TEST_CASE("the recorded traces give the figures that the prototypes gave",
   const auto prices = Replay(*trace, options);
   REQUIRE(prices.ok());
   REQUIRE(prices->figures[0].mean_imbalance < prices->figures[1].mean_imbalance - 0.05);
+}
+
+TEST_CASE("on recorded traffic regret is as good as the best of the others",
+          "[placement][replay][regret]") {
+  const char* folder = std::getenv("BALLAST_TRACES");
+  if (folder == nullptr) {
+    std::cout << "BALLAST_TRACES is not set: nothing is drawn from the recorded traces\n";
+    return;
+  }
+  const auto tasks = testing::ReadTasks(folder);
+  REQUIRE(tasks.ok());
+  const auto verdict =
+      testing::JudgeAgainstOthers(testing::DrawPhases(*tasks, 3, 40, /*seed=*/1), {0.03, 0.3, 3.0});
+  REQUIRE(verdict.ok());
+  INFO(verdict->table);
+  REQUIRE(verdict->worst <= 1.05);
+  const auto copies = testing::CopiesWhenStationary(tasks->front(), 90);
+  REQUIRE(copies.ok());
+  REQUIRE(*copies <= 0.02);
+}
+
+// Costs at rho 0.03, 0.3 and 3 that the planner must keep below, where one is given.
+struct Bar {
+  int32_t ranks, slots_per_rank;
+  int64_t step_tokens;
+  PlanTime when;
+  double cost[3];
+};
+
+TEST_CASE("on the recorded traces regret costs what it should", "[placement][replay][regret]") {
+  const char* folder = std::getenv("BALLAST_TRACES");
+  if (folder == nullptr) {
+    std::cout << "BALLAST_TRACES is not set: the recorded traces are not replayed\n";
+    return;
+  }
+  const auto tasks = testing::ReadTasks(folder);
+  REQUIRE(tasks.ok());
+  constexpr double kNone = 1e9;
+  const Bar bars[] = {
+      {8, 9, 1024, PlanTime::kAfterStep, {1.08, 1.135, 1.33}},
+      {8, 9, 256, PlanTime::kAfterStep, {1.07, 1.095, 1.25}},
+      {8, 10, 1024, PlanTime::kAfterStep, {1.038, 1.083, 1.15}},
+      {8, 10, 256, PlanTime::kAfterStep, {1.029, 1.053, 1.14}},
+      {16, 5, 1024, PlanTime::kAfterStep, {1.15, 1.21, kNone}},
+      {32, 3, 1024, PlanTime::kAfterStep, {1.275, 1.36, kNone}},
+      {8, 9, 1024, PlanTime::kInStep, {1.022, 1.09, kNone}},
+  };
+  for (const Bar& bar : bars) {
+    const auto trace =
+        CountSteps(*tasks, {.step_tokens = bar.step_tokens, .num_experts = 64});
+    REQUIRE(trace.ok());
+    ReplayOptions options = testing::JudgedOptions({"regret"}, {0.03, 0.3, 3.0});
+    options.topology = Topology::Uniform(bar.ranks, bar.slots_per_rank);
+    options.when = bar.when;
+    const auto result = Replay(*trace, options);
+    REQUIRE(result.ok());
+    for (int i = 0; i < 3; ++i) {
+      INFO(bar.ranks << " ranks of " << bar.slots_per_rank << " slots, " << bar.step_tokens
+                     << " tokens, " << NameOf(bar.when) << ", rho " << result->figures[i].rho);
+      CHECK(result->figures[i].total_cost <= bar.cost[i]);
+    }
+    if (bar.when == PlanTime::kInStep) CHECK(result->figures[0].p99_imbalance <= 1.04);
+  }
 }
 
 }  // namespace
