@@ -188,13 +188,16 @@ void RowSearch::CollectCandidates(int32_t level, float least_estimate) {
   }
 }
 
-// What it is worth, about, that `moved` leaves a rank for another that is `dearer` cheaper and
-// carries `difference` less.
-inline Lanes GainOf(const Lanes& moved, const Lanes& difference, const Lanes& dearer) {
+inline RowSearch::Slope RowSearch::SlopeBetween(int32_t from, int32_t to,
+                                                const Lanes& difference) const {
   const Lanes safe =
       difference > 0.0f ? Larger(difference, Splat(kTiny)) : Smaller(difference, Splat(-kTiny));
+  return {price_[from] - price_[to], difference, 1.0f / safe};
+}
+
+inline Lanes RowSearch::Slope::GainOf(const Lanes& moved) const {
   const Lanes linear = moved * dearer;
-  return moved * difference > 0.0f ? linear * (1.0f - moved / safe) : linear;
+  return moved * difference > 0.0f ? linear * (1.0f - moved * inverse) : linear;
 }
 
 // Copies of experts from dearer ranks into a slot that may be overwritten.
@@ -210,21 +213,22 @@ void RowSearch::CollectCopies(int32_t slot, float least_estimate) {
     }
     loss = Sum(freed * (cheapest - price_[to]));
   }
-  const Lanes load = load_[to] - freed;
+  slopes_.clear();
+  for (int32_t r = 0; r < num_ranks_; ++r) {
+    slopes_.push_back(SlopeBetween(r, to, Larger(load_[r] - load_[to] + freed, Splat(kTiny))));
+  }
   for (int32_t e = 0; e < num_experts_; ++e) {
     if (e == leaving || !MayComeTo(e, to)) continue;
     Lanes gain = {};
     float estimate = 0.0f;
     for (int32_t r : ranks_of_[e]) {
       if (total_price_[r] <= total_price_[to]) continue;
-      const Lanes dearer = price_[r] - price_[to];
-      const Lanes difference = Larger(load_[r] - load, Splat(kTiny));
-      const Lanes moved = Smaller(FlowAt(e, r), difference * 0.5f);
-      gain = Larger(gain, moved * dearer * (1.0f - moved / difference));
+      const Slope& slope = slopes_[r];
+      gain = Larger(gain, slope.GainOf(Smaller(FlowAt(e, r), slope.difference * 0.5f)));
       if (leaving != kNoExpert && IsOn(leaving, r)) {  // or what leaves takes the place of e there
-        const Lanes before = load_[r] - load_[to];
-        const Lanes net = Smaller(FlowAt(e, r) - freed, before * 0.5f);
-        estimate = std::max(estimate, Sum(GainOf(net, before, dearer)));
+        const Slope before = SlopeBetween(r, to, load_[r] - load_[to]);
+        const Lanes net = Smaller(FlowAt(e, r) - freed, before.difference * 0.5f);
+        estimate = std::max(estimate, Sum(before.GainOf(net)));
       }
     }
     estimate = std::max(estimate, Sum(gain) - loss);
@@ -233,8 +237,7 @@ void RowSearch::CollectCopies(int32_t slot, float least_estimate) {
 }
 
 // Exchanges of an expert that must stay for an expert of a dearer rank.
-void RowSearch::CollectExchanges(int32_t slot, int32_t level,
-                                                      float least_estimate) {
+void RowSearch::CollectExchanges(int32_t slot, int32_t level, float least_estimate) {
   const int32_t to = rank_of_slot_[slot], leaving = row_[slot];
   const Lanes& load_leaving = FlowAt(leaving, to);
   for (int32_t from = 0; from < num_ranks_; ++from) {
@@ -242,12 +245,11 @@ void RowSearch::CollectExchanges(int32_t slot, int32_t level,
         !MayComeTo(leaving, from)) {
       continue;
     }
-    const Lanes difference = load_[from] - load_[to], dearer = price_[from] - price_[to];
+    const Slope slope = SlopeBetween(from, to, load_[from] - load_[to]);
     for (int32_t other = slot_offsets_[from]; other < slot_offsets_[from + 1]; ++other) {
       const int32_t e = row_[other];
       if (e == kNoExpert || !MayComeTo(e, to)) continue;
-      const float estimate =
-          0.5f * Sum(GainOf(FlowAt(e, from) - load_leaving, difference, dearer));
+      const float estimate = 0.5f * Sum(slope.GainOf(FlowAt(e, from) - load_leaving));
       if (estimate > least_estimate) candidates_.push_back({e, slot, other, estimate});
     }
   }

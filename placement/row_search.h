@@ -68,6 +68,12 @@ class RowSearch {
              std::tie(other.slot, other.expert, other.from_slot);
     }
   };
+  // From one rank to another: how much dearer the first is, how much more it carries, and one over
+  // that. What goes over makes them alike, so the last unit of it gains nothing.
+  struct Slope {
+    Lanes dearer, difference, inverse;
+    Lanes GainOf(const Lanes& moved) const;  // about
+  };
   // A change being evaluated.
   struct Trial {
     RankList ranks, ranks_leaving;  // of the expert that comes and of the one that leaves
@@ -81,6 +87,7 @@ class RowSearch {
   void CollectCandidates(int32_t level, float least_estimate);
   void CollectCopies(int32_t slot, float least_estimate);
   void CollectExchanges(int32_t slot, int32_t level, float least_estimate);
+  Slope SlopeBetween(int32_t from, int32_t to, const Lanes& difference) const;
   const Change* BestCandidate(float least_gain);
   void SetUp(const Change& change, Trial* trial) const;
   float Objective(std::span<const Lanes> load) const;
@@ -114,6 +121,7 @@ class RowSearch {
   std::vector<float> total_price_;     // [R]
   std::vector<int32_t> received_;      // [R] copies since StartCounting
   std::vector<Change> candidates_;
+  std::vector<Slope> slopes_;          // [R]
   std::array<Trial, kTrials> trials_;
   Trial measured_;  // scratch of LargestLoads
 };
