@@ -177,7 +177,7 @@ void RowSearch::PriceRanks() {
 void RowSearch::CollectCandidates(int32_t level, float least_estimate) {
   candidates_.clear();
   for (int32_t to = 0; to < num_ranks_; ++to) {
-    if (received_[to] >= level) continue;
+    if (received_[to] >= level || IsDear(to)) continue;
     for (int32_t slot = slot_offsets_[to]; slot < slot_offsets_[to + 1]; ++slot) {
       if (MayOverwrite(slot)) {
         CollectCopies(slot, least_estimate);
@@ -222,7 +222,7 @@ void RowSearch::CollectCopies(int32_t slot, float least_estimate) {
     Lanes gain = {};
     float estimate = 0.0f;
     for (int32_t r : ranks_of_[e]) {
-      if (total_price_[r] <= total_price_[to]) continue;
+      if (!IsDear(r)) continue;
       const Slope& slope = slopes_[r];
       gain = Larger(gain, slope.GainOf(Smaller(FlowAt(e, r), slope.difference * 0.5f)));
       if (leaving != kNoExpert && IsOn(leaving, r)) {  // or what leaves takes the place of e there
@@ -241,10 +241,7 @@ void RowSearch::CollectExchanges(int32_t slot, int32_t level, float least_estima
   const int32_t to = rank_of_slot_[slot], leaving = row_[slot];
   const Lanes& load_leaving = FlowAt(leaving, to);
   for (int32_t from = 0; from < num_ranks_; ++from) {
-    if (from == to || received_[from] >= level || total_price_[from] <= total_price_[to] ||
-        !MayComeTo(leaving, from)) {
-      continue;
-    }
+    if (received_[from] >= level || !IsDear(from) || !MayComeTo(leaving, from)) continue;
     const Slope slope = SlopeBetween(from, to, load_[from] - load_[to]);
     for (int32_t other = slot_offsets_[from]; other < slot_offsets_[from + 1]; ++other) {
       const int32_t e = row_[other];

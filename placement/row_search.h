@@ -102,6 +102,10 @@ class RowSearch {
   const Lanes& FlowAt(int32_t expert, int32_t rank) const;
   bool MayOverwrite(int32_t slot) const;
   bool MayComeTo(int32_t expert, int32_t rank) const;
+  // Load is to go from ranks that are dearer than the mean to those that are not.
+  bool IsDear(int32_t rank) const {
+    return total_price_[rank] >= 1.0f / static_cast<float>(num_ranks_);
+  }
 
   const int32_t num_experts_, num_ranks_;
   const TrafficMemory* memory_;
@@ -118,7 +122,7 @@ class RowSearch {
   std::vector<int32_t> flow_offsets_;  // per shared expert, into flows_
   std::vector<Lanes> flows_;
   std::vector<Lanes> load_, price_;    // [R]
-  std::vector<float> total_price_;     // [R]
+  std::vector<float> total_price_;     // [R] over the scenarios; 1 over all ranks
   std::vector<int32_t> received_;      // [R] copies since StartCounting
   std::vector<Change> candidates_;
   std::vector<Slope> slopes_;          // [R]
