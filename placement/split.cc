@@ -8,6 +8,7 @@
 #include "base/random.h"
 #include "base/status.h"
 #include "placement/rank_prices.h"
+#include "placement/split_cost.h"
 
 namespace ballast {
 namespace {
@@ -28,6 +29,8 @@ const char* NameOf(SplitMode mode) {
   switch (mode) {
     case SplitMode::kExact:
       return "exact";
+    case SplitMode::kCost:
+      return "cost";
     case SplitMode::kPrice:
       return "price";
     case SplitMode::kEven:
@@ -57,7 +60,7 @@ void SumOverSources(std::span<const int32_t> counts, std::span<int32_t> demand) 
 
 // The placement, compiled once, and scratch for one batch.
 struct Splitter::State {
-  explicit State(const LayerHosts& hosts);
+  State(const LayerHosts& hosts, const CostConstants& constants);
 
   void FollowPrices();
   void SplitEven(Split* split);
@@ -69,6 +72,7 @@ struct Splitter::State {
   std::vector<int32_t> host_offsets, host_rank, host_copies, node_of_rank;
   std::vector<int32_t> node_offsets, node_ranks;  // per node: its ranks, ascending
   ExactSplitter exact;
+  CostSplitter cost;
   RankPrices prices;
   std::vector<int32_t> priced_load;  // [R] of the last batch by price, not yet learnt; or empty
   std::vector<int32_t> demand;       // [E] copies of the batch per expert
@@ -89,7 +93,7 @@ struct Splitter::State {
   std::vector<int32_t> node_cursor_;  // [nodes] into node_ranks: those before have nothing left
 };
 
-Splitter::State::State(const LayerHosts& hosts)
+Splitter::State::State(const LayerHosts& hosts, const CostConstants& constants)
     : num_experts(hosts.num_experts),
       num_ranks(hosts.num_ranks),
       num_hosts(static_cast<int32_t>(hosts.host_rank.size())),
@@ -98,6 +102,7 @@ Splitter::State::State(const LayerHosts& hosts)
       host_copies(hosts.host_copies.begin(), hosts.host_copies.end()),
       node_of_rank(hosts.node_of_rank.begin(), hosts.node_of_rank.end()),
       exact(hosts),
+      cost(hosts, constants),
       prices(num_ranks),
       demand(num_experts),
       price_weight_(num_hosts),
@@ -251,7 +256,8 @@ void Splitter::State::CutQuotas(std::span<const int32_t> counts, const Split& sp
   }
 }
 
-Splitter::Splitter(const LayerHosts& hosts) : state_(std::make_unique<State>(hosts)) {}
+Splitter::Splitter(const LayerHosts& hosts, const CostConstants& constants)
+    : state_(std::make_unique<State>(hosts, constants)) {}
 Splitter::~Splitter() = default;
 Splitter::Splitter(Splitter&&) noexcept = default;
 Splitter& Splitter::operator=(Splitter&&) noexcept = default;
@@ -263,6 +269,10 @@ void Splitter::Run(SplitMode mode, std::span<const int32_t> counts, Split* split
   SumOverSources(counts, state.demand);
   if (mode == SplitMode::kExact) {
     state.exact.Run(state.demand, split);
+    return;
+  }
+  if (mode == SplitMode::kCost) {
+    state.cost.Run(state.demand, split);
     return;
   }
   split->quota.assign(state.num_hosts, 0);
@@ -289,7 +299,7 @@ void Splitter::Cut(SplitMode mode, std::span<const int32_t> counts, const Split&
   BALLAST_CHECK(split.quota.size() == static_cast<size_t>(state.num_hosts));
   part->send.assign(state.num_hosts, 0);
   part->receive.assign(state.num_ranks, 0);
-  if (mode == SplitMode::kExact || mode == SplitMode::kEven) {
+  if (mode == SplitMode::kExact || mode == SplitMode::kCost || mode == SplitMode::kEven) {
     state.CutQuotas(counts, split, rank, part);
   } else {
     state.CutBySource(mode, counts, rank, part);

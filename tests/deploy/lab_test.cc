@@ -180,7 +180,7 @@ TEST_CASE("ballast replay refuses bad traces and flags by name and value",
   RequireRefused(a + shape + "--experts 8", {"a.npy: token 0 layer 0 has expert 15", "0 to 7"});
   RequireRefused(a + shape + "--policy magic", {"unknown policy 'magic'", "static, never, eplb"});
   RequireRefused(a + shape + "--policy eplb-interval:0", {"eplb-interval:0", "1 to"});
-  RequireRefused(a + shape + "--split fair", {"unknown split mode 'fair'", "exact, price, even"});
+  RequireRefused(a + shape + "--split fair", {"unknown split mode 'fair'", "exact, cost, price, even"});
   RequireRefused(a + shape + "--rho -1", {"rho is -1"});
   RequireRefused(a + shape + "--when never", {"--when", "never", "after-step"});
   RequireRefused(a + " --ranks 32 --slots 20 --step-tokens 50",

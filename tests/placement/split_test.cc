@@ -66,7 +66,7 @@ TEST_CASE("split mode names can be parsed and unknown ones name the choices",
   const absl::Status status = ParseSplitMode("evn").status();
   REQUIRE(status.code() == absl::StatusCode::kInvalidArgument);
   REQUIRE(std::string(status.message()) ==
-          "unknown split mode 'evn'; the choices are exact, price, even, roundrobin, hash");
+          "unknown split mode 'evn'; the choices are exact, cost, price, even, roundrobin, hash");
 }
 
 TEST_CASE("the exact split of a small batch is the one on paper", "[placement][split]") {
