@@ -180,7 +180,8 @@ TEST_CASE("ballast replay refuses bad traces and flags by name and value",
   RequireRefused(a + shape + "--experts 8", {"a.npy: token 0 layer 0 has expert 15", "0 to 7"});
   RequireRefused(a + shape + "--policy magic", {"unknown policy 'magic'", "static, never, eplb"});
   RequireRefused(a + shape + "--policy eplb-interval:0", {"eplb-interval:0", "1 to"});
-  RequireRefused(a + shape + "--split fair", {"unknown split mode 'fair'", "exact, cost, price, even"});
+  RequireRefused(a + shape + "--split fair",
+                 {"unknown split mode 'fair'", "exact, cost, price, even"});
   RequireRefused(a + shape + "--rho -1", {"rho is -1"});
   RequireRefused(a + shape + "--when never", {"--when", "never", "after-step"});
   RequireRefused(a + " --ranks 32 --slots 20 --step-tokens 50",
@@ -301,6 +302,37 @@ TEST_CASE("every command of the laboratory helps", "[deploy][lab]") {
     REQUIRE_THAT(ended.output, Contains("--config") && Contains("Usage: ballast"));
   }
   REQUIRE_THAT(Ballast("convert --help").output, Contains("an empty column"));
+}
+
+TEST_CASE("ballast bench batch compares three splits at every batch size", "[deploy][lab]") {
+  const Files files;
+  const Ended ended = Ballast("bench batch --trace " + files.At("a.npy") + "," + files.At("b.npy") +
+                              " --ranks 4 --slots 20 --json " + files.At("b.json") + " --report " +
+                              files.At("b.html"));
+  INFO(ended.output);
+  REQUIRE(ended.exit_code == 0);
+  const json rows = JsonAt(files.At("b.json"))["batch"];
+  REQUIRE(rows.size() == 10);  // 512 tokens in all
+  for (size_t i = 0; i < rows.size(); ++i) {
+    REQUIRE(rows[i]["tokens"] == int64_t{1} << i);
+    REQUIRE(rows[i]["most_excess_us"].get<double>() <= 0.0);
+    REQUIRE(rows[i]["cost_us"].get<double>() <= rows[i]["exact_us"].get<double>());
+    REQUIRE(rows[i]["cost_us"].get<double>() <= rows[i]["activated_us"].get<double>());
+  }
+  // One token of two experts: one of them is read, or both on one rank.
+  REQUIRE(rows[0]["exact_us"].get<double>() > 9.2);
+  REQUIRE(rows[0]["exact_us"].get<double>() < 2 * (9.2 + 2 * 0.068));
+  const auto page = ReadFile(files.At("b.html"));
+  REQUIRE(page.ok());
+  REQUIRE_THAT(*page, Contains("<svg") && Contains("activated experts") && !Contains("http") &&
+                          !Contains("nan"));
+  REQUIRE(WriteFile(files.At("c.json"), R"({"token_us": 1, "reads": 2})").ok());
+  const std::string base = "bench batch --ranks 4 --slots 20 --trace ";
+  RequireRefused(base + files.At("a.npy") + " --constants " + files.At("c.json"),
+                 {"c.json: unknown key \"reads\"", "expert_read_us"});
+  RequireRefused(base + files.At("a.npy") + " --constants none.json", {"none.json"});
+  RequireRefused(base + files.At("load.csv"), {"load.csv"});
+  RequireRefused("bench batch --ranks 4 --slots 22", {"--slots is 22", "a multiple of --ranks, 4"});
 }
 
 }  // namespace
