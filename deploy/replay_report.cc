@@ -24,8 +24,8 @@ class Report {
       : trace_(trace), options_(options), result_(result) {}
 
   std::string Page() const {
-    return absl::StrCat(PageHead("Ballast replay"), Heading(), Table(), OverTime(), OverRho(),
-                        HeatMaps(), "</body></html>\n");
+    return absl::StrCat(PageHead("Ballast replay"), Heading(), Table(), Predicted(), OverTime(),
+                        OverRho(), HeatMaps(), "</body></html>\n");
   }
 
  private:
@@ -80,6 +80,22 @@ class Report {
       html += "</td>";
     }
     return html + "</tr></table></div>\n";
+  }
+
+  std::string Predicted() const {
+    if (!options_.cluster.has_value()) return "";
+    std::string html = absl::StrCat(
+        "<h2>Predicted time of a step</h2><p class=\"note\">Microseconds of all layers. ",
+        Escape(options_.cluster->Assumptions()), "</p><div class=\"scroll\"><table>");
+    for (const std::vector<std::string>& row : PredictedTable(result_)) {
+      const char* cell = html.ends_with("<table>") ? "th" : "td";
+      html += "<tr>";
+      for (const std::string& text : row) {
+        absl::StrAppend(&html, "<", cell, ">", Escape(text), "</", cell, ">");
+      }
+      html += "</tr>\n";
+    }
+    return html + "</table></div>\n";
   }
 
   // Mean over the layers (and over neighbouring steps, where there are many) of `values`.
@@ -198,6 +214,24 @@ class Report {
 };
 
 }  // namespace
+
+std::vector<std::vector<std::string>> PredictedTable(const ReplayResult& result) {
+  std::vector<std::vector<std::string>> rows = {
+      {"policy", "split", "rho", "step us", "p99", "dispatch", "compute", "combine", "copies",
+       "blocking", "background", "layer us", "layer p99"}};
+  for (const ReplayFigures& f : result.figures) {
+    if (!f.predicted.has_value()) continue;
+    rows.push_back({f.policy, NameOf(f.split), absl::StrCat(f.rho)});
+    for (double us :
+         {f.predicted->step_us_mean, f.predicted->step_us_p99, f.predicted->dispatch_us_mean,
+          f.predicted->compute_us_mean, f.predicted->combine_us_mean, f.predicted->copy_us_mean,
+          f.predicted->blocking_step_us_mean, f.predicted->background_step_us_mean,
+          f.predicted->layer_us_mean, f.predicted->layer_us_p99}) {
+      rows.back().push_back(Fixed(us, 1));
+    }
+  }
+  return rows;
+}
 
 std::string ReplayReport(const StepTrace& trace, const ReplayOptions& options,
                          const ReplayResult& result) {

@@ -32,6 +32,12 @@ struct RankPart {
   std::vector<int32_t> receive;  // [R] copies that come to this rank from source r, itself included
 };
 
+// What all ranks send to and get from other ranks under a split.
+struct RowTraffic {
+  std::vector<int64_t> node_sent, node_received;        // [R] copies within the node
+  std::vector<int64_t> network_sent, network_received;  // [R] copies between nodes
+};
+
 // Copies of the batch per expert: demand[e] = sum over s of counts[s * E + e].
 // SHAPES counts [R * E]   demand [E], written
 // REQUIRES all counts together are below 2^31
@@ -76,6 +82,11 @@ class Splitter {
   //        says; what source s sends depends on counts[s] and, with kPrice, on the prices alone.
   void Cut(SplitMode mode, std::span<const int32_t> counts, const Split& split, int32_t rank,
            RankPart* part);
+
+  // The parts of all ranks, added up by link: as Cut for every rank, in a fraction of its time.
+  // REQUIRES mode, counts and split are those of the last Run
+  void AddUp(SplitMode mode, std::span<const int32_t> counts, const Split& split,
+             RowTraffic* traffic);
 
  private:
   struct State;

@@ -335,5 +335,51 @@ TEST_CASE("ballast bench batch compares three splits at every batch size", "[dep
   RequireRefused("bench batch --ranks 4 --slots 22", {"--slots is 22", "a multiple of --ranks, 4"});
 }
 
+TEST_CASE("ballast replay predicts the time of steps on a cluster", "[deploy][lab]") {
+  const Files files;
+  const auto sample = ReadFile(std::string(BALLAST_SOURCE_DIR) + "/docs/cluster-320.json");
+  REQUIRE(sample.ok());
+  std::string small = *sample;
+  small.replace(small.find("\"ranks_per_node\": 8"), 19, "\"ranks_per_node\": 2");
+  REQUIRE(WriteFile(files.At("c.json"), small).ok());
+  const std::string base = "replay --trace " + files.At("a.npy") + " --experts 16 --ranks 4 " +
+                           "--slots 20 --step-tokens 50 --policy static,full --split exact,cost ";
+  const Ended ended = Ballast(base + "--cluster " + files.At("c.json") + " --json " +
+                              files.At("r.json") + " --report " + files.At("r.html"));
+  INFO(ended.output);
+  REQUIRE(ended.exit_code == 0);
+  REQUIRE_THAT(ended.output, Contains("Nodes of 2 ranks") && Contains("background_share 0.2"));
+  const json result = JsonAt(files.At("r.json"));
+  REQUIRE_THAT(result["assumptions"].get<std::string>(), Contains("Nodes of 2 ranks"));
+  for (const json& f : result["policies"]) {
+    const auto at = [&](const char* key) { return f[key].get<double>(); };
+    const double step = at("predicted_step_us_mean");
+    REQUIRE(step == Approx(2 * at("predicted_layer_us_mean")));  // two layers
+    REQUIRE(step == Approx(at("predicted_dispatch_us_mean") + at("predicted_compute_us_mean") +
+                           at("predicted_combine_us_mean")));
+    REQUIRE(at("predicted_compute_us_mean") >= 2 * 9.2);
+    REQUIRE(at("predicted_step_us_p99") >= step);
+    REQUIRE(at("predicted_step_us_mean_blocking") == Approx(step + at("predicted_copy_us_mean")));
+    REQUIRE((at("predicted_copy_us_mean") > 0.0) == (f["policy"] == "full"));
+    REQUIRE((at("predicted_step_us_mean_background") > step) == (f["policy"] == "full"));
+  }
+  const auto page = ReadFile(files.At("r.html"));
+  REQUIRE(page.ok());
+  REQUIRE_THAT(*page, Contains("Predicted time of a step") && Contains("Nodes of 2 ranks"));
+  // Without a cluster there is nothing of it.
+  REQUIRE(Ballast(base + "--json " + files.At("r.json")).exit_code == 0);
+  REQUIRE_FALSE(JsonAt(files.At("r.json"))["policies"][0].contains("predicted_step_us_mean"));
+
+  small.replace(small.find("\"link_gb_per_s\": 320"), 20, "\"link_gb_per_s\": -20");
+  REQUIRE(WriteFile(files.At("bad.json"), small).ok());
+  RequireRefused(base + "--cluster " + files.At("bad.json"),
+                 {"bad.json: link_gb_per_s is -20, allowed: 0.5 to"});
+  REQUIRE(WriteFile(files.At("eight.json"), *sample).ok());
+  RequireRefused(base + "--cluster " + files.At("eight.json"),
+                 {"eight.json: ranks_per_node is 8, allowed: a divisor of --ranks, 4"});
+  RequireRefused(base + "--cluster none.json", {"none.json"});
+  RequireRefused(base + "--cluster x --cost-constants y", {"--cost-constants is y", "--cluster"});
+}
+
 }  // namespace
 }  // namespace ballast
