@@ -3,6 +3,8 @@
 #include <catch2/catch.hpp>
 
 #include "absl/strings/str_replace.h"
+#include "base/random.h"
+#include "placement/replay.h"
 
 namespace ballast {
 namespace {
@@ -59,6 +61,37 @@ TEST_CASE("a cluster gives the cost split its constants", "[placement][cluster]"
   REQUIRE(cluster->constants().link_us_per_token == Approx(0.03));
   REQUIRE(cluster->constants().network_us_per_token == Approx(0.3));
   REQUIRE(CheckCostConstants(cluster->constants(), 4).ok());
+}
+
+TEST_CASE("a replay of 320 ranks and 61 layers of 384 experts predicts steps",
+          "[placement][cluster]") {
+  Random random(15);
+  StepTrace trace{.num_layers = 61,
+                  .num_experts = 384,
+                  .step_tokens = 320 * 16,
+                  .phase_offsets = {0, 1},
+                  .phase_names = {"drawn"}};
+  for (int i = 0; i < 61 * 384; ++i) {  // about 320 * 16 * 8 copies per layer, skewed
+    trace.counts.push_back(
+        static_cast<int32_t>(random.Below(8) == 0 ? random.Below(1000) : random.Below(90)));
+  }
+  ReplayOptions options;
+  options.topology = Topology::Uniform(320, 2, 40);
+  options.policies = {"never"};
+  options.splits = {SplitMode::kExact, SplitMode::kCost, SplitMode::kEven};
+  options.cluster = *ClusterModel::FromJson(
+      "c.json", absl::StrReplaceAll(kCluster, {{"_node\": 2", "_node\": 8"}}));
+  options.constants = options.cluster->constants();
+  const auto result = Replay(trace, options);
+  REQUIRE(result.ok());
+  std::vector<double> step_us;
+  for (const ReplayFigures& f : result->figures) {
+    REQUIRE(f.predicted.has_value());
+    REQUIRE(f.predicted->step_us_mean == Approx(61 * f.predicted->layer_us_mean));
+    REQUIRE(f.predicted->compute_us_mean >= 61 * 9.0);
+    step_us.push_back(f.predicted->step_us_mean);
+  }
+  REQUIRE(step_us[0] < step_us[2]);  // the exact split against the even one
 }
 
 TEST_CASE("bad cluster files are refused by file and key and value",
