@@ -12,6 +12,7 @@
 #include "base/file.h"
 #include "base/random.h"
 #include "base/status.h"
+#include "deploy/bench_batch.h"
 #include "deploy/commands.h"
 #include "deploy/lab.h"
 #include "placement/eplb.h"
@@ -245,22 +246,42 @@ absl::Status RunBench(const std::string& what, const std::string& json_path) {
 
 RunCommand AddBenchCommand(CLI::App* app) {
   auto what = std::make_shared<std::string>();
-  auto json = std::make_shared<std::string>();
+  auto flags = std::make_shared<BatchBenchFlags>();
   AddConfigFlag(app);
   app->add_option(
          "what", *what,
          "split: one exact split, on EPLB's placements and on full plans (the hardest), at "
-         "loads 2 % off; plan: a plan of all layers, without renaming")
+         "loads 2 % off; plan: a plan of all layers, without renaming; batch: the predicted time "
+         "of a layer under three splits at 1 to 16,384 tokens")
       ->required()
-      ->check(CLI::IsMember({"split", "plan"}));
-  app->add_option("--json", *json, "Write the figures to this file");
+      ->check(CLI::IsMember({"split", "plan", "batch"}));
+  app->add_option("--json", flags->json, "Write the figures to this file");
+  const char* group = "batch";
+  app->add_option("--trace", flags->traces,
+                  "Recorded ids, .npy u8/u16 [tokens, layers, top-k], one sequence; none: drawn")
+      ->delimiter(',')
+      ->group(group);
+  app->add_option("--constants", flags->constants,
+                  "JSON file of measured times; none: an H200 with DeepSeek-V3's experts")
+      ->group(group);
+  app->add_option("--ranks", flags->ranks, "Ranks")->check(CLI::Range(1, 65536))->group(group);
+  app->add_option("--slots", flags->slots, "Expert slots of all ranks in each layer")
+      ->check(CLI::Range(1, 1 << 20))
+      ->group(group);
+  app->add_option("--report", flags->report, "Write a page with charts to this file (HTML)")
+      ->group(group);
   app->footer(
       "Loads are Zipf 0.8, 1.2 and 1.6. mean_us, p50_us, p99_us: the exact solve, from the demand\n"
       "per expert to quotas and certificate. Medians: sum_us adds the counts up over the sources,\n"
       "partition_us cuts the quotas over the sources for one rank, total_us is all of it.\n"
       "max_gap_tokens: largest rank load minus what its certificate proves unavoidable.\n"
-      "max_over_mean: the worst layer, under the exact split.");
-  return [what, json](int*, char***) { return Finish(RunBench(*what, *json)); };
+      "max_over_mean: the worst layer, under the exact split.\n"
+      "batch ends with 1 if the cost split is worse than a pure one in any layer and step.");
+  return [what, flags](int*, char***) {
+    if (*what != "batch") return Finish(RunBench(*what, flags->json));
+    const absl::StatusOr<int> code = RunBatchBench(*flags);
+    return code.ok() ? *code : Finish(code.status());
+  };
 }
 
 }  // namespace ballast

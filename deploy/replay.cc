@@ -30,14 +30,47 @@ struct ReplayFlags {
   int64_t window_tokens = 8192;
   double min_gain = 0.02;
   int32_t min_steps_between = 0;
+  std::string cost_constants;
+  std::string cluster;
   std::string json;
   std::string report;
 };
 
+// --cluster and --cost-constants: the nodes, what predicts times, and what the cost split knows.
+absl::Status ReadModels(const ReplayFlags& flags, ReplayOptions* options, int32_t* nodes) {
+  if (!flags.cluster.empty() && !flags.cost_constants.empty()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--cost-constants is ", flags.cost_constants,
+                     ", allowed: nothing with --cluster, which has these constants"));
+  }
+  if (!flags.cost_constants.empty()) {
+    BALLAST_ASSIGN_OR_RETURN(const std::string text, ReadFile(flags.cost_constants));
+    BALLAST_ASSIGN_OR_RETURN(options->constants,
+                             CostConstantsFromJson(flags.cost_constants, text, flags.ranks));
+  }
+  if (flags.cluster.empty()) return absl::OkStatus();
+  BALLAST_ASSIGN_OR_RETURN(const std::string text, ReadFile(flags.cluster));
+  BALLAST_ASSIGN_OR_RETURN(options->cluster, ClusterModel::FromJson(flags.cluster, text));
+  const int32_t ranks_per_node = options->cluster->ranks_per_node;
+  if (flags.ranks % ranks_per_node != 0) {
+    return absl::InvalidArgumentError(absl::StrCat(flags.cluster, ": ranks_per_node is ",
+                                                   ranks_per_node,
+                                                   ", allowed: a divisor of "
+                                                   "--ranks, ",
+                                                   flags.ranks));
+  }
+  options->constants = options->cluster->constants();
+  *nodes = flags.ranks / ranks_per_node;
+  return absl::OkStatus();
+}
+
 absl::StatusOr<ReplayOptions> OptionsFromFlags(const ReplayFlags& flags, int32_t num_experts) {
-  BALLAST_ASSIGN_OR_RETURN(Topology topology,
-                           TopologyFromFlags(flags.ranks, flags.slots, 1, num_experts));
-  ReplayOptions options{.topology = std::move(topology), .policies = flags.policies};
+  ReplayOptions options;
+  options.policies = flags.policies;
+  int32_t nodes = 1;
+  BALLAST_RETURN_IF_ERROR(ReadModels(flags, &options, &nodes));
+  BALLAST_ASSIGN_OR_RETURN(options.topology,
+                           TopologyFromFlags(flags.ranks, flags.slots, nodes, num_experts));
   options.splits.clear();
   for (const std::string& name : flags.splits) {
     BALLAST_ASSIGN_OR_RETURN(const SplitMode split, ParseSplitMode(name));
@@ -77,7 +110,21 @@ std::string JsonOf(const StepTrace& trace, const ReplayOptions& options,
                                 {"plan_us_p99", f.plan_us_p99},
                                 {"split_us_mean", f.split_us_mean},
                                 {"split_us_p99", f.split_us_p99}});
+    if (!f.predicted.has_value()) continue;
+    json["policies"].back().update({
+        {"predicted_layer_us_mean", f.predicted->layer_us_mean},
+        {"predicted_layer_us_p99", f.predicted->layer_us_p99},
+        {"predicted_step_us_mean", f.predicted->step_us_mean},
+        {"predicted_step_us_p99", f.predicted->step_us_p99},
+        {"predicted_dispatch_us_mean", f.predicted->dispatch_us_mean},
+        {"predicted_compute_us_mean", f.predicted->compute_us_mean},
+        {"predicted_combine_us_mean", f.predicted->combine_us_mean},
+        {"predicted_copy_us_mean", f.predicted->copy_us_mean},
+        {"predicted_step_us_mean_blocking", f.predicted->blocking_step_us_mean},
+        {"predicted_step_us_mean_background", f.predicted->background_step_us_mean},
+    });
   }
+  if (options.cluster.has_value()) json["assumptions"] = options.cluster->Assumptions();
   return json.dump(2) + "\n";
 }
 
@@ -92,6 +139,13 @@ std::string TableOf(const ReplayOptions& options, const ReplayResult& result) {
                     Fixed(f.total_cost, 3), Fixed(f.plan_us_mean, 1), Fixed(f.split_us_mean, 2)});
   }
   return FormatTable(rows);
+}
+
+// What a cluster would take; empty without one.
+std::string PredictionOf(const ReplayOptions& options, const ReplayResult& result) {
+  if (!options.cluster.has_value()) return "";
+  return absl::StrCat("\nPredicted, in microseconds of a step (all layers). ",
+                      options.cluster->Assumptions(), "\n", FormatTable(PredictedTable(result)));
 }
 
 absl::Status RunReplay(const ReplayFlags& flags) {
@@ -111,7 +165,7 @@ absl::Status RunReplay(const ReplayFlags& flags) {
             << trace.num_layers << " layers, " << trace.num_experts << " experts in " << flags.slots
             << " slots on " << flags.ranks << " ranks; " << trace.dropped_tokens
             << " tokens dropped at the ends of the files\n"
-            << TableOf(options, result);
+            << TableOf(options, result) << PredictionOf(options, result);
   if (!flags.json.empty()) {
     BALLAST_RETURN_IF_ERROR(WriteFile(flags.json, JsonOf(trace, options, result)));
   }
@@ -160,6 +214,11 @@ void AddFlags(CLI::App* app, ReplayFlags* f) {
   app->add_option("--min-steps-between", f->min_steps_between, "Steps from one plan to the next")
       ->check(CLI::Range(0, 1 << 30))
       ->group(group);
+  app->add_option("--cost-constants", f->cost_constants,
+                  "JSON file of measured times for --split cost; none: an H200's");
+  app->add_option(
+      "--cluster", f->cluster,
+      "JSON file of a cluster (docs/cluster-320.json): predict the time of steps there");
   app->add_option("--json", f->json, "Write the figures to this file");
   app->add_option("--report", f->report, "Write a page with charts to this file (HTML)");
 }

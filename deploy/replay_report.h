@@ -2,10 +2,14 @@
 #define BALLAST_DEPLOY_REPLAY_REPORT_H_
 
 #include <string>
+#include <vector>
 
 #include "placement/replay.h"
 
 namespace ballast {
+
+// The predicted times of a replay with a cluster, a row per figure under a row of headings.
+std::vector<std::vector<std::string>> PredictedTable(const ReplayResult& result);
 
 // One HTML page that needs nothing else: the final table, imbalance and copies over time, cost over
 // rho, and imbalance per layer, as SVG.

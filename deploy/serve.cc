@@ -143,6 +143,11 @@ absl::Status Server::Prepare() {
 
 absl::Status Server::ChooseTypes() {
   BALLAST_ASSIGN_OR_RETURN(split_, ParseSplitMode(flags_.split));
+  if (split_ == SplitMode::kCost) {
+    return absl::InvalidArgumentError(
+        "--split is cost, allowed in serve: exact, price, even, roundrobin, hash; all ranks would "
+        "need the same constants, so cost is for replay and bench");
+  }
   kernels_ = &DefaultCpuKernels();
   if (flags_.dtype == "auto") {
     dtype_ = cpu::OneDnnHasBFloat16() ? DType::kBF16 : DType::kF32;

@@ -167,9 +167,11 @@ class Run {
   Run(const StepTrace& trace, const ReplayOptions& options, Player* player)
       : trace_(trace), options_(options), player_(player), series_(options.splits.size()) {
     for (int32_t layer = 0; layer < trace.num_layers; ++layer) {
-      splitters_.emplace_back(player->placement().hosts(layer));
+      splitters_.emplace_back(player->placement().hosts(layer), options.constants);
     }
+    for (size_t i = 0; i < series_.size(); ++i) series_[i].split = options.splits[i];
     const size_t cells = static_cast<size_t>(trace.num_steps()) * trace.num_layers;
+    if (options.cluster.has_value()) copy_us_.resize(static_cast<size_t>(trace.num_steps()), 0.0);
     copies_.resize(cells, 0);
     busiest_.resize(cells, 0);
   }
@@ -185,10 +187,10 @@ class Run {
   // One series per split.
   std::vector<ReplaySeries> Take() {
     for (size_t i = 0; i < series_.size(); ++i) {
-      series_[i].split = options_.splits[i];
       series_[i].copies = copies_;
       series_[i].busiest = busiest_;
       series_[i].plan_us = plan_us_;
+      series_[i].copy_us = copy_us_;
     }
     return std::move(series_);
   }
@@ -204,10 +206,13 @@ class Run {
     plan_ns_ += Now() - begin;
     if (!plan.has_value()) return;
     for (const Placement::LayerRow& row : plan->rows) {
-      splitters_[row.layer] = Splitter(player_->placement().hosts(row.layer));
+      splitters_[row.layer] = Splitter(player_->placement().hosts(row.layer), options_.constants);
     }
     if (charged_step == trace_.num_steps()) return;
     const Topology& topology = player_->placement().topology();
+    if (options_.cluster.has_value()) {
+      copy_us_[charged_step] += PredictCopiesUs(*options_.cluster, topology, plan->moves);
+    }
     std::vector<int32_t> received(topology.num_ranks());
     for (size_t i = 0; i < plan->moves.size();) {
       const int32_t layer = plan->moves[i].layer;
@@ -225,6 +230,9 @@ class Run {
   void SplitStep(int64_t step) {
     plan_us_.push_back(static_cast<double>(std::exchange(plan_ns_, 0)) * 1e-3 / trace_.num_layers);
     const int32_t num_ranks = options_.topology.num_ranks();
+    if (options_.cluster.has_value()) {
+      for (ReplaySeries& series : series_) series.steps.emplace_back();
+    }
     for (int32_t layer = 0; layer < trace_.num_layers; ++layer) {
       const std::span<const int32_t> counts = trace_.layer(step, layer);
       const int64_t total = std::accumulate(counts.begin(), counts.end(), int64_t{0});
@@ -237,8 +245,18 @@ class Run {
             total == 0 ? 1.0f
                        : static_cast<float>(static_cast<double>(split_.largest_load) * num_ranks /
                                             static_cast<double>(total)));
+        if (options_.cluster.has_value()) Predict(layer, &series_[i]);
       }
     }
+  }
+
+  // What the cluster would take for the split that was just made.
+  void Predict(int32_t layer, ReplaySeries* series) {
+    splitters_[layer].AddUp(series->split, dealt_, split_, &traffic_);
+    const LayerTime time = PredictLayer(*options_.cluster, split_.quota,
+                                        player_->placement().hosts(layer).host_rank, traffic_);
+    series->layer_us.push_back(time.us());
+    series->steps.back() += time;
   }
 
   const StepTrace& trace_;
@@ -247,10 +265,12 @@ class Run {
   std::vector<ReplaySeries> series_;  // [splits]
   std::vector<Splitter> splitters_;   // [layers]
   std::vector<int32_t> copies_, busiest_;
+  std::vector<double> copy_us_;  // [steps], with a cluster
   std::vector<double> plan_us_;  // [steps]
   int64_t plan_ns_ = 0;          // spent on planning since the last step was split
   std::vector<int32_t> dealt_;   // [R * E] counts of one layer and step over the sources
   Split split_;
+  RowTraffic traffic_;
 };
 
 template <typename T>
@@ -267,6 +287,31 @@ double P99Of(std::vector<T> values) {
   const size_t rank = (values.size() * 99 + 99) / 100 - 1;
   std::nth_element(values.begin(), values.begin() + static_cast<ptrdiff_t>(rank), values.end());
   return values[rank];
+}
+
+PredictedFigures PredictedOf(const ReplaySeries& series, double background_share) {
+  PredictedFigures figures{.layer_us_mean = MeanOf(series.layer_us),
+                           .layer_us_p99 = P99Of(series.layer_us),
+                           .copy_us_mean = MeanOf(series.copy_us)};
+  LayerTime sum;
+  std::vector<double> step_us, background_us;
+  for (size_t t = 0; t < series.steps.size(); ++t) {
+    const LayerTime& step = series.steps[t];
+    sum += step;
+    step_us.push_back(step.us());
+    const double links_us = step.dispatch_us + step.combine_us;
+    const double met = step.us() > 0.0 ? links_us / step.us() : 0.0;
+    background_us.push_back(step.us() + series.copy_us[t] * met / (1.0 - background_share));
+  }
+  const auto num_steps = static_cast<double>(series.steps.size());
+  figures.step_us_mean = MeanOf(step_us);
+  figures.step_us_p99 = P99Of(step_us);
+  figures.dispatch_us_mean = sum.dispatch_us / num_steps;
+  figures.compute_us_mean = sum.compute_us / num_steps;
+  figures.combine_us_mean = sum.combine_us / num_steps;
+  figures.blocking_step_us_mean = figures.step_us_mean + figures.copy_us_mean;
+  figures.background_step_us_mean = MeanOf(background_us);
+  return figures;
 }
 
 ReplayFigures FiguresOf(const ReplaySeries& series, double rho) {
@@ -348,7 +393,11 @@ absl::StatusOr<ReplayResult> Replay(const StepTrace& trace, const ReplayOptions&
     for (ReplaySeries& series : run.Take()) {
       series.policy = job.policy;
       series.rhos = job.rhos;
-      for (double rho : job.rhos) result.figures.push_back(FiguresOf(series, rho));
+      for (double rho : job.rhos) {
+        result.figures.push_back(FiguresOf(series, rho));
+        if (!options.cluster.has_value()) continue;
+        result.figures.back().predicted = PredictedOf(series, options.cluster->background_share);
+      }
       result.series.push_back(std::move(series));
     }
     job.player.reset();

@@ -3,11 +3,13 @@
 
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "placement/cluster_model.h"
 #include "placement/controller.h"
 #include "placement/split.h"
 #include "placement/trace.h"
@@ -30,6 +32,8 @@ struct ReplayOptions {
   std::vector<SplitMode> splits = {SplitMode::kExact};
   std::vector<double> rhos = {0.3};
   PlanTime when = PlanTime::kAfterStep;
+  CostConstants constants = {};              // of the cost split
+  std::optional<ClusterModel> cluster = {};  // predicts times where given
   // For the policies that the controller runs; `policy` is set from the policy's name.
   ControllerOptions controller = {};
   // Nanoseconds of any monotonic clock, for the times of planning and splitting; without one they
@@ -49,6 +53,22 @@ struct ReplaySeries {
   std::vector<int32_t> busiest;  // [steps * layers] of these, on the rank that got most
   std::vector<double> plan_us;   // [plans] time of one decision / layers
   std::vector<double> split_us;  // [steps * layers]
+  // With a cluster, else empty:
+  std::vector<double> layer_us;  // [steps * layers] predicted
+  std::vector<LayerTime> steps;  // [steps] predicted, the layers added up
+  std::vector<double> copy_us;   // [steps] predicted, of the step's copies on free links
+};
+
+// What a cluster is predicted to take, in microseconds. A step is the sum of its MoE layers.
+struct PredictedFigures {
+  double layer_us_mean = 0.0, layer_us_p99 = 0.0;
+  double step_us_mean = 0.0, step_us_p99 = 0.0;  // without copies of experts
+  double dispatch_us_mean = 0.0, compute_us_mean = 0.0, combine_us_mean = 0.0;  // per step
+  double copy_us_mean = 0.0;           // per step, on free links
+  double blocking_step_us_mean = 0.0;  // steps wait for their copies
+  // Copies take a share of the links while steps run. They meet the links in use for the step's
+  // share of dispatch and combine: + copy * (dispatch + combine) / step / (1 - share).
+  double background_step_us_mean = 0.0;
 };
 
 // One line of the final table. total_cost is the mean over layers and steps of
@@ -63,6 +83,7 @@ struct ReplayFigures {
   double total_cost = 0.0;
   double plan_us_mean = 0.0, plan_us_p99 = 0.0;    // per layer-step
   double split_us_mean = 0.0, split_us_p99 = 0.0;  // per layer-step
+  std::optional<PredictedFigures> predicted = {};  // with a cluster
 };
 
 struct ReplayResult {

@@ -8,11 +8,17 @@
 #include "base/random.h"
 #include "base/status.h"
 #include "placement/rank_prices.h"
+#include "placement/split_cost.h"
 
 namespace ballast {
 namespace {
 
 constexpr double kWeightOfOne = 4096.0;  // of a copy at a price of 1
+
+// Whether hosts get quotas that are then cut over the sources; else each source divides its own.
+bool IsByQuota(SplitMode mode) {
+  return mode == SplitMode::kExact || mode == SplitMode::kCost || mode == SplitMode::kEven;
+}
 
 }  // namespace
 
@@ -28,6 +34,8 @@ const char* NameOf(SplitMode mode) {
   switch (mode) {
     case SplitMode::kExact:
       return "exact";
+    case SplitMode::kCost:
+      return "cost";
     case SplitMode::kPrice:
       return "price";
     case SplitMode::kEven:
@@ -57,18 +65,22 @@ void SumOverSources(std::span<const int32_t> counts, std::span<int32_t> demand) 
 
 // The placement, compiled once, and scratch for one batch.
 struct Splitter::State {
-  explicit State(const LayerHosts& hosts);
+  State(const LayerHosts& hosts, const CostConstants& constants);
 
   void FollowPrices();
   void SplitEven(Split* split);
   void SplitBySource(SplitMode mode, std::span<const int32_t> counts, Split* split);
   void CutBySource(SplitMode mode, std::span<const int32_t> counts, int32_t rank, RankPart* part);
   void CutQuotas(std::span<const int32_t> counts, const Split& split, int32_t rank, RankPart* part);
+  void AddUpExpert(std::span<const int32_t> counts, const Split& split, int32_t expert,
+                   RowTraffic* traffic);
+  void AddUpBySource(SplitMode mode, std::span<const int32_t> counts, RowTraffic* traffic);
 
   int32_t num_experts, num_ranks, num_hosts;
   std::vector<int32_t> host_offsets, host_rank, host_copies, node_of_rank;
   std::vector<int32_t> node_offsets, node_ranks;  // per node: its ranks, ascending
   ExactSplitter exact;
+  CostSplitter cost;
   RankPrices prices;
   std::vector<int32_t> priced_load;  // [R] of the last batch by price, not yet learnt; or empty
   std::vector<int32_t> demand;       // [E] copies of the batch per expert
@@ -89,7 +101,7 @@ struct Splitter::State {
   std::vector<int32_t> node_cursor_;  // [nodes] into node_ranks: those before have nothing left
 };
 
-Splitter::State::State(const LayerHosts& hosts)
+Splitter::State::State(const LayerHosts& hosts, const CostConstants& constants)
     : num_experts(hosts.num_experts),
       num_ranks(hosts.num_ranks),
       num_hosts(static_cast<int32_t>(hosts.host_rank.size())),
@@ -98,6 +110,7 @@ Splitter::State::State(const LayerHosts& hosts)
       host_copies(hosts.host_copies.begin(), hosts.host_copies.end()),
       node_of_rank(hosts.node_of_rank.begin(), hosts.node_of_rank.end()),
       exact(hosts),
+      cost(hosts, constants),
       prices(num_ranks),
       demand(num_experts),
       price_weight_(num_hosts),
@@ -251,7 +264,55 @@ void Splitter::State::CutQuotas(std::span<const int32_t> counts, const Split& sp
   }
 }
 
-Splitter::Splitter(const LayerHosts& hosts) : state_(std::make_unique<State>(hosts)) {}
+// In the order of CutSharedExpert: own rank, node, others.
+void Splitter::State::AddUpExpert(std::span<const int32_t> counts, const Split& split,
+                                  int32_t expert, RowTraffic* traffic) {
+  const int32_t first = host_offsets[expert];
+  const int32_t n = host_offsets[expert + 1] - first;
+  for (int32_t s = 0; s < num_ranks; ++s) {
+    left_count_[s] = counts[static_cast<size_t>(s) * num_experts + expert];
+  }
+  for (int32_t i = 0; i < n; ++i) {
+    const int32_t to = host_rank[first + i];
+    const int32_t kept = std::min(left_count_[to], split.quota[first + i]);
+    left_count_[to] -= kept;
+    left_quota_[i] = split.quota[first + i] - kept;
+    node_cursor_[node_of_rank[to]] = node_offsets[node_of_rank[to]];
+  }
+  for (int32_t i = 0; i < n; ++i) {
+    const int32_t to = host_rank[first + i];
+    const int32_t node = node_of_rank[to];
+    for (int32_t& k = node_cursor_[node]; k < node_offsets[node + 1]; ++k) {
+      const int32_t source = node_ranks[k];
+      const int32_t amount = std::min(left_count_[source], left_quota_[i]);
+      left_count_[source] -= amount;
+      left_quota_[i] -= amount;
+      traffic->node_sent[source] += amount;
+      traffic->node_received[to] += amount;
+      if (left_count_[source] > 0) break;  // the host is full
+    }
+    traffic->network_received[to] += left_quota_[i];  // its node has no more
+  }
+  for (int32_t s = 0; s < num_ranks; ++s) traffic->network_sent[s] += left_count_[s];
+}
+
+void Splitter::State::AddUpBySource(SplitMode mode, std::span<const int32_t> counts,
+                                    RowTraffic* traffic) {
+  for (int32_t s = 0; s < num_ranks; ++s) {
+    const auto send = [&](int32_t host, int32_t copies) {
+      const int32_t to = host_rank[host];
+      if (to == s) return;
+      const bool near = node_of_rank[to] == node_of_rank[s];
+      (near ? traffic->node_sent : traffic->network_sent)[s] += copies;
+      (near ? traffic->node_received : traffic->network_received)[to] += copies;
+    };
+    const int32_t* of_source = counts.data() + static_cast<size_t>(s) * num_experts;
+    for (int32_t e = 0; e < num_experts; ++e) ForEachShare(mode, s, e, of_source[e], send);
+  }
+}
+
+Splitter::Splitter(const LayerHosts& hosts, const CostConstants& constants)
+    : state_(std::make_unique<State>(hosts, constants)) {}
 Splitter::~Splitter() = default;
 Splitter::Splitter(Splitter&&) noexcept = default;
 Splitter& Splitter::operator=(Splitter&&) noexcept = default;
@@ -263,6 +324,10 @@ void Splitter::Run(SplitMode mode, std::span<const int32_t> counts, Split* split
   SumOverSources(counts, state.demand);
   if (mode == SplitMode::kExact) {
     state.exact.Run(state.demand, split);
+    return;
+  }
+  if (mode == SplitMode::kCost) {
+    state.cost.Run(state.demand, split);
     return;
   }
   split->quota.assign(state.num_hosts, 0);
@@ -289,11 +354,22 @@ void Splitter::Cut(SplitMode mode, std::span<const int32_t> counts, const Split&
   BALLAST_CHECK(split.quota.size() == static_cast<size_t>(state.num_hosts));
   part->send.assign(state.num_hosts, 0);
   part->receive.assign(state.num_ranks, 0);
-  if (mode == SplitMode::kExact || mode == SplitMode::kEven) {
+  if (IsByQuota(mode)) {
     state.CutQuotas(counts, split, rank, part);
   } else {
     state.CutBySource(mode, counts, rank, part);
   }
+}
+
+void Splitter::AddUp(SplitMode mode, std::span<const int32_t> counts, const Split& split,
+                     RowTraffic* traffic) {
+  State& state = *state_;
+  for (std::vector<int64_t>* rows : {&traffic->node_sent, &traffic->node_received,
+                                     &traffic->network_sent, &traffic->network_received}) {
+    rows->assign(state.num_ranks, 0);
+  }
+  if (!IsByQuota(mode)) return state.AddUpBySource(mode, counts, traffic);
+  for (int32_t e = 0; e < state.num_experts; ++e) state.AddUpExpert(counts, split, e, traffic);
 }
 
 }  // namespace ballast

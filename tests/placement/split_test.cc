@@ -66,7 +66,7 @@ TEST_CASE("split mode names can be parsed and unknown ones name the choices",
   const absl::Status status = ParseSplitMode("evn").status();
   REQUIRE(status.code() == absl::StatusCode::kInvalidArgument);
   REQUIRE(std::string(status.message()) ==
-          "unknown split mode 'evn'; the choices are exact, price, even, roundrobin, hash");
+          "unknown split mode 'evn'; the choices are exact, cost, price, even, roundrobin, hash");
 }
 
 TEST_CASE("the exact split of a small batch is the one on paper", "[placement][split]") {
@@ -173,6 +173,22 @@ TEST_CASE("every mode sends every copy to a host of its expert", "[placement][sp
       REQUIRE(BrokenQuotas(hosts, DemandOf(hosts, counts), split) == "");
       const auto parts = CutForAll(&splitter, mode, hosts.num_ranks, counts, split);
       REQUIRE(BrokenParts(hosts, counts, split, parts) == "");
+      RowTraffic traffic, want;
+      splitter.AddUp(mode, counts, split, &traffic);
+      want.node_sent.resize(hosts.num_ranks);
+      want.node_received = want.network_sent = want.network_received = want.node_sent;
+      for (int32_t to = 0; to < hosts.num_ranks; ++to) {
+        for (int32_t from = 0; from < hosts.num_ranks; ++from) {
+          if (from == to) continue;
+          const bool near = hosts.node_of_rank[from] == hosts.node_of_rank[to];
+          (near ? want.node_sent : want.network_sent)[from] += parts[to].receive[from];
+          (near ? want.node_received : want.network_received)[to] += parts[to].receive[from];
+        }
+      }
+      REQUIRE(traffic.node_sent == want.node_sent);
+      REQUIRE(traffic.node_received == want.node_received);
+      REQUIRE(traffic.network_sent == want.network_sent);
+      REQUIRE(traffic.network_received == want.network_received);
     }
   }
 }

@@ -108,6 +108,8 @@ constexpr char kExpertTensor[] = "model.layers.2.mlp.experts.5.up_proj.weight";
 
 TEST_CASE("a bad flag is named with its value and what is allowed", "[serve]") {
   RequireRefusal({"--model", DemoModel(), "--bogus=3"}, {"--bogus"});
+  RequireRefusal({"--model", DemoModel(), "--split", "cost"},
+                 {"--split is cost", "allowed in serve"});
   RequireRefusal({"--port", "0"}, {"--model"});
   RequireRefusal(OnFreePorts(DemoModel(), {"--max-seqs", "0"}), {"--max-seqs", "0", "1 to 65536"});
   RequireRefusal(OnFreePorts(DemoModel(), {"--dtype", "int3"}), {"--dtype", "int3", "bf16"});
