@@ -109,7 +109,8 @@ std::string JsonOf(const StepTrace& trace, const ReplayOptions& options,
                                 {"plan_us_mean", f.plan_us_mean},
                                 {"plan_us_p99", f.plan_us_p99},
                                 {"split_us_mean", f.split_us_mean},
-                                {"split_us_p99", f.split_us_p99}});
+                                {"split_us_p99", f.split_us_p99},
+                                {"critical_us_mean", f.critical_us_mean}});
     if (!f.predicted.has_value()) continue;
     json["policies"].back().update({
         {"predicted_layer_us_mean", f.predicted->layer_us_mean},
@@ -131,12 +132,13 @@ std::string JsonOf(const StepTrace& trace, const ReplayOptions& options,
 std::string TableOf(const ReplayOptions& options, const ReplayResult& result) {
   std::vector<std::vector<std::string>> rows = {{"policy", "split", "when", "rho", "imbalance",
                                                  "p99", "copies", "busiest", "cost", "plan us",
-                                                 "split us"}};
+                                                 "split us", "critical us"}};
   for (const ReplayFigures& f : result.figures) {
     rows.push_back({f.policy, NameOf(f.split), NameOf(options.when), absl::StrCat(f.rho),
                     Fixed(f.mean_imbalance, 3), Fixed(f.p99_imbalance, 3),
                     Fixed(f.copies_per_layer_step, 2), Fixed(f.busiest_copies_per_layer_step, 2),
-                    Fixed(f.total_cost, 3), Fixed(f.plan_us_mean, 1), Fixed(f.split_us_mean, 2)});
+                    Fixed(f.total_cost, 3), Fixed(f.plan_us_mean, 1), Fixed(f.split_us_mean, 2),
+                    Fixed(f.critical_us_mean, 1)});
   }
   return FormatTable(rows);
 }

@@ -64,9 +64,10 @@ class Report {
     std::string html =
         "<h2>Result</h2><p class=\"note\">Imbalance: largest rank load over mean, 1 is perfect. "
         "Copies: experts that entered a rank, per layer and step. Cost: imbalance + ρ · copies of "
-        "the busiest rank.</p><div class=\"scroll\"><table><tr>";
+        "the busiest rank. Critical: what each layer waits for in each step: the split, and the "
+        "planning where it is in-step.</p><div class=\"scroll\"><table><tr>";
     for (const char* name : {"policy", "split", "ρ", "imbalance", "99 %", "copies", "busiest",
-                             "cost", "plan µs", "split µs"}) {
+                             "cost", "plan µs", "split µs", "critical µs"}) {
       absl::StrAppend(&html, "<th>", name, "</th>");
     }
     for (const ReplayFigures& f : result_.figures) {
@@ -74,7 +75,8 @@ class Report {
       for (const std::string& text :
            {absl::StrCat(f.rho), Fixed(f.mean_imbalance, 3), Fixed(f.p99_imbalance, 3),
             Fixed(f.copies_per_layer_step, 2), Fixed(f.busiest_copies_per_layer_step, 2),
-            Fixed(f.total_cost, 3), Fixed(f.plan_us_mean, 1), Fixed(f.split_us_mean, 2)}) {
+            Fixed(f.total_cost, 3), Fixed(f.plan_us_mean, 1), Fixed(f.split_us_mean, 2),
+            Fixed(f.critical_us_mean, 1)}) {
         absl::StrAppend(&html, "</td><td>", text);
       }
       html += "</td>";

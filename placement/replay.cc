@@ -314,7 +314,7 @@ PredictedFigures PredictedOf(const ReplaySeries& series, double background_share
   return figures;
 }
 
-ReplayFigures FiguresOf(const ReplaySeries& series, double rho) {
+ReplayFigures FiguresOf(const ReplaySeries& series, double rho, PlanTime when) {
   ReplayFigures figures{.policy = series.policy, .split = series.split, .rho = rho};
   figures.mean_imbalance = MeanOf(series.imbalance);
   figures.p99_imbalance = P99Of(series.imbalance);
@@ -325,6 +325,8 @@ ReplayFigures FiguresOf(const ReplaySeries& series, double rho) {
   figures.plan_us_p99 = P99Of(series.plan_us);
   figures.split_us_mean = MeanOf(series.split_us);
   figures.split_us_p99 = P99Of(series.split_us);
+  figures.critical_us_mean =
+      figures.split_us_mean + (when == PlanTime::kInStep ? figures.plan_us_mean : 0.0);
   return figures;
 }
 
@@ -394,9 +396,13 @@ absl::StatusOr<ReplayResult> Replay(const StepTrace& trace, const ReplayOptions&
       series.policy = job.policy;
       series.rhos = job.rhos;
       for (double rho : job.rhos) {
-        result.figures.push_back(FiguresOf(series, rho));
+        ReplayFigures& figures =
+            result.figures.emplace_back(FiguresOf(series, rho, options.when));
         if (!options.cluster.has_value()) continue;
-        result.figures.back().predicted = PredictedOf(series, options.cluster->background_share);
+        figures.predicted = PredictedOf(series, options.cluster->background_share);
+        if (options.when == PlanTime::kInStep) {
+          figures.predicted->blocking_step_us_mean += figures.plan_us_mean * trace.num_layers;
+        }
       }
       result.series.push_back(std::move(series));
     }

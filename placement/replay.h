@@ -65,7 +65,8 @@ struct PredictedFigures {
   double step_us_mean = 0.0, step_us_p99 = 0.0;  // without copies of experts
   double dispatch_us_mean = 0.0, compute_us_mean = 0.0, combine_us_mean = 0.0;  // per step
   double copy_us_mean = 0.0;           // per step, on free links
-  double blocking_step_us_mean = 0.0;  // steps wait for their copies
+  // Steps wait for their copies and, where it is in-step, for the planning as timed here.
+  double blocking_step_us_mean = 0.0;
   // Copies take a share of the links while steps run. They meet the links in use for the step's
   // share of dispatch and combine: + copy * (dispatch + combine) / step / (1 - share).
   double background_step_us_mean = 0.0;
@@ -83,6 +84,8 @@ struct ReplayFigures {
   double total_cost = 0.0;
   double plan_us_mean = 0.0, plan_us_p99 = 0.0;    // per layer-step
   double split_us_mean = 0.0, split_us_p99 = 0.0;  // per layer-step
+  // What each layer-step waits for here: the split, and the planning where it is in-step.
+  double critical_us_mean = 0.0;
   std::optional<PredictedFigures> predicted = {};  // with a cluster
 };
 

@@ -188,6 +188,12 @@ TEST_CASE("a replay reports the times of its clock and its progress", "[placemen
   REQUIRE(reports == 8);
   REQUIRE(result->figures[0].split_us_mean == 2.0);
   REQUIRE(result->figures[0].plan_us_p99 > 0.0);
+  REQUIRE(result->figures[0].critical_us_mean == 2.0);  // after the step nobody waits for plans
+  options.progress = {};
+  options.when = PlanTime::kInStep;
+  const auto in_step = Replay(trace, options);
+  REQUIRE(in_step.ok());
+  REQUIRE(in_step->figures[0].critical_us_mean == 2.0 + in_step->figures[0].plan_us_mean);
 }
 
 TEST_CASE("a replay refuses what it does not know", "[placement][replay][errors]") {
