@@ -23,7 +23,7 @@ struct ReplayFlags {
   int32_t ranks = 0;
   int32_t slots = 0;
   int64_t step_tokens = 1024;
-  std::vector<std::string> policies = {"static", "never", "eplb"};
+  std::vector<std::string> policies = {"never", "eplb", "regret"};
   std::vector<std::string> splits = {"exact"};
   std::string when = "after-step";
   std::vector<double> rhos = {0.3};
@@ -234,7 +234,7 @@ RunCommand AddReplayCommand(CLI::App* app) {
   app->footer(
       "cost = mean over layers and steps of imbalance + rho * copies received by the busiest rank\n"
       "Example: ballast replay --trace monday.npy,friday.npy --ranks 8 --slots 72 \\\n"
-      "           --policy never,eplb-interval:8,oracle --split exact,even --rho .03,.3,3");
+      "           --policy never,eplb-interval:8,regret --split exact,even --rho .03,.3,3");
   return [flags](int*, char***) { return Finish(RunReplay(*flags)); };
 }
 
