@@ -72,6 +72,8 @@ absl::StatusOr<std::unique_ptr<Controller>> Controller::Create(ControllerOptions
   BALLAST_RETURN_IF_ERROR(CheckOptions(options, initial.topology()));
   BALLAST_ASSIGN_OR_RETURN(std::unique_ptr<Policy> policy, MakePolicy(options.policy));
   BALLAST_RETURN_IF_ERROR(policy->CheckSupport(initial));
+  BALLAST_RETURN_IF_ERROR(CheckRules(options.policy, policy->rules_kept(), options.rules,
+                                     initial.topology(), initial.num_experts()));
   return std::unique_ptr<Controller>(
       new Controller(std::move(options), std::move(initial), std::move(policy)));
 }
@@ -248,17 +250,11 @@ std::vector<Placement::LayerRow> Controller::WithinLimit(std::vector<Candidate> 
 
 // Largest rank load over mean rank load when `load` is split exactly; 1 when there is no load.
 double Controller::Imbalance(const LayerHosts& hosts, std::span<const int64_t> load) const {
-  int64_t total = 0;
-  for (int64_t copies : load) total += copies;
-  if (total == 0) return 1.0;
-  int shift = 0;  // the splitter counts in 32 bits
-  while ((total >> shift) >= (int64_t{1} << 30)) ++shift;
-  std::vector<int32_t> demand(load.size());
+  std::vector<int32_t> demand;
+  ScaleDemand(load, &demand);
   int64_t kept = 0;
-  for (size_t e = 0; e < load.size(); ++e) {
-    demand[e] = static_cast<int32_t>(load[e] >> shift);
-    kept += demand[e];
-  }
+  for (int32_t copies : demand) kept += copies;
+  if (kept == 0) return 1.0;
   Split split;
   ExactSplitter(hosts).Run(demand, &split);
   return static_cast<double>(split.largest_load) * hosts.num_ranks / static_cast<double>(kept);

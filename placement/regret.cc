@@ -20,8 +20,7 @@ constexpr float kInStepWeight = 6.0f;
 
 int32_t NumCovered(const PolicyContext& context) {
   if (context.rules.coverage == 0) return 0;
-  const int32_t num_experts = context.initial.num_experts();
-  return std::min(num_experts, context.initial.topology().num_slots() - num_experts);
+  return NumHotExperts(context.initial.topology(), context.initial.num_experts());
 }
 
 }  // namespace
@@ -114,6 +113,7 @@ class RegretPolicy : public Policy {
  public:
   const char* name() const override { return "regret"; }
   bool meters_itself() const override { return true; }
+  PlacementRules rules_kept() const override { return {.coverage = 1, .node_local = true}; }
   std::unique_ptr<LayerPlanner> MakeLayerPlanner(const PolicyContext& context,
                                                  int32_t layer) const override {
     return std::make_unique<RegretPlanner>(context, context.initial.expert_of_slot(layer));

@@ -135,6 +135,77 @@ TEST_CASE("ballast plan refuses bad loads and shapes by name and value", "[deplo
                  {"a.npy", "[256, 2, 2]", "[layers, experts]"});
 }
 
+TEST_CASE("ballast plan spends a replica budget on the hot layer", "[deploy][lab]") {
+  // Layer 0 of load.csv has 900 of 970 copies on one expert; layer 1 needs a copy or two.
+  const Files files;
+  const Ended ended = Ballast("plan --load " + files.At("load.csv") +
+                              " --ranks 4 --slots 12 --replica-budget 4 --json " +
+                              files.At("plan.json") + " --out " + files.At("native.json"));
+  INFO(ended.output);
+  REQUIRE(ended.exit_code == 0);
+  REQUIRE_THAT(ended.output, Contains("replica budget: 4 copies"));
+  const json plan = JsonAt(files.At("plan.json"));
+  REQUIRE(plan["replica_budget"]["copies"] == 4);
+  REQUIRE(plan["replica_budget"]["max_over_mean"].get<double>() <
+          plan["replica_budget"]["max_over_mean_uniform"].get<double>());
+  int64_t copies = 0;
+  for (const json& layer : plan["layers"]) {
+    const auto row = layer["slot_to_expert"].get<std::vector<int32_t>>();
+    REQUIRE(row.size() == 12);
+    const auto used = std::count_if(row.begin(), row.end(), [](int32_t e) { return e >= 0; });
+    REQUIRE(used == 8 + layer["copies"].get<int64_t>());
+    REQUIRE(layer["max_over_mean_uniform"].get<double>() >= 1.0);
+    copies += layer["copies"].get<int64_t>();
+  }
+  REQUIRE(copies == 4);
+  REQUIRE(plan["layers"][0]["copies"].get<int>() > plan["layers"][1]["copies"].get<int>());
+  const auto native = ReadFile(files.At("native.json"));
+  REQUIRE(native.ok());
+  REQUIRE(Placement::FromJson(*native).ok());
+}
+
+TEST_CASE("ballast plan covers the hot experts and says what that costs", "[deploy][lab]") {
+  const Files files;
+  for (const char* policy : {"full", "eplb"}) {
+    const Ended ended =
+        Ballast("plan --load " + files.At("load.csv") + " --ranks 4 --slots 12 --coverage 1 " +
+                "--policy " + policy + " --json " + files.At("plan.json"));
+    INFO(ended.output);
+    REQUIRE(ended.exit_code == 0);
+    REQUIRE_THAT(ended.output, Contains("the 4 hottest of 8 experts") &&
+                                   Contains("without coverage") && Contains("uncovered max/mean"));
+    const json plan = JsonAt(files.At("plan.json"));
+    // 900 of 970 on two ranks: 450 of a mean of 242.5 at least. In layer 1 experts 4 to 7 are hot.
+    REQUIRE(plan["layers"][0]["max_over_mean"].get<double>() >= 450 / 242.5);
+    REQUIRE(plan["layers"][0]["max_over_mean_uncovered"].get<double>() < 1.1);
+    const auto row = plan["layers"][1]["slot_to_expert"].get<std::vector<int32_t>>();
+    for (int32_t hot : {4, 5, 6, 7}) {
+      std::vector<size_t> ranks;
+      for (size_t s = 0; s < row.size(); ++s) {
+        if (row[s] == hot) ranks.push_back(s / 3);
+      }
+      INFO("expert " << hot);
+      REQUIRE(ranks.size() >= 2);
+      REQUIRE(ranks.front() != ranks.back());
+    }
+  }
+}
+
+TEST_CASE("ballast plan refuses budgets and rules that cannot be kept by name and value",
+          "[deploy][lab][errors]") {
+  const Files files;
+  const std::string base = "plan --load " + files.At("load.csv") + " --ranks 4 ";
+  RequireRefused(base + "--slots 12 --replica-budget 9", {"--replica-budget", "is 9", "0 to 8"});
+  RequireRefused(base + "--slots 12 --replica-budget -1", {"--replica-budget", "-1"});
+  RequireRefused(base + "--slots 12 --replica-budget 2 --policy eplb",
+                 {"--policy is eplb with --replica-budget", "full"});
+  RequireRefused(base + "--slots 12 --replica-budget 2 --coverage 1",
+                 {"--coverage is 1 with --replica-budget", "0"});
+  RequireRefused(base + "--slots 12 --replica-budget 2 --current x.json", {"--current is x.json"});
+  RequireRefused(base + "--slots 12 --coverage 2", {"--coverage", "2"});
+  RequireRefused(base + "--slots 8 --coverage 1", {"--coverage is 1", "8 slots on 4 ranks"});
+}
+
 TEST_CASE("ballast replay gives a table and the same figures as JSON and a page", "[deploy][lab]") {
   const Files files;
   const std::string base = "replay --trace " + files.At("a.npy") + "," + files.At("b.npy") +
