@@ -5,6 +5,7 @@
 #include <iostream>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <optional>
 
 #include "absl/strings/str_join.h"
 #include "base/clock.h"
@@ -21,6 +22,7 @@ struct ReplayFlags {
   std::vector<std::string> traces;
   int32_t experts = 0;
   int32_t ranks = 0;
+  int32_t nodes = 1;
   int32_t slots = 0;
   int64_t step_tokens = 1024;
   std::vector<std::string> policies = {"static", "never", "eplb"};
@@ -30,13 +32,14 @@ struct ReplayFlags {
   int64_t window_tokens = 8192;
   double min_gain = 0.02;
   int32_t min_steps_between = 0;
+  PlacementRules rules;
   std::string json;
   std::string report;
 };
 
 absl::StatusOr<ReplayOptions> OptionsFromFlags(const ReplayFlags& flags, int32_t num_experts) {
   BALLAST_ASSIGN_OR_RETURN(Topology topology,
-                           TopologyFromFlags(flags.ranks, flags.slots, 1, num_experts));
+                           TopologyFromFlags(flags.ranks, flags.slots, flags.nodes, num_experts));
   ReplayOptions options{.topology = std::move(topology), .policies = flags.policies};
   options.splits.clear();
   for (const std::string& name : flags.splits) {
@@ -48,12 +51,13 @@ absl::StatusOr<ReplayOptions> OptionsFromFlags(const ReplayFlags& flags, int32_t
   options.controller.window_tokens = flags.window_tokens;
   options.controller.min_gain = flags.min_gain;
   options.controller.min_steps_between = flags.min_steps_between;
+  options.controller.rules = flags.rules;
   options.now_ns = NowNs;
   return options;
 }
 
-std::string JsonOf(const StepTrace& trace, const ReplayOptions& options,
-                   const ReplayResult& result) {
+std::string JsonOf(const StepTrace& trace, const ReplayOptions& options, const ReplayResult& result,
+                   const std::optional<ReplayResult>& uncovered) {
   nlohmann::ordered_json json = {{"traces", trace.phase_names},
                                  {"steps", result.num_steps},
                                  {"step_tokens", trace.step_tokens},
@@ -77,6 +81,10 @@ std::string JsonOf(const StepTrace& trace, const ReplayOptions& options,
                                 {"plan_us_p99", f.plan_us_p99},
                                 {"split_us_mean", f.split_us_mean},
                                 {"split_us_p99", f.split_us_p99}});
+    if (!uncovered.has_value()) continue;
+    const ReplayFigures& without = uncovered->figures[json["policies"].size() - 1];
+    json["policies"].back()["without_coverage"] = {{"mean_imbalance", without.mean_imbalance},
+                                                   {"total_cost", without.total_cost}};
   }
   return json.dump(2) + "\n";
 }
@@ -92,6 +100,21 @@ std::string TableOf(const ReplayOptions& options, const ReplayResult& result) {
                     Fixed(f.total_cost, 3), Fixed(f.plan_us_mean, 1), Fixed(f.split_us_mean, 2)});
   }
   return FormatTable(rows);
+}
+
+// What coverage costs: the same replay with and without.
+std::string CoverageTable(const ReplayOptions& options, const ReplayResult& with,
+                          const ReplayResult& without, int32_t num_experts) {
+  std::vector<std::vector<std::string>> rows = {
+      {"policy", "split", "rho", "imbalance", "without coverage", "cost", "without coverage"}};
+  for (size_t i = 0; i < with.figures.size(); ++i) {
+    const ReplayFigures &a = with.figures[i], &b = without.figures[i];
+    rows.push_back({a.policy, NameOf(a.split), absl::StrCat(a.rho), Fixed(a.mean_imbalance, 3),
+                    Fixed(b.mean_imbalance, 3), Fixed(a.total_cost, 3), Fixed(b.total_cost, 3)});
+  }
+  return absl::StrCat("coverage of the ", NumHotExperts(options.topology, num_experts),
+                      " hottest of ", num_experts, " experts, as many as there are spare slots:\n",
+                      FormatTable(rows));
 }
 
 absl::Status RunReplay(const ReplayFlags& flags) {
@@ -112,8 +135,15 @@ absl::Status RunReplay(const ReplayFlags& flags) {
             << " slots on " << flags.ranks << " ranks; " << trace.dropped_tokens
             << " tokens dropped at the ends of the files\n"
             << TableOf(options, result);
+  std::optional<ReplayResult> uncovered;
+  if (flags.rules.coverage == 1) {
+    ReplayOptions without = options;
+    without.controller.rules.coverage = 0;
+    BALLAST_ASSIGN_OR_RETURN(uncovered, Replay(trace, without));
+    std::cout << CoverageTable(options, result, *uncovered, trace.num_experts);
+  }
   if (!flags.json.empty()) {
-    BALLAST_RETURN_IF_ERROR(WriteFile(flags.json, JsonOf(trace, options, result)));
+    BALLAST_RETURN_IF_ERROR(WriteFile(flags.json, JsonOf(trace, options, result, uncovered)));
   }
   if (!flags.report.empty()) {
     BALLAST_RETURN_IF_ERROR(WriteFile(flags.report, ReplayReport(trace, options, result)));
@@ -136,6 +166,7 @@ void AddFlags(CLI::App* app, ReplayFlags* f) {
                   "Logical experts of a layer; 0: as the trace says (the largest id and one more)")
       ->check(CLI::Range(0, 65536));
   app->add_option("--ranks", f->ranks, "Ranks")->required()->check(CLI::Range(1, 65536));
+  app->add_option("--nodes", f->nodes, "Nodes, equal blocks of ranks")->check(CLI::Range(1, 65536));
   app->add_option("--slots", f->slots, "Expert slots of all ranks in each layer")
       ->required()
       ->check(CLI::Range(1, 1 << 20));
@@ -159,6 +190,14 @@ void AddFlags(CLI::App* app, ReplayFlags* f) {
       ->group(group);
   app->add_option("--min-steps-between", f->min_steps_between, "Steps from one plan to the next")
       ->check(CLI::Range(0, 1 << 30))
+      ->group(group);
+  app->add_option("--coverage", f->rules.coverage,
+                  "1: the loss of any one rank leaves each of the hottest experts, as many as "
+                  "there are spare slots, a copy; replayed without coverage too. Policy regret")
+      ->check(CLI::Range(0, 1))
+      ->group(group);
+  app->add_flag("--node-local", f->rules.node_local,
+                "Copies stay on the node of their expert. Policies regret, never, static")
       ->group(group);
   app->add_option("--json", f->json, "Write the figures to this file");
   app->add_option("--report", f->report, "Write a page with charts to this file (HTML)");

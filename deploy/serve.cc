@@ -186,9 +186,12 @@ absl::Status Server::MakePlacement() {
   Topology topology = Topology::Uniform(ranks, slots);
   topology.node_of_rank = mpi_->node_of_rank();
   BALLAST_ASSIGN_OR_RETURN(const auto policy, MakePolicy(flags_.policy));
+  BALLAST_RETURN_IF_ERROR(CheckRules(flags_.policy, policy->rules_kept(), flags_.rules, topology,
+                                     gate.num_experts));
   BALLAST_ASSIGN_OR_RETURN(
       placement_, Placement::Contiguous(checkpoint_->config().num_moe_layers(), gate.num_experts,
-                                        topology, policy->fills_spare_slots_at_start()));
+                                        topology, policy->fills_spare_slots_at_start(),
+                                        flags_.rules.node_local));
   return absl::OkStatus();
 }
 
@@ -307,6 +310,7 @@ absl::Status Server::StartLeader() {
   options.controller.batch_tokens = flags_.batch_tokens;
   options.controller.rho = flags_.rho;
   options.controller.min_gain = flags_.min_gain;
+  options.controller.rules = flags_.rules;
   options.controller.min_steps_between = flags_.min_steps_between;
   options.controller.force_every_steps = flags_.rebalance_every;
   int32_t most_slots = 0;

@@ -41,7 +41,8 @@ class ControllerPlayer : public Player {
     BALLAST_ASSIGN_OR_RETURN(const std::unique_ptr<Policy> policy, MakePolicy(options.policy));
     BALLAST_ASSIGN_OR_RETURN(Placement initial,
                              Placement::Contiguous(trace.num_layers, trace.num_experts, topology,
-                                                   policy->fills_spare_slots_at_start()));
+                                                   policy->fills_spare_slots_at_start(),
+                                                   options.rules.node_local));
     BALLAST_ASSIGN_OR_RETURN(std::unique_ptr<Controller> controller,
                              Controller::Create(std::move(options), std::move(initial)));
     return std::make_unique<ControllerPlayer>(trace, std::move(controller), interval);
@@ -141,6 +142,10 @@ absl::StatusOr<std::unique_ptr<Player>> MakePlayer(const StepTrace& trace,
                                                    const ReplayOptions& options,
                                                    const std::string& policy, double rho) {
   using Kind = FullPlayer::Kind;
+  if (policy == "full" || policy == "oracle" || policy == "oracle-switch") {
+    BALLAST_RETURN_IF_ERROR(CheckRules(policy, /*kept=*/{}, options.controller.rules,
+                                       options.topology, trace.num_experts));
+  }
   if (policy == "full") return FullPlayer::Create(trace, options.topology, Kind::kFull);
   if (policy == "oracle") return FullPlayer::Create(trace, options.topology, Kind::kOracle);
   if (policy == "oracle-switch") {

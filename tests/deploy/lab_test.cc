@@ -243,6 +243,38 @@ TEST_CASE("ballast replay gives a table and the same figures as JSON and a page"
           figures[12]["mean_imbalance"]);
 }
 
+TEST_CASE("ballast replay keeps rules and says what coverage costs", "[deploy][lab]") {
+  const Files files;
+  const std::string base = "replay --trace " + files.At("a.npy") + "," + files.At("b.npy") +
+                           " --ranks 4 --slots 24 --step-tokens 16 ";
+  const Ended covered = Ballast(base + "--policy regret --coverage 1 --json " + files.At("r.json"));
+  INFO(covered.output);
+  REQUIRE(covered.exit_code == 0);
+  REQUIRE_THAT(covered.output, Contains("the 8 hottest of 16 experts"));
+  const json figures = JsonAt(files.At("r.json"))["policies"][0];
+  REQUIRE(Ballast(base + "--policy regret --json " + files.At("plain.json")).exit_code == 0);
+  const json plain = JsonAt(files.At("plain.json"))["policies"][0];
+  REQUIRE(figures["without_coverage"]["mean_imbalance"] == plain["mean_imbalance"]);
+  REQUIRE(figures["without_coverage"]["total_cost"] == plain["total_cost"]);
+  REQUIRE(figures["mean_imbalance"] != plain["mean_imbalance"]);
+  REQUIRE_FALSE(plain.contains("without_coverage"));
+  const Ended local =
+      Ballast(base + "--policy regret --nodes 2 --node-local --json " + files.At("local.json"));
+  INFO(local.output);
+  REQUIRE(local.exit_code == 0);
+  REQUIRE(JsonAt(files.At("local.json"))["policies"][0]["mean_imbalance"] !=
+          plain["mean_imbalance"]);
+  for (const char* policy : {"static", "never", "eplb", "full", "oracle", "oracle-switch"}) {
+    RequireRefused(base + "--coverage 1 --policy " + policy,
+                   {absl::StrCat("policy ", policy, " "), "coverage 1", "regret"});
+  }
+  RequireRefused(base + "--policy eplb --node-local", {"policy eplb ", "node-local"});
+  RequireRefused(base + "--policy regret --nodes 2 --coverage 1 --node-local",
+                 {"coverage 1 and node-local"});
+  RequireRefused(base + "--coverage 3", {"--coverage", "3"});
+  RequireRefused(base + "--nodes 3", {"--nodes is 3", "divisor"});
+}
+
 TEST_CASE("ballast replay refuses bad traces and flags by name and value",
           "[deploy][lab][errors]") {
   const Files files;
