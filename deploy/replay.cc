@@ -33,6 +33,7 @@ struct ReplayFlags {
   double min_gain = 0.02;
   int32_t min_steps_between = 0;
   PlacementRules rules;
+  double copy_budget = 0.0;
   std::string json;
   std::string report;
 };
@@ -52,6 +53,7 @@ absl::StatusOr<ReplayOptions> OptionsFromFlags(const ReplayFlags& flags, int32_t
   options.controller.min_gain = flags.min_gain;
   options.controller.min_steps_between = flags.min_steps_between;
   options.controller.rules = flags.rules;
+  options.copy_budget = flags.copy_budget;
   options.now_ns = NowNs;
   return options;
 }
@@ -198,6 +200,11 @@ void AddFlags(CLI::App* app, ReplayFlags* f) {
       ->group(group);
   app->add_flag("--node-local", f->rules.node_local,
                 "Copies stay on the node of their expert. Policies regret, never, static")
+      ->group(group);
+  app->add_option("--copy-budget", f->copy_budget,
+                  "Copies per step, over all layers and ranks, that the controller may make; 0: no "
+                  "limit")
+      ->check(CLI::Range(0.0, 1e12))
       ->group(group);
   app->add_option("--json", f->json, "Write the figures to this file");
   app->add_option("--report", f->report, "Write a page with charts to this file (HTML)");

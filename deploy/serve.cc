@@ -21,6 +21,7 @@
 #include "comm/control_channel.h"
 #include "comm/mpi_transport.h"
 #include "deploy/commands.h"
+#include "kernels/gated_mlp.h"
 #include "monitor/exporter.h"
 #include "monitor/metrics.h"
 #include "monitor/trace_recorder.h"
@@ -318,6 +319,10 @@ absl::Status Server::StartLeader() {
     most_slots = std::max(most_slots, placement_->topology().slots_on(r));
   }
   options.controller.max_incoming_per_rank = most_slots;
+  BALLAST_ASSIGN_OR_RETURN(
+      const auto expert, GatedMlp::Create(*kernels_, config.hidden, config.expert_inter, dtype_));
+  options.copy_bytes = static_cast<int64_t>(expert->packed_bytes());
+  options.copy_bytes_per_second = flags_.copy_budget_mb * 1e6;
   options.step_log = flags_.step_log;
   options.recorder = recorder_.get();
   RankObserver observer(0, mpi_->size(), config.num_moe_layers(), metrics_.get());

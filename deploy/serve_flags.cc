@@ -125,6 +125,11 @@ void AddPlacementFlags(CLI::App* app, ServeFlags* f) {
   app->add_flag("--node-local", f->rules.node_local,
                 "Copies stay on the node of their expert. Policies regret, never, static")
       ->group(group);
+  app->add_option("--copy-budget-mb", f->copy_budget_mb,
+                  "Megabytes (10^6 bytes) of expert parameters per second, over all ranks, that "
+                  "plans may copy; 0: no limit")
+      ->check(CLI::Range(0.0, 1e9))
+      ->group(group);
   app->add_option("--rebalance-every", f->rebalance_every,
                   "Plan every so many steps, whatever there is to gain; 0: only when it pays")
       ->check(CLI::Range(0, 1 << 30))

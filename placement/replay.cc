@@ -37,22 +37,30 @@ class ControllerPlayer : public Player {
   static absl::StatusOr<std::unique_ptr<Player>> Create(const StepTrace& trace,
                                                         ControllerOptions options,
                                                         const Topology& topology,
-                                                        int32_t interval) {
+                                                        int32_t interval, double copy_budget) {
     BALLAST_ASSIGN_OR_RETURN(const std::unique_ptr<Policy> policy, MakePolicy(options.policy));
     BALLAST_ASSIGN_OR_RETURN(Placement initial,
                              Placement::Contiguous(trace.num_layers, trace.num_experts, topology,
                                                    policy->fills_spare_slots_at_start(),
                                                    options.rules.node_local));
+    if (copy_budget > 0.0) {
+      options.copy_burst = std::max<double>(copy_budget, topology.num_slots());
+    }
     BALLAST_ASSIGN_OR_RETURN(std::unique_ptr<Controller> controller,
                              Controller::Create(std::move(options), std::move(initial)));
-    return std::make_unique<ControllerPlayer>(trace, std::move(controller), interval);
+    return std::make_unique<ControllerPlayer>(trace, std::move(controller), interval, copy_budget);
   }
-  ControllerPlayer(const StepTrace& trace, std::unique_ptr<Controller> controller, int32_t interval)
-      : trace_(trace), controller_(std::move(controller)), interval_(interval) {}
+  ControllerPlayer(const StepTrace& trace, std::unique_ptr<Controller> controller, int32_t interval,
+                   double copy_budget)
+      : trace_(trace),
+        controller_(std::move(controller)),
+        interval_(interval),
+        copy_budget_(copy_budget) {}
 
   const Placement& placement() const override { return controller_->placement(); }
   std::optional<MigrationPlan> Learn(int64_t step) override {
     controller_->OnStep(step, trace_.step_tokens, trace_.step(step));
+    controller_->GrantCopies(copy_budget_);
     if (interval_ > 0 && (step + 1) % interval_ != 0) return std::nullopt;
     Decision why = Decision::kNone;
     std::optional<MigrationPlan> plan =
@@ -65,6 +73,7 @@ class ControllerPlayer : public Player {
   const StepTrace& trace_;
   std::unique_ptr<Controller> controller_;
   int32_t interval_;
+  double copy_budget_;
 };
 
 // The full plans of the laboratory.
@@ -164,7 +173,8 @@ absl::StatusOr<std::unique_ptr<Player>> MakePlayer(const StepTrace& trace,
     }
     controller.policy = "eplb";
     controller.window_tokens = interval * trace.step_tokens;
-    return ControllerPlayer::Create(trace, std::move(controller), options.topology, interval);
+    return ControllerPlayer::Create(trace, std::move(controller), options.topology, interval,
+                                    options.copy_budget);
   }
   const std::vector<std::string> known = PolicyNames();
   if (std::find(known.begin(), known.end(), policy) == known.end()) {
@@ -176,7 +186,8 @@ absl::StatusOr<std::unique_ptr<Player>> MakePlayer(const StepTrace& trace,
         absl::StrCat("unknown policy '", policy, "'; the choices are ", choices));
   }
   controller.policy = policy;
-  return ControllerPlayer::Create(trace, std::move(controller), options.topology, interval);
+  return ControllerPlayer::Create(trace, std::move(controller), options.topology, interval,
+                                  options.copy_budget);
 }
 
 // Deals the copies of a layer to the source ranks in turn, expert by expert.
@@ -325,6 +336,10 @@ absl::Status CheckOptions(const StepTrace& trace, const ReplayOptions& options) 
     if (!(rho >= 0.0 && rho <= 1e6)) {
       return absl::InvalidArgumentError(absl::StrCat("rho is ", rho, ", allowed: 0 to 1e6"));
     }
+  }
+  if (!(options.copy_budget >= 0.0 && options.copy_budget <= 1e12)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("copy budget is ", options.copy_budget, ", allowed: 0 (no limit) to 1e12"));
   }
   if (trace.num_steps() == 0) return absl::InvalidArgumentError("the trace has no step");
   return absl::OkStatus();

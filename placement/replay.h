@@ -33,6 +33,9 @@ struct ReplayOptions {
   // For the policies that the controller runs; `policy` is set from the policy's name, and for
   // eplb-interval:N the window too.
   ControllerOptions controller = {};
+  // Copies per step, over all layers and ranks, that the controller may make (those not made add up
+  // to the slots of a layer, or to one step's where these are more); 0: no limit.
+  double copy_budget = 0.0;
   // Nanoseconds of any monotonic clock, for the times of planning and splitting; without one they
   // are 0. Everything else depends on the trace and these options alone.
   std::function<int64_t()> now_ns = {};

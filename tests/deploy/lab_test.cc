@@ -268,6 +268,18 @@ TEST_CASE("ballast replay keeps rules and says what coverage costs", "[deploy][l
     RequireRefused(base + "--coverage 1 --policy " + policy,
                    {absl::StrCat("policy ", policy, " "), "coverage 1", "regret"});
   }
+  // At a rate that never lets more than the first slots of a layer go, there are fewer copies.
+  const auto copies = [&](const std::string& flags) {
+    REQUIRE(
+        Ballast(base + "--policy eplb-interval:1 --json " + files.At("c.json") + flags).exit_code ==
+        0);
+    return JsonAt(files.At("c.json"))["policies"][0]["copies_per_layer_step"].get<double>();
+  };
+  REQUIRE(copies(" --copy-budget 0.001") * 32 * 2 <= 24.1);  // 32 steps of 2 layers
+  REQUIRE(copies(" --copy-budget 0.001") > 0.0);
+  REQUIRE(copies("") * 32 * 2 > 24.1);
+  REQUIRE(copies(" --copy-budget 1e6") == copies(""));
+  RequireRefused(base + "--copy-budget -1", {"--copy-budget", "-1"});
   RequireRefused(base + "--policy eplb --node-local", {"policy eplb ", "node-local"});
   RequireRefused(base + "--policy regret --nodes 2 --coverage 1 --node-local",
                  {"coverage 1 and node-local"});
