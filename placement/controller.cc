@@ -243,8 +243,8 @@ void Controller::GrantCopies(double copies) {
   credit_ = std::min(credit_ + copies, options_.copy_burst);
 }
 
-// The candidates with the largest gain whose copies fit under max_incoming_per_rank together, as far
-// as credit lasts, which they take.
+// The candidates with the largest gain whose copies fit under max_incoming_per_rank together, as
+// far as credit lasts, which they take.
 std::vector<Placement::LayerRow> Controller::WithinLimits(std::vector<Candidate> candidates) {
   std::stable_sort(candidates.begin(), candidates.end(),
                    [](const Candidate& a, const Candidate& b) { return a.gain > b.gain; });

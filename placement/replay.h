@@ -87,10 +87,10 @@ std::vector<std::string> ReplayPolicyNames();
 // Plays the trace against every policy and split.
 //
 // Rules. Each policy starts, free of charge, from the contiguous placement with its spare slots as
-// a ring (static: empty; node-local: a ring per node). Every plan is renamed for least movement (AlignRow) and takes effect at
-// once; a copy is an expert that enters a rank which lacked it. Plans of the last step are not
-// charged. The copies of a layer and step are dealt to the source ranks in turn, expert by expert:
-// it matters to price, roundrobin and hash only.
+// a ring (static: empty; node-local: a ring per node). Every plan is renamed for least movement
+// (AlignRow) and takes effect at once; a copy is an expert that enters a rank which lacked it.
+// Plans of the last step are not charged. The copies of a layer and step are dealt to the source
+// ranks in turn, expert by expert: it matters to price, roundrobin and hash only.
 //
 // ORDER  deterministic but for the times
 // ERRORS kInvalidArgument names the policy or the option that cannot be used
