@@ -125,9 +125,9 @@ std::vector<int32_t> Traffic(int64_t step, int32_t num_layers, int32_t num_exper
 }
 
 // Drives a controller with coverage as a replay does, and a memory of the test's own beside it.
-void RequireCoverage(const Topology& topology, int32_t num_experts) {
+void RequireCoverage(const Topology& topology, int32_t num_experts, bool fill_spare = true) {
   constexpr int32_t kLayers = 2;
-  auto initial = Placement::Contiguous(kLayers, num_experts, topology, /*fill_spare=*/true);
+  auto initial = Placement::Contiguous(kLayers, num_experts, topology, fill_spare);
   REQUIRE(initial.ok());
   ControllerOptions options{.policy = "regret", .rho = 0.3, .rules = {.coverage = 1}};
   options.min_steps_between = 0;
@@ -171,6 +171,9 @@ TEST_CASE("coverage is kept on ranks of different sizes", "[placement][rules][co
   RequireCoverage(Ranks({6, 4, 4, 4}), 16);  // both spare slots begin on rank 0
   RequireCoverage(Ranks({4, 7, 4, 5}), 16);
   RequireCoverage(Ranks({9, 3}), 6);
+  // Only rank 0 has empty slots: what is hot there needs room elsewhere.
+  RequireCoverage(Ranks({6, 4, 4, 4}), 16, /*fill_spare=*/false);
+  RequireCoverage(Ranks({3, 2}), 4, /*fill_spare=*/false);
 }
 
 TEST_CASE("rules that a policy or a topology cannot keep are refused by name",
