@@ -16,7 +16,10 @@
 #include "placement/full_plan.h"
 #include "placement/migration_plan.h"
 #include "placement/placement_formats.h"
+#include "placement/replica_budget.h"
+#include "placement/rules.h"
 #include "placement/split.h"
+#include "placement/split_exact.h"
 
 namespace ballast {
 namespace {
@@ -30,6 +33,8 @@ struct PlanFlags {
   std::string policy = "full";
   std::string current;
   std::string format = "native";
+  std::optional<int64_t> replica_budget;
+  int32_t coverage = 0;
   int32_t first_layer = 0;
   std::string out;
   bool dry_run = false;
@@ -39,14 +44,16 @@ struct PlanFlags {
 // What the plan makes of one layer; 1 is perfect.
 struct LayerOutcome {
   double max_over_mean = 1.0;
-  double max_over_mean_even = 1.0;  // under the equal split, which most engines use
-  double lower_bound = 1.0;         // of any placement
+  double max_over_mean_even = 1.0;       // under the equal split, which most engines use
+  double lower_bound = 1.0;              // of any placement
+  double max_over_mean_uncovered = 1.0;  // before coverage; only with --coverage 1
 };
 
 struct Outcome {
   std::optional<Placement> placement;
   std::vector<LayerOutcome> layers;
-  int64_t copies = 0;  // experts that enter a rank which lacks them in --current
+  std::optional<ReplicaBudget> budget;  // with --replica-budget
+  int64_t copies = 0;                   // experts that enter a rank which lacks them in --current
   double plan_ms = 0.0;
 };
 
@@ -85,18 +92,18 @@ absl::Status CheckCurrent(const std::string& path, const Placement& current, con
       " equal ranks and ", topology.num_nodes(), " nodes"));
 }
 
+double MeanOf(std::span<const int64_t> load, int32_t num_ranks) {
+  return static_cast<double>(std::accumulate(load.begin(), load.end(), int64_t{0})) / num_ranks;
+}
+
 LayerOutcome Judge(const Placement& placement, int32_t layer, std::span<const int64_t> load) {
   const int64_t total = std::accumulate(load.begin(), load.end(), int64_t{0});
   if (total == 0) return {};
-  int shift = 0;  // the splitter counts in 32 bits
-  while ((total >> shift) >= (int64_t{1} << 30)) ++shift;
   const int32_t num_ranks = placement.topology().num_ranks();
-  std::vector<int32_t> counts(static_cast<size_t>(num_ranks) * load.size(), 0);
-  double mean = 0.0;
-  for (size_t e = 0; e < load.size(); ++e) {
-    counts[e] = static_cast<int32_t>(load[e] >> shift);
-    mean += static_cast<double>(counts[e]) / num_ranks;
-  }
+  std::vector<int32_t> counts;
+  const int shift = ScaleDemand(load, &counts);
+  const double mean = std::accumulate(counts.begin(), counts.end(), 0.0) / num_ranks;
+  counts.resize(static_cast<size_t>(num_ranks) * load.size(), 0);  // all from rank 0
   Splitter splitter(placement.hosts(layer));
   Split split;
   LayerOutcome outcome;
@@ -111,14 +118,71 @@ LayerOutcome Judge(const Placement& placement, int32_t layer, std::span<const in
   return outcome;
 }
 
-absl::StatusOr<Outcome> MakePlan(const PlanFlags& flags, const LoadTable& load) {
+// What --replica-budget and --coverage need of the other flags.
+absl::Status CheckFlags(const PlanFlags& flags, const LoadTable& load, const Topology& topology) {
   if (flags.groups < 1 || load.num_experts % flags.groups != 0) {
     return absl::InvalidArgumentError(absl::StrCat(
         "--groups is ", flags.groups, ", allowed: a divisor of the experts, ", load.num_experts));
   }
+  if (flags.coverage == 1 && NumHotExperts(topology, load.num_experts) == 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--coverage is 1, but ", topology.num_slots(), " slots on ",
+                     topology.num_ranks(), " ranks can hold each of ", load.num_experts,
+                     " experts on one rank only; allowed: 0, or more --slots"));
+  }
+  if (!flags.replica_budget.has_value()) return absl::OkStatus();
+  const auto excluded = [&](const char* flag, const auto& value, const char* allowed) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(flag, " is ", value, " with --replica-budget, allowed: ", allowed));
+  };
+  if (flags.policy != "full") return excluded("--policy", flags.policy, "full");
+  if (flags.coverage != 0) return excluded("--coverage", flags.coverage, "0");
+  if (!flags.current.empty()) return excluded("--current", flags.current, "none");
+  return absl::OkStatus();
+}
+
+// The rows, as the flags want them; `outcome` gets what else is known of them.
+absl::StatusOr<std::vector<std::vector<int32_t>>> MakeRows(const PlanFlags& flags,
+                                                           const LoadTable& load,
+                                                           const Topology& topology,
+                                                           Outcome* outcome) {
+  if (!flags.replica_budget.has_value()) return PlanRows(flags, load, topology);
+  absl::StatusOr<ReplicaBudget> budget =
+      SpendReplicaBudget(load, {.num_ranks = flags.ranks,
+                                .slots_per_rank = flags.slots / flags.ranks,
+                                .copies = *flags.replica_budget});
+  if (!budget.ok()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--replica-budget: ", std::string(budget.status().message())));
+  }
+  outcome->budget = *std::move(budget);
+  std::vector<std::vector<int32_t>> rows;
+  const auto& all = outcome->budget->expert_of_slot;
+  for (auto row = all.begin(); row != all.end(); row += flags.slots) {
+    rows.emplace_back(row, row + flags.slots);
+  }
+  return rows;
+}
+
+// Covers the hot experts and remembers how balanced the rows were before.
+absl::Status CoverRows(const LoadTable& load, const Topology& topology, Outcome* outcome,
+                       std::vector<std::vector<int32_t>>* rows) {
+  for (int32_t layer = 0; layer < load.num_layers; ++layer) {
+    std::vector<int32_t>& row = (*rows)[layer];
+    BALLAST_ASSIGN_OR_RETURN(const Placement before,
+                             Placement::Create(1, load.num_experts, topology, row, /*epoch=*/0));
+    outcome->layers[layer].max_over_mean_uncovered =
+        Judge(before, 0, load.layer(layer)).max_over_mean;
+    CoverHotExperts(topology, load.layer(layer), &row);
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<Outcome> MakePlan(const PlanFlags& flags, const LoadTable& load) {
   BALLAST_ASSIGN_OR_RETURN(
       const Topology topology,
       TopologyFromFlags(flags.ranks, flags.slots, flags.nodes, load.num_experts));
+  BALLAST_RETURN_IF_ERROR(CheckFlags(flags, load, topology));
   std::optional<Placement> current;
   if (!flags.current.empty()) {
     BALLAST_ASSIGN_OR_RETURN(const std::string text, ReadFile(flags.current));
@@ -127,8 +191,13 @@ absl::StatusOr<Outcome> MakePlan(const PlanFlags& flags, const LoadTable& load) 
     BALLAST_RETURN_IF_ERROR(CheckCurrent(flags.current, *current, load, topology));
   }
   Outcome outcome;
+  outcome.layers.resize(load.num_layers);
   const int64_t begin = NowNs();
-  BALLAST_ASSIGN_OR_RETURN(std::vector<std::vector<int32_t>> rows, PlanRows(flags, load, topology));
+  BALLAST_ASSIGN_OR_RETURN(std::vector<std::vector<int32_t>> rows,
+                           MakeRows(flags, load, topology, &outcome));
+  if (flags.coverage == 1) {
+    BALLAST_RETURN_IF_ERROR(CoverRows(load, topology, &outcome, &rows));
+  }
   std::vector<Placement::LayerRow> layer_rows;
   std::vector<int32_t> all;
   for (int32_t layer = 0; layer < load.num_layers; ++layer) {
@@ -148,16 +217,42 @@ absl::StatusOr<Outcome> MakePlan(const PlanFlags& flags, const LoadTable& load) 
     outcome.copies = static_cast<int64_t>(plan.moves.size());
   }
   for (int32_t layer = 0; layer < load.num_layers; ++layer) {
-    outcome.layers.push_back(Judge(*outcome.placement, layer, load.layer(layer)));
+    const double uncovered = outcome.layers[layer].max_over_mean_uncovered;
+    outcome.layers[layer] = Judge(*outcome.placement, layer, load.layer(layer));
+    outcome.layers[layer].max_over_mean_uncovered = uncovered;
   }
   return outcome;
 }
 
-std::string JsonOf(const PlanFlags& flags, const Outcome& outcome) {
+// Sum over layers of the largest rank loads over the sum of the means, and 1 without load.
+double WeightedImbalance(const std::vector<int64_t>& largest, const LoadTable& load,
+                         int32_t num_ranks) {
+  const double mean = MeanOf(load.load, num_ranks);
+  return mean == 0.0 ? 1.0 : std::accumulate(largest.begin(), largest.end(), 0.0) / mean;
+}
+
+// Largest rank load of a layer with equally many copies per layer, over the mean.
+double UniformImbalance(const ReplicaBudget& budget, const LoadTable& load, int32_t num_ranks,
+                        int32_t layer) {
+  return WeightedImbalance({budget.uniform_largest_load[layer]},
+                           {.num_layers = 1,
+                            .num_experts = load.num_experts,
+                            .load = {load.layer(layer).begin(), load.layer(layer).end()}},
+                           num_ranks);
+}
+
+std::string JsonOf(const PlanFlags& flags, const LoadTable& load, const Outcome& outcome) {
   nlohmann::ordered_json json = {{"policy", flags.policy},
                                  {"plan_ms", outcome.plan_ms},
                                  {"copies_moved", outcome.copies},
                                  {"layers", nlohmann::ordered_json::array()}};
+  if (outcome.budget.has_value()) {
+    json["replica_budget"] = {
+        {"copies", *flags.replica_budget},
+        {"max_over_mean", WeightedImbalance(outcome.budget->largest_load, load, flags.ranks)},
+        {"max_over_mean_uniform",
+         WeightedImbalance(outcome.budget->uniform_largest_load, load, flags.ranks)}};
+  }
   for (int32_t layer = 0; layer < outcome.placement->num_layers(); ++layer) {
     const std::span<const int32_t> row = outcome.placement->expert_of_slot(layer);
     const LayerOutcome& l = outcome.layers[layer];
@@ -165,21 +260,65 @@ std::string JsonOf(const PlanFlags& flags, const Outcome& outcome) {
                               {"max_over_mean", l.max_over_mean},
                               {"max_over_mean_even", l.max_over_mean_even},
                               {"lower_bound", l.lower_bound}});
+    nlohmann::ordered_json& of_layer = json["layers"].back();
+    if (flags.coverage == 1) of_layer["max_over_mean_uncovered"] = l.max_over_mean_uncovered;
+    if (!outcome.budget.has_value()) continue;
+    of_layer["copies"] = outcome.budget->copies[layer];
+    of_layer["max_over_mean_uniform"] = UniformImbalance(*outcome.budget, load, flags.ranks, layer);
   }
   return json.dump() + "\n";
+}
+
+std::string TableOf(const PlanFlags& flags, const LoadTable& load, const Outcome& outcome) {
+  std::vector<std::vector<std::string>> rows = {{"layer", "max/mean", "even split", "lower bound"}};
+  if (outcome.budget.has_value()) rows[0].insert(rows[0].end(), {"copies", "uniform max/mean"});
+  if (flags.coverage == 1) rows[0].push_back("uncovered max/mean");
+  for (size_t layer = 0; layer < outcome.layers.size(); ++layer) {
+    const LayerOutcome& l = outcome.layers[layer];
+    rows.push_back({absl::StrCat(layer), Fixed(l.max_over_mean, 4), Fixed(l.max_over_mean_even, 4),
+                    Fixed(l.lower_bound, 4)});
+    if (outcome.budget.has_value()) {
+      rows.back().push_back(absl::StrCat(outcome.budget->copies[layer]));
+      rows.back().push_back(Fixed(
+          UniformImbalance(*outcome.budget, load, flags.ranks, static_cast<int32_t>(layer)), 4));
+    }
+    if (flags.coverage == 1) rows.back().push_back(Fixed(l.max_over_mean_uncovered, 4));
+  }
+  return FormatTable(rows);
+}
+
+// What the rules and the budget came to over all layers, a line each.
+std::string SummaryOf(const PlanFlags& flags, const LoadTable& load, const Outcome& outcome) {
+  std::string text;
+  if (outcome.budget.has_value()) {
+    absl::StrAppend(
+        &text, "replica budget: ", *flags.replica_budget, " copies; max/mean ",
+        Fixed(WeightedImbalance(outcome.budget->largest_load, load, flags.ranks), 4),
+        " over all layers, with equally many per layer ",
+        Fixed(WeightedImbalance(outcome.budget->uniform_largest_load, load, flags.ranks), 4), "\n");
+  }
+  if (flags.coverage == 1) {
+    double with = 0.0, without = 0.0;
+    for (const LayerOutcome& l : outcome.layers) {
+      with += l.max_over_mean;
+      without += l.max_over_mean_uncovered;
+    }
+    const double layers = static_cast<double>(outcome.layers.size());
+    absl::StrAppend(&text, "coverage: the ",
+                    NumHotExperts(outcome.placement->topology(), load.num_experts), " hottest of ",
+                    load.num_experts, " experts, as many as there are spare slots, are on two ",
+                    "ranks; mean of max/mean ", Fixed(with / layers, 4), ", without coverage ",
+                    Fixed(without / layers, 4), "\n");
+  }
+  return text;
 }
 
 absl::Status RunPlan(const PlanFlags& flags) {
   BALLAST_ASSIGN_OR_RETURN(const PlacementFormat format, ParsePlacementFormat(flags.format));
   BALLAST_ASSIGN_OR_RETURN(const LoadTable load, ReadLoad(flags.load));
   BALLAST_ASSIGN_OR_RETURN(const Outcome outcome, MakePlan(flags, load));
-  std::vector<std::vector<std::string>> rows = {{"layer", "max/mean", "even split", "lower bound"}};
-  for (size_t layer = 0; layer < outcome.layers.size(); ++layer) {
-    const LayerOutcome& l = outcome.layers[layer];
-    rows.push_back({absl::StrCat(layer), Fixed(l.max_over_mean, 4), Fixed(l.max_over_mean_even, 4),
-                    Fixed(l.lower_bound, 4)});
-  }
-  std::cout << FormatTable(rows) << flags.policy << ": " << Fixed(outcome.plan_ms, 2) << " ms";
+  std::cout << TableOf(flags, load, outcome) << SummaryOf(flags, load, outcome) << flags.policy
+            << ": " << Fixed(outcome.plan_ms, 2) << " ms";
   if (!flags.current.empty()) std::cout << ", " << outcome.copies << " copies to move";
   std::cout << "\n";
   BALLAST_ASSIGN_OR_RETURN(const std::string text,
@@ -190,7 +329,7 @@ absl::Status RunPlan(const PlanFlags& flags) {
     BALLAST_RETURN_IF_ERROR(WriteFile(flags.out, text));
   }
   if (!flags.json.empty()) {
-    BALLAST_RETURN_IF_ERROR(WriteFile(flags.json, JsonOf(flags, outcome)));
+    BALLAST_RETURN_IF_ERROR(WriteFile(flags.json, JsonOf(flags, load, outcome)));
   }
   return absl::OkStatus();
 }
@@ -217,6 +356,14 @@ RunCommand AddPlanCommand(CLI::App* app) {
                   "full: perfect balance where every rank has a spare slot, whatever the nodes; "
                   "eplb: what everybody knows")
       ->check(CLI::IsMember({"eplb", "full"}));
+  app->add_option("--replica-budget", f->replica_budget,
+                  "Copies beyond the first of an expert, over all layers together: each layer gets "
+                  "as many as pay there (at most --slots), the other slots stay empty. Policy full")
+      ->check(CLI::Range(int64_t{0}, int64_t{1} << 40));
+  app->add_option("--coverage", f->coverage,
+                  "1: the loss of any one rank leaves each of the hottest experts, as many as "
+                  "there are spare slots, a copy")
+      ->check(CLI::Range(0, 1));
   app->add_option("--current", f->current,
                   "Placement in force (native format): the plan is renamed for the fewest copies");
   app->add_option("--format", f->format, "Format of --out")

@@ -5,6 +5,7 @@
 #include <iostream>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <optional>
 
 #include "absl/strings/str_join.h"
 #include "base/clock.h"
@@ -21,6 +22,7 @@ struct ReplayFlags {
   std::vector<std::string> traces;
   int32_t experts = 0;
   int32_t ranks = 0;
+  int32_t nodes = 1;
   int32_t slots = 0;
   int64_t step_tokens = 1024;
   std::vector<std::string> policies = {"never", "eplb", "regret"};
@@ -32,6 +34,8 @@ struct ReplayFlags {
   int32_t min_steps_between = 0;
   std::string cost_constants;
   std::string cluster;
+  PlacementRules rules;
+  double copy_budget = 0.0;
   std::string json;
   std::string report;
 };
@@ -60,14 +64,19 @@ absl::Status ReadModels(const ReplayFlags& flags, ReplayOptions* options, int32_
                                                    flags.ranks));
   }
   options->constants = options->cluster->constants();
-  *nodes = flags.ranks / ranks_per_node;
+  const int32_t nodes_of_cluster = flags.ranks / ranks_per_node;
+  if (*nodes != 1 && *nodes != nodes_of_cluster) {
+    return absl::InvalidArgumentError(absl::StrCat("--nodes is ", *nodes, ", allowed with ",
+                                                   flags.cluster, ": ", nodes_of_cluster));
+  }
+  *nodes = nodes_of_cluster;
   return absl::OkStatus();
 }
 
 absl::StatusOr<ReplayOptions> OptionsFromFlags(const ReplayFlags& flags, int32_t num_experts) {
   ReplayOptions options;
   options.policies = flags.policies;
-  int32_t nodes = 1;
+  int32_t nodes = flags.nodes;
   BALLAST_RETURN_IF_ERROR(ReadModels(flags, &options, &nodes));
   BALLAST_ASSIGN_OR_RETURN(options.topology,
                            TopologyFromFlags(flags.ranks, flags.slots, nodes, num_experts));
@@ -81,12 +90,29 @@ absl::StatusOr<ReplayOptions> OptionsFromFlags(const ReplayFlags& flags, int32_t
   options.controller.window_tokens = flags.window_tokens;
   options.controller.min_gain = flags.min_gain;
   options.controller.min_steps_between = flags.min_steps_between;
+  options.controller.rules = flags.rules;
+  options.copy_budget = flags.copy_budget;
   options.now_ns = NowNs;
   return options;
 }
 
-std::string JsonOf(const StepTrace& trace, const ReplayOptions& options,
-                   const ReplayResult& result) {
+nlohmann::ordered_json PredictedJson(const PredictedFigures& predicted) {
+  return {
+      {"predicted_layer_us_mean", predicted.layer_us_mean},
+      {"predicted_layer_us_p99", predicted.layer_us_p99},
+      {"predicted_step_us_mean", predicted.step_us_mean},
+      {"predicted_step_us_p99", predicted.step_us_p99},
+      {"predicted_dispatch_us_mean", predicted.dispatch_us_mean},
+      {"predicted_compute_us_mean", predicted.compute_us_mean},
+      {"predicted_combine_us_mean", predicted.combine_us_mean},
+      {"predicted_copy_us_mean", predicted.copy_us_mean},
+      {"predicted_step_us_mean_blocking", predicted.blocking_step_us_mean},
+      {"predicted_step_us_mean_background", predicted.background_step_us_mean},
+  };
+}
+
+std::string JsonOf(const StepTrace& trace, const ReplayOptions& options, const ReplayResult& result,
+                   const std::optional<ReplayResult>& uncovered) {
   nlohmann::ordered_json json = {{"traces", trace.phase_names},
                                  {"steps", result.num_steps},
                                  {"step_tokens", trace.step_tokens},
@@ -111,19 +137,12 @@ std::string JsonOf(const StepTrace& trace, const ReplayOptions& options,
                                 {"split_us_mean", f.split_us_mean},
                                 {"split_us_p99", f.split_us_p99},
                                 {"critical_us_mean", f.critical_us_mean}});
-    if (!f.predicted.has_value()) continue;
-    json["policies"].back().update({
-        {"predicted_layer_us_mean", f.predicted->layer_us_mean},
-        {"predicted_layer_us_p99", f.predicted->layer_us_p99},
-        {"predicted_step_us_mean", f.predicted->step_us_mean},
-        {"predicted_step_us_p99", f.predicted->step_us_p99},
-        {"predicted_dispatch_us_mean", f.predicted->dispatch_us_mean},
-        {"predicted_compute_us_mean", f.predicted->compute_us_mean},
-        {"predicted_combine_us_mean", f.predicted->combine_us_mean},
-        {"predicted_copy_us_mean", f.predicted->copy_us_mean},
-        {"predicted_step_us_mean_blocking", f.predicted->blocking_step_us_mean},
-        {"predicted_step_us_mean_background", f.predicted->background_step_us_mean},
-    });
+    if (uncovered.has_value()) {
+      const ReplayFigures& without = uncovered->figures[json["policies"].size() - 1];
+      json["policies"].back()["without_coverage"] = {{"mean_imbalance", without.mean_imbalance},
+                                                     {"total_cost", without.total_cost}};
+    }
+    if (f.predicted.has_value()) json["policies"].back().update(PredictedJson(*f.predicted));
   }
   if (options.cluster.has_value()) json["assumptions"] = options.cluster->Assumptions();
   return json.dump(2) + "\n";
@@ -150,6 +169,21 @@ std::string PredictionOf(const ReplayOptions& options, const ReplayResult& resul
                       options.cluster->Assumptions(), "\n", FormatTable(PredictedTable(result)));
 }
 
+// What coverage costs: the same replay with and without.
+std::string CoverageTable(const ReplayOptions& options, const ReplayResult& with,
+                          const ReplayResult& without, int32_t num_experts) {
+  std::vector<std::vector<std::string>> rows = {
+      {"policy", "split", "rho", "imbalance", "without coverage", "cost", "without coverage"}};
+  for (size_t i = 0; i < with.figures.size(); ++i) {
+    const ReplayFigures &a = with.figures[i], &b = without.figures[i];
+    rows.push_back({a.policy, NameOf(a.split), absl::StrCat(a.rho), Fixed(a.mean_imbalance, 3),
+                    Fixed(b.mean_imbalance, 3), Fixed(a.total_cost, 3), Fixed(b.total_cost, 3)});
+  }
+  return absl::StrCat("coverage of the ", NumHotExperts(options.topology, num_experts),
+                      " hottest of ", num_experts, " experts, as many as there are spare slots:\n",
+                      FormatTable(rows));
+}
+
 absl::Status RunReplay(const ReplayFlags& flags) {
   std::vector<NamedArray> phases;
   for (const std::string& path : flags.traces) {
@@ -168,8 +202,15 @@ absl::Status RunReplay(const ReplayFlags& flags) {
             << " slots on " << flags.ranks << " ranks; " << trace.dropped_tokens
             << " tokens dropped at the ends of the files\n"
             << TableOf(options, result) << PredictionOf(options, result);
+  std::optional<ReplayResult> uncovered;
+  if (flags.rules.coverage == 1) {
+    ReplayOptions without = options;
+    without.controller.rules.coverage = 0;
+    BALLAST_ASSIGN_OR_RETURN(uncovered, Replay(trace, without));
+    std::cout << CoverageTable(options, result, *uncovered, trace.num_experts);
+  }
   if (!flags.json.empty()) {
-    BALLAST_RETURN_IF_ERROR(WriteFile(flags.json, JsonOf(trace, options, result)));
+    BALLAST_RETURN_IF_ERROR(WriteFile(flags.json, JsonOf(trace, options, result, uncovered)));
   }
   if (!flags.report.empty()) {
     BALLAST_RETURN_IF_ERROR(WriteFile(flags.report, ReplayReport(trace, options, result)));
@@ -192,6 +233,7 @@ void AddFlags(CLI::App* app, ReplayFlags* f) {
                   "Logical experts of a layer; 0: as the trace says (the largest id and one more)")
       ->check(CLI::Range(0, 65536));
   app->add_option("--ranks", f->ranks, "Ranks")->required()->check(CLI::Range(1, 65536));
+  app->add_option("--nodes", f->nodes, "Nodes, equal blocks of ranks")->check(CLI::Range(1, 65536));
   app->add_option("--slots", f->slots, "Expert slots of all ranks in each layer")
       ->required()
       ->check(CLI::Range(1, 1 << 20));
@@ -221,6 +263,19 @@ void AddFlags(CLI::App* app, ReplayFlags* f) {
   app->add_option(
       "--cluster", f->cluster,
       "JSON file of a cluster (docs/cluster-320.json): predict the time of steps there");
+  app->add_option("--coverage", f->rules.coverage,
+                  "1: the loss of any one rank leaves each of the hottest experts, as many as "
+                  "there are spare slots, a copy; replayed without coverage too. Policy regret")
+      ->check(CLI::Range(0, 1))
+      ->group(group);
+  app->add_flag("--node-local", f->rules.node_local,
+                "Copies stay on the node of their expert. Policies regret, never, static")
+      ->group(group);
+  app->add_option("--copy-budget", f->copy_budget,
+                  "Copies per step, over all layers and ranks, that the controller may make; 0: no "
+                  "limit")
+      ->check(CLI::Range(0.0, 1e12))
+      ->group(group);
   app->add_option("--json", f->json, "Write the figures to this file");
   app->add_option("--report", f->report, "Write a page with charts to this file (HTML)");
 }

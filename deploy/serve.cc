@@ -21,6 +21,7 @@
 #include "comm/control_channel.h"
 #include "comm/mpi_transport.h"
 #include "deploy/commands.h"
+#include "kernels/gated_mlp.h"
 #include "monitor/exporter.h"
 #include "monitor/metrics.h"
 #include "monitor/trace_recorder.h"
@@ -191,9 +192,12 @@ absl::Status Server::MakePlacement() {
   Topology topology = Topology::Uniform(ranks, slots);
   topology.node_of_rank = mpi_->node_of_rank();
   BALLAST_ASSIGN_OR_RETURN(const auto policy, MakePolicy(flags_.policy));
+  BALLAST_RETURN_IF_ERROR(CheckRules(flags_.policy, policy->rules_kept(), flags_.rules, topology,
+                                     gate.num_experts));
   BALLAST_ASSIGN_OR_RETURN(
       placement_, Placement::Contiguous(checkpoint_->config().num_moe_layers(), gate.num_experts,
-                                        topology, policy->fills_spare_slots_at_start()));
+                                        topology, policy->fills_spare_slots_at_start(),
+                                        flags_.rules.node_local));
   return absl::OkStatus();
 }
 
@@ -312,6 +316,7 @@ absl::Status Server::StartLeader() {
   options.controller.batch_tokens = flags_.batch_tokens;
   options.controller.rho = flags_.rho;
   options.controller.min_gain = flags_.min_gain;
+  options.controller.rules = flags_.rules;
   options.controller.min_steps_between = flags_.min_steps_between;
   options.controller.force_every_steps = flags_.rebalance_every;
   int32_t most_slots = 0;
@@ -319,6 +324,10 @@ absl::Status Server::StartLeader() {
     most_slots = std::max(most_slots, placement_->topology().slots_on(r));
   }
   options.controller.max_incoming_per_rank = most_slots;
+  BALLAST_ASSIGN_OR_RETURN(
+      const auto expert, GatedMlp::Create(*kernels_, config.hidden, config.expert_inter, dtype_));
+  options.copy_bytes = static_cast<int64_t>(expert->packed_bytes());
+  options.copy_bytes_per_second = flags_.copy_budget_mb * 1e6;
   options.step_log = flags_.step_log;
   options.recorder = recorder_.get();
   RankObserver observer(0, mpi_->size(), config.num_moe_layers(), metrics_.get());

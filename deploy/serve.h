@@ -5,6 +5,7 @@
 #include <string>
 
 #include "absl/status/status.h"
+#include "placement/rules.h"
 
 namespace ballast {
 
@@ -36,6 +37,8 @@ struct ServeFlags {
   int32_t rebalance_every = 0;
   int32_t min_steps_between = 0;
   double min_gain = 0.02;
+  PlacementRules rules;
+  double copy_budget_mb = 0.0;
   uint64_t migration_slice_bytes = 1 << 20;
   uint64_t migration_chunk_bytes = 256 << 10;
   int64_t plan_timeout_ms = 30'000;

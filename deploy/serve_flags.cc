@@ -122,6 +122,19 @@ void AddPlacementFlags(CLI::App* app, ServeFlags* f) {
   app->add_option("--min-steps-between", f->min_steps_between, "Steps from one plan to the next")
       ->check(CLI::Range(0, 1 << 30))
       ->group(group);
+  app->add_option("--coverage", f->rules.coverage,
+                  "1: the loss of any one rank leaves each of the hottest experts, as many as "
+                  "there are spare slots, a copy. Policy regret")
+      ->check(CLI::Range(0, 1))
+      ->group(group);
+  app->add_flag("--node-local", f->rules.node_local,
+                "Copies stay on the node of their expert. Policies regret, never, static")
+      ->group(group);
+  app->add_option("--copy-budget-mb", f->copy_budget_mb,
+                  "Megabytes (10^6 bytes) of expert parameters per second, over all ranks, that "
+                  "plans may copy; 0: no limit")
+      ->check(CLI::Range(0.0, 1e9))
+      ->group(group);
   app->add_option("--rebalance-every", f->rebalance_every,
                   "Plan every so many steps, whatever there is to gain; 0: only when it pays")
       ->check(CLI::Range(0, 1 << 30))

@@ -37,7 +37,7 @@ using HotTable = std::vector<HotExpert>;
 
 // Label values, in the order of the enums.
 constexpr const char* kCopyResults[] = {"applied", "failed"};
-constexpr const char* kRebalanceResults[] = {"applied", "aborted", "rejected"};
+constexpr const char* kRebalanceResults[] = {"applied", "aborted", "rejected", "over_budget"};
 constexpr const char* kRebalanceTriggers[] = {"threshold", "interval", "manual", "failure"};
 constexpr const char* kRequestResults[] = {"ok", "rejected", "cancelled", "failed"};
 

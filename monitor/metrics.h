@@ -34,7 +34,7 @@ struct StepSample {
 };
 
 enum class CopyResult { kApplied, kFailed };
-enum class RebalanceResult { kApplied, kAborted, kRejected };
+enum class RebalanceResult { kApplied, kAborted, kRejected, kOverBudget };
 enum class RebalanceTrigger { kThreshold, kInterval, kManual, kFailure };
 enum class RequestResult { kOk, kRejected, kCancelled, kFailed };
 

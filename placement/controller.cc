@@ -42,6 +42,11 @@ absl::Status CheckOptions(const ControllerOptions& options, const Topology& topo
         "max_incoming_per_rank", options.max_incoming_per_rank,
         absl::StrCat("0 (no limit) or at least ", most_slots, ", the slots of the largest rank"));
   }
+  if (options.copy_burst != 0.0 && !(options.copy_burst >= topology.num_slots())) {
+    return reject("copy_burst", options.copy_burst,
+                  absl::StrCat("0 (no budget) or at least ", topology.num_slots(),
+                               ", the slots of a layer"));
+  }
   return absl::OkStatus();
 }
 
@@ -63,6 +68,8 @@ const char* NameOf(Decision decision) {
       return "nothing_to_gain";
     case Decision::kPolicyStays:
       return "policy_stays";
+    case Decision::kOverBudget:
+      return "over_budget";
   }
   return "unknown";
 }
@@ -72,6 +79,8 @@ absl::StatusOr<std::unique_ptr<Controller>> Controller::Create(ControllerOptions
   BALLAST_RETURN_IF_ERROR(CheckOptions(options, initial.topology()));
   BALLAST_ASSIGN_OR_RETURN(std::unique_ptr<Policy> policy, MakePolicy(options.policy));
   BALLAST_RETURN_IF_ERROR(policy->CheckSupport(initial));
+  BALLAST_RETURN_IF_ERROR(CheckRules(options.policy, policy->rules_kept(), options.rules,
+                                     initial.topology(), initial.num_experts()));
   return std::unique_ptr<Controller>(
       new Controller(std::move(options), std::move(initial), std::move(policy)));
 }
@@ -81,7 +90,8 @@ Controller::Controller(ControllerOptions options, Placement initial, std::unique
       placement_(std::move(initial)),
       policy_(std::move(policy)),
       window_sums_(static_cast<size_t>(placement_.num_layers()) * placement_.num_experts(), 0),
-      batch_(window_sums_.size(), 0) {
+      batch_(window_sums_.size(), 0),
+      credit_(options_.copy_burst) {
   const PolicyContext context{.initial = placement_,
                               .num_groups = options_.num_groups,
                               .rho = options_.rho,
@@ -166,12 +176,18 @@ std::optional<MigrationPlan> Controller::Decide(int64_t step, bool force, Decisi
   if (forced && batch_tokens_ > 0) HandOverBatch();
   new_batch_ = false;
   bool policy_stays = false;
-  std::vector<Placement::LayerRow> rows = WithinLimit(WantedRows(forced, &policy_stays));
-  if (over) ForgetWindow();
-  if (rows.empty()) {
+  std::vector<Candidate> wanted = WantedRows(forced, &policy_stays);
+  if (wanted.empty()) {
+    if (over) ForgetWindow();
     *why = policy_stays ? Decision::kPolicyStays : Decision::kNothingToGain;
     return std::nullopt;
   }
+  std::vector<Placement::LayerRow> rows = WithinLimits(std::move(wanted));
+  if (rows.empty()) {  // the first row fits under max_incoming_per_rank, so it was the budget
+    *why = Decision::kOverBudget;
+    return std::nullopt;
+  }
+  if (over) ForgetWindow();
   absl::StatusOr<MigrationPlan> plan =
       MakeMigrationPlan(placement_, std::move(rows), last_plan_id_ + 1);
   BALLAST_CHECK(plan.ok());  // a policy's rows are valid
@@ -214,7 +230,8 @@ std::vector<Controller::Candidate> Controller::WantedRows(bool forced, bool* pol
     if (std::equal(held.begin(), held.end(), row->begin(), row->end())) continue;
     wanted.push_back({.row = {.layer = layer, .expert_of_slot = *std::move(row)}, .gain = now});
   }
-  if (wanted.empty() || (!gated && options_.max_incoming_per_rank == 0)) return wanted;
+  const bool limited = options_.max_incoming_per_rank > 0 || options_.copy_burst > 0.0;
+  if (wanted.empty() || (!gated && !limited)) return wanted;
   MeasureGains(&wanted);
   if (gated) {
     std::erase_if(wanted, [&](const Candidate& c) { return c.gain < options_.min_gain; });
@@ -235,22 +252,34 @@ void Controller::MeasureGains(std::vector<Candidate>* wanted) const {
   }
 }
 
-// The candidates with the largest gain whose copies fit under max_incoming_per_rank together.
-std::vector<Placement::LayerRow> Controller::WithinLimit(std::vector<Candidate> candidates) const {
+void Controller::GrantCopies(double copies) {
+  BALLAST_CHECK(copies >= 0.0);
+  credit_ = std::min(credit_ + copies, options_.copy_burst);
+}
+
+// The candidates with the largest gain whose copies fit under max_incoming_per_rank together, as
+// far as credit lasts, which they take.
+std::vector<Placement::LayerRow> Controller::WithinLimits(std::vector<Candidate> candidates) {
   std::stable_sort(candidates.begin(), candidates.end(),
                    [](const Candidate& a, const Candidate& b) { return a.gain > b.gain; });
   const Topology& topology = placement_.topology();
   std::vector<int32_t> incoming(topology.num_ranks(), 0);
   std::vector<Placement::LayerRow> rows;
   for (Candidate& candidate : candidates) {
-    if (options_.max_incoming_per_rank > 0) {
+    if (options_.max_incoming_per_rank > 0 || options_.copy_burst > 0.0) {
       const absl::StatusOr<MigrationPlan> alone =
           MakeMigrationPlan(placement_, {candidate.row}, /*plan_id=*/1);
       BALLAST_CHECK(alone.ok());
       std::vector<int32_t> with_it = incoming;
       for (const Move& move : alone->moves) ++with_it[topology.rank_of_slot(move.to_slot)];
-      if (*std::max_element(with_it.begin(), with_it.end()) > options_.max_incoming_per_rank) {
+      if (options_.max_incoming_per_rank > 0 &&
+          *std::max_element(with_it.begin(), with_it.end()) > options_.max_incoming_per_rank) {
         continue;
+      }
+      const double copies = static_cast<double>(alone->moves.size());
+      if (options_.copy_burst > 0.0) {
+        if (copies > credit_) break;
+        credit_ -= copies;
       }
       incoming = std::move(with_it);
     }
@@ -261,17 +290,11 @@ std::vector<Placement::LayerRow> Controller::WithinLimit(std::vector<Candidate> 
 
 // Largest rank load over mean rank load when `load` is split exactly; 1 when there is no load.
 double Controller::Imbalance(const LayerHosts& hosts, std::span<const int64_t> load) const {
-  int64_t total = 0;
-  for (int64_t copies : load) total += copies;
-  if (total == 0) return 1.0;
-  int shift = 0;  // the splitter counts in 32 bits
-  while ((total >> shift) >= (int64_t{1} << 30)) ++shift;
-  std::vector<int32_t> demand(load.size());
+  std::vector<int32_t> demand;
+  ScaleDemand(load, &demand);
   int64_t kept = 0;
-  for (size_t e = 0; e < load.size(); ++e) {
-    demand[e] = static_cast<int32_t>(load[e] >> shift);
-    kept += demand[e];
-  }
+  for (int32_t copies : demand) kept += copies;
+  if (kept == 0) return 1.0;
   Split split;
   ExactSplitter(hosts).Run(demand, &split);
   return static_cast<double>(split.largest_load) * hosts.num_ranks / static_cast<double>(kept);

@@ -30,6 +30,7 @@ struct ControllerOptions {
   double min_gain = 0.02;          // smallest fall of imbalance (max/mean) that is worth moving for
   int32_t max_incoming_per_rank = 0;  // copies that one plan may bring to a rank; 0: no limit
   int32_t backoff_steps = 256;        // after an aborted plan; for force_every_steps too
+  double copy_burst = 0.0;  // most copies that may go unused and be made later; 0: no budget
 };
 
 // Why the controller decided as it did, for metrics and logs.
@@ -40,7 +41,8 @@ enum class Decision {
   kTooSoon,
   kInFlight,
   kNothingToGain,
-  kPolicyStays
+  kPolicyStays,
+  kOverBudget
 };
 const char* NameOf(Decision decision);
 
@@ -55,18 +57,32 @@ const char* NameOf(Decision decision);
 // Under max_incoming_per_rank the layers with the largest gain go first, and one that would bring
 // any rank over the limit waits for a later plan.
 //
-// Call order: (OnStep Decide? (OnCommitted | OnAborted)?)*. At most one plan is in flight.
+// Under a budget (copy_burst > 0) a plan is made of credit, which begins at copy_burst and grows by
+// GrantCopies up to it:
+//
+//   copies of all plans made between two moments <= grants between them + copy_burst
+//
+// The layers with the largest gain go first; the first that credit does not last for, and all after
+// it, wait, so that none is passed over for good. A forced plan waits too. An aborted plan's copies
+// are spent: their bytes may have travelled.
+//
+// Call order: ((GrantCopies | OnStep)* Decide? (OnCommitted | OnAborted)?)*. At most one plan is in
+// flight.
 class Controller {
  public:
   // ERRORS kInvalidArgument: an unknown policy, one that does not support the placement, or an
   //        option out of range (the message names it). max_incoming_per_rank may not be less than
-  //        the slots of the largest rank, or one layer alone could be too much for any plan.
+  //        the slots of the largest rank, and copy_burst not less than the slots of a layer, or one
+  //        layer alone could be too much for any plan.
   static absl::StatusOr<std::unique_ptr<Controller>> Create(ControllerOptions options,
                                                             Placement initial);
 
   // Counts of one step, folded to logical experts under the epoch they were counted in.
   // SHAPES counts [num_layers * E] copies over all ranks   num_tokens: tokens of the step
   void OnStep(int64_t step, int64_t num_tokens, std::span<const int32_t> counts);
+
+  // Adds to the credit. REQUIRES copies >= 0
+  void GrantCopies(double copies);
 
   // A plan to start now, or nothing; `why` says which. `force` plans regardless of gain and of the
   // steps since the last plan (POST /v1/rebalance), but not while one is in flight, and not before
@@ -101,7 +117,7 @@ class Controller {
   void AddToBatch(int64_t num_tokens, std::span<const int32_t> counts);
   std::vector<Candidate> WantedRows(bool forced, bool* policy_stays);
   void MeasureGains(std::vector<Candidate>* wanted) const;
-  std::vector<Placement::LayerRow> WithinLimit(std::vector<Candidate> candidates) const;
+  std::vector<Placement::LayerRow> WithinLimits(std::vector<Candidate> candidates);
   double Imbalance(const LayerHosts& hosts, std::span<const int64_t> load) const;
 
   ControllerOptions options_;
@@ -116,6 +132,7 @@ class Controller {
   std::vector<int32_t> batch_;        // [num_layers * E] steps not yet handed to the planners
   int64_t batch_tokens_ = 0;
   bool new_batch_ = false;           // the planners have seen one since the last plan was asked for
+  double credit_;                    // copies that may be made now
   std::optional<Placement> target_;  // where the plan in flight leads
   int64_t last_plan_id_ = 0;
   int64_t last_start_ = 0;           // step of the last plan's start

@@ -315,11 +315,8 @@ void FullPlanner::SplitRow(std::span<const int64_t> load, FullPlan* plan) const 
   const absl::StatusOr<Placement> placement =
       Placement::Create(1, num_experts_, topology_, plan->expert_of_slot, /*epoch=*/0);
   BALLAST_CHECK(placement.ok());
-  int shift = 0;
-  const int64_t total = TotalOf(load);
-  while ((total >> shift) >= (int64_t{1} << 30)) ++shift;
-  std::vector<int32_t> demand(num_experts_);
-  for (int32_t e = 0; e < num_experts_; ++e) demand[e] = static_cast<int32_t>(load[e] >> shift);
+  std::vector<int32_t> demand;
+  const int shift = ScaleDemand(load, &demand);
   const LayerHosts& hosts = placement->hosts(0);
   Split split;
   ExactSplitter(hosts).Run(demand, &split);

@@ -278,7 +278,8 @@ void Placement::Tables::BuildHosts(int32_t num_layers, int32_t num_experts) {
 }
 
 absl::StatusOr<Placement> Placement::Contiguous(int32_t num_layers, int32_t num_experts,
-                                                const Topology& topology, bool fill_spare) {
+                                                const Topology& topology, bool fill_spare,
+                                                bool within_nodes) {
   BALLAST_RETURN_IF_ERROR(CheckTopology(topology));
   if (num_layers < 1 || num_experts < 1) {
     return absl::InvalidArgumentError(absl::StrCat("a placement of ", num_layers, " layers and ",
@@ -289,7 +290,10 @@ absl::StatusOr<Placement> Placement::Contiguous(int32_t num_layers, int32_t num_
   for (int32_t e = 0; e < num_experts; ++e) {
     block[static_cast<int64_t>(e) * num_ranks / num_experts].push_back(e);
   }
-  const std::vector<int32_t> distances = RingDistances(num_ranks);
+  std::vector<std::vector<int32_t>> rings(within_nodes ? topology.num_nodes() : 1);
+  for (int32_t r = 0; r < num_ranks; ++r) {
+    rings[within_nodes ? topology.node_of_rank[r] : 0].push_back(r);
+  }
   std::vector<int32_t> row(topology.num_slots(), kNoExpert);
   for (int32_t r = 0; r < num_ranks; ++r) {
     const int32_t own = static_cast<int32_t>(block[r].size());
@@ -301,10 +305,15 @@ absl::StatusOr<Placement> Placement::Contiguous(int32_t num_layers, int32_t num_
     int32_t slot = topology.slot_offsets[r];
     for (int32_t e : block[r]) row[slot++] = e;
     if (!fill_spare) continue;
+    const std::vector<int32_t>& ring = rings[within_nodes ? topology.node_of_rank[r] : 0];
+    const int32_t length = static_cast<int32_t>(ring.size());
+    const int32_t place =
+        static_cast<int32_t>(std::find(ring.begin(), ring.end(), r) - ring.begin());
+    const std::vector<int32_t> distances = RingDistances(length);
     const int32_t end = topology.slot_offsets[r + 1];
     for (int32_t round = 0; slot < end && round < num_experts; ++round) {
       for (size_t i = 0; slot < end && i < distances.size(); ++i) {
-        const std::vector<int32_t>& theirs = block[(r + num_ranks - distances[i]) % num_ranks];
+        const std::vector<int32_t>& theirs = block[ring[(place + length - distances[i]) % length]];
         const size_t size = theirs.size();
         if (static_cast<size_t>(round) < size) row[slot++] = theirs[(i + round) % size];
       }

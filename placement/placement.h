@@ -49,10 +49,11 @@ class Placement {
   // Expert e on rank floor(e * R / E): the experts in order, in blocks as even as can be. Spare
   // slots are empty, or (fill_spare) filled as a ring: the i-th of rank r holds the i-th expert of
   // rank r - d_i, with d = 1, 3, ..., 2, 4, ... round the ranks, so that the copies join many pairs
-  // of ranks.
+  // of ranks. With `within_nodes` each node has a ring of its own, and no copy leaves it.
   // ERRORS kInvalidArgument when the slots do not suffice, with both numbers
   static absl::StatusOr<Placement> Contiguous(int32_t num_layers, int32_t num_experts,
-                                              const Topology& topology, bool fill_spare);
+                                              const Topology& topology, bool fill_spare,
+                                              bool within_nodes = false);
 
   int32_t num_layers() const { return num_layers_; }
   int32_t num_experts() const { return num_experts_; }

@@ -10,14 +10,9 @@
 
 #include "absl/status/statusor.h"
 #include "placement/placement.h"
+#include "placement/rules.h"
 
 namespace ballast {
-
-// What a placement must keep to, beyond being valid.
-struct PlacementRules {
-  int32_t coverage = 0;     // 1: the loss of any one rank leaves every hot expert a copy
-  bool node_local = false;  // copies stay on the node where the expert is at home
-};
 
 // What every layer of a model has in common for a policy.
 struct PolicyContext {
@@ -61,6 +56,9 @@ class Policy {
   virtual bool meters_itself() const { return false; }
   // 0: whenever there is reason to; N: every N steps, from the counts of those N steps.
   virtual int32_t interval_steps() const { return 0; }
+  // The strictest rules that all its plans keep. A policy that follows no load keeps no coverage,
+  // even where its copies happen to cover the experts that are hot now.
+  virtual PlacementRules rules_kept() const { return {}; }
   // Whether the policy can plan for such a placement, before it is asked to.
   // ERRORS kInvalidArgument names the policy and what it cannot do
   virtual absl::Status CheckSupport(const Placement&) const { return absl::OkStatus(); }

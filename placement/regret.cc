@@ -20,8 +20,7 @@ constexpr float kInStepWeight = 6.0f;
 
 int32_t NumCovered(const PolicyContext& context) {
   if (context.rules.coverage == 0) return 0;
-  const int32_t num_experts = context.initial.num_experts();
-  return std::min(num_experts, context.initial.topology().num_slots() - num_experts);
+  return NumHotExperts(context.initial.topology(), context.initial.num_experts());
 }
 
 }  // namespace

@@ -27,8 +27,8 @@ namespace ballast {
 // lambda is 0 but for the first batches after a change of traffic: they speak for some more of
 // their kind.
 //
-// Where the rules ask for coverage, the hottest experts that spare slots are enough for get a
-// second rank first, whatever that costs, and no change takes it away.
+// Where the rules ask for coverage, the hot experts (rules.h), by what they have carried for long,
+// get a second rank first, whatever that costs, and no change takes it away.
 class RegretPlanner : public LayerPlanner {
  public:
   RegretPlanner(const PolicyContext& context, std::span<const int32_t> row);

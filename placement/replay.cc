@@ -31,21 +31,28 @@ class ControllerPlayer : public Player {
  public:
   static absl::StatusOr<std::unique_ptr<Player>> Create(const StepTrace& trace,
                                                         ControllerOptions options,
-                                                        const Topology& topology) {
+                                                        const Topology& topology,
+                                                        double copy_budget) {
     BALLAST_ASSIGN_OR_RETURN(const std::unique_ptr<Policy> policy, MakePolicy(options.policy));
     BALLAST_ASSIGN_OR_RETURN(Placement initial,
                              Placement::Contiguous(trace.num_layers, trace.num_experts, topology,
-                                                   policy->fills_spare_slots_at_start()));
+                                                   policy->fills_spare_slots_at_start(),
+                                                   options.rules.node_local));
+    if (copy_budget > 0.0) {
+      options.copy_burst = std::max<double>(copy_budget, topology.num_slots());
+    }
     BALLAST_ASSIGN_OR_RETURN(std::unique_ptr<Controller> controller,
                              Controller::Create(std::move(options), std::move(initial)));
-    return std::make_unique<ControllerPlayer>(trace, std::move(controller));
+    return std::make_unique<ControllerPlayer>(trace, std::move(controller), copy_budget);
   }
-  ControllerPlayer(const StepTrace& trace, std::unique_ptr<Controller> controller)
-      : trace_(trace), controller_(std::move(controller)) {}
+  ControllerPlayer(const StepTrace& trace, std::unique_ptr<Controller> controller,
+                   double copy_budget)
+      : trace_(trace), controller_(std::move(controller)), copy_budget_(copy_budget) {}
 
   const Placement& placement() const override { return controller_->placement(); }
   std::optional<MigrationPlan> Learn(int64_t step) override {
     controller_->OnStep(step, trace_.step_tokens, trace_.step(step));
+    controller_->GrantCopies(copy_budget_);
     Decision why = Decision::kNone;
     std::optional<MigrationPlan> plan = controller_->Decide(step + 1, /*force=*/false, &why);
     if (plan.has_value()) controller_->OnCommitted(plan->plan_id, step + 1);
@@ -55,6 +62,7 @@ class ControllerPlayer : public Player {
  private:
   const StepTrace& trace_;
   std::unique_ptr<Controller> controller_;
+  double copy_budget_;
 };
 
 // Full plans of what no server can know.
@@ -121,6 +129,10 @@ absl::StatusOr<std::unique_ptr<Player>> MakePlayer(const StepTrace& trace,
                                                    const ReplayOptions& options,
                                                    const std::string& policy, double rho) {
   using Kind = OraclePlayer::Kind;
+  if (policy == "oracle" || policy == "oracle-switch") {
+    BALLAST_RETURN_IF_ERROR(CheckRules(policy, /*kept=*/{}, options.controller.rules,
+                                       options.topology, trace.num_experts));
+  }
   if (policy == "oracle") return OraclePlayer::Create(trace, options.topology, Kind::kEveryStep);
   if (policy == "oracle-switch") {
     return OraclePlayer::Create(trace, options.topology, Kind::kEveryPhase);
@@ -129,7 +141,8 @@ absl::StatusOr<std::unique_ptr<Player>> MakePlayer(const StepTrace& trace,
   controller.rho = rho;
   controller.in_step = options.when == PlanTime::kInStep;
   controller.policy = policy;
-  return ControllerPlayer::Create(trace, std::move(controller), options.topology);
+  return ControllerPlayer::Create(trace, std::move(controller), options.topology,
+                                  options.copy_budget);
 }
 
 // Whether the policy decides alike whatever a copy costs.
@@ -338,6 +351,10 @@ absl::Status CheckOptions(const StepTrace& trace, const ReplayOptions& options) 
     if (!(rho >= 0.0 && rho <= 1e6)) {
       return absl::InvalidArgumentError(absl::StrCat("rho is ", rho, ", allowed: 0 to 1e6"));
     }
+  }
+  if (!(options.copy_budget >= 0.0 && options.copy_budget <= 1e12)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("copy budget is ", options.copy_budget, ", allowed: 0 (no limit) to 1e12"));
   }
   if (trace.num_steps() == 0) return absl::InvalidArgumentError("the trace has no step");
   return absl::OkStatus();

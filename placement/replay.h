@@ -36,6 +36,9 @@ struct ReplayOptions {
   std::optional<ClusterModel> cluster = {};  // predicts times where given
   // For the policies that the controller runs; `policy` is set from the policy's name.
   ControllerOptions controller = {};
+  // Copies per step, over all layers and ranks, that the controller may make (those not made add up
+  // to the slots of a layer, or to one step's where these are more); 0: no limit.
+  double copy_budget = 0.0;
   // Nanoseconds of any monotonic clock, for the times of planning and splitting; without one they
   // are 0. Everything else depends on the trace and these options alone.
   std::function<int64_t()> now_ns = {};
@@ -105,10 +108,10 @@ std::vector<std::string> ReplayPolicyNames();
 // Plays the trace against every policy and split.
 //
 // Rules. Each policy starts, free of charge, from the contiguous placement with its spare slots as
-// a ring (static: empty). Every plan is renamed for least movement (AlignRow) and takes effect at
-// once; a copy is an expert that enters a rank which lacked it. Plans of the last step are not
-// charged. The copies of a layer and step are dealt to the source ranks in turn, expert by expert:
-// it matters to price, roundrobin and hash only.
+// a ring (static: empty; node-local: a ring per node). Every plan is renamed for least movement
+// (AlignRow) and takes effect at once; a copy is an expert that enters a rank which lacked it.
+// Plans of the last step are not charged. The copies of a layer and step are dealt to the source
+// ranks in turn, expert by expert: it matters to price, roundrobin and hash only.
 //
 // ORDER  deterministic but for the times
 // ERRORS kInvalidArgument names the policy or the option that cannot be used

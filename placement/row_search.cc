@@ -378,8 +378,29 @@ bool RowSearch::AddHost(int32_t expert) {
     }
   }
   const Change* best = BestCandidate(-1e30f);
-  if (best == nullptr) return false;
+  if (best == nullptr) return AddHostByMoving(expert);
   Apply(*best);
+  return true;
+}
+
+// Moves the smallest expert that it can from another rank to one of the expert's own.
+bool RowSearch::AddHostByMoving(int32_t expert) {
+  int32_t to = -1, from = -1;
+  const int32_t num_slots = static_cast<int32_t>(row_.size());
+  for (int32_t other = 0; other < num_slots; ++other) {
+    const int32_t moved = row_[other];
+    if (moved == kNoExpert || !MayComeTo(expert, rank_of_slot_[other])) continue;
+    if (from >= 0 && memory_->typical_load(moved) >= memory_->typical_load(row_[from])) continue;
+    for (int32_t slot = 0; slot < num_slots; ++slot) {
+      if (!MayOverwrite(slot) || !MayComeTo(moved, rank_of_slot_[slot])) continue;
+      to = slot;
+      from = other;
+      break;
+    }
+  }
+  if (from < 0) return false;
+  Apply({row_[from], to, -1, 0.0f});
+  Apply({expert, from, -1, 0.0f});
   return true;
 }
 

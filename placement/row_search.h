@@ -50,8 +50,8 @@ class RowSearch {
   int32_t ImproveOnce(int32_t level, float least_gain);
   // The objective of the row.
   float ObjectiveOf();
-  // The change that best gives `expert` one more host, whatever it costs the objective. False if
-  // there is none.
+  // The change that best gives `expert` one more host, whatever it costs the objective. Where only
+  // its own ranks have room, another expert moves there first. False if there is no way.
   bool AddHost(int32_t expert);
   void StartCounting();
   int32_t busiest() const;  // copies received by the rank that received most
@@ -89,6 +89,7 @@ class RowSearch {
   void CollectExchanges(int32_t slot, int32_t level, float least_estimate);
   Slope SlopeBetween(int32_t from, int32_t to, const Lanes& difference) const;
   const Change* BestCandidate(float least_gain);
+  bool AddHostByMoving(int32_t expert);
   void SetUp(const Change& change, Trial* trial) const;
   float Objective(std::span<const Lanes> load) const;
   void Apply(const Change& change);

@@ -201,4 +201,14 @@ void ExactSplitter::Run(std::span<const int32_t> demand, Split* split) {
   split->largest_load = target;
 }
 
+int ScaleDemand(std::span<const int64_t> load, std::vector<int32_t>* demand) {
+  int64_t total = 0;
+  for (int64_t copies : load) total += copies;
+  int shift = 0;
+  while ((total >> shift) >= (int64_t{1} << 30)) ++shift;
+  demand->resize(load.size());
+  for (size_t e = 0; e < load.size(); ++e) (*demand)[e] = static_cast<int32_t>(load[e] >> shift);
+  return shift;
+}
+
 }  // namespace ballast

@@ -64,6 +64,10 @@ class ExactSplitter {
   std::vector<int32_t> take_host_;  // [R] host of this rank that would take them
 };
 
+// What the splitter can count of loads beyond its 32 bits: demand[e] = load[e] >> shift, with the
+// smallest shift that keeps the total below 2^30. Returns the shift.
+int ScaleDemand(std::span<const int64_t> load, std::vector<int32_t>* demand);
+
 }  // namespace ballast
 
 #endif  // BALLAST_PLACEMENT_SPLIT_EXACT_H_

@@ -29,7 +29,14 @@ absl::StatusOr<std::unique_ptr<Leader>> Leader::Create(
     RankMetrics* metrics, std::function<absl::Status(std::vector<std::byte>)> send_plan) {
   std::unique_ptr<Leader> leader(
       new Leader(options, initial, std::move(rank_observer), metrics, std::move(send_plan)));
-  BALLAST_ASSIGN_OR_RETURN(leader->controller_, Controller::Create(options.controller, initial));
+  ControllerOptions controller = options.controller;
+  if (options.copy_bytes_per_second > 0.0) {
+    controller.copy_burst = std::max<double>(
+        initial.topology().num_slots(),
+        options.copy_bytes_per_second / static_cast<double>(options.copy_bytes));
+    leader->granted_ns_ = options.now_ns();
+  }
+  BALLAST_ASSIGN_OR_RETURN(leader->controller_, Controller::Create(controller, initial));
   if (!options.step_log.empty()) {
     leader->log_ = std::fopen(options.step_log.c_str(), "w");
     if (leader->log_ == nullptr) {
@@ -108,10 +115,7 @@ void Leader::Handle(const StepRecord& record) {
   tokens_since_hot_ += record.num_tokens;
   if (tokens_since_hot_ >= options_.hot_experts_every_tokens) PublishHotExperts();
   Decision why = Decision::kNone;
-  if (may_plan_ && Plan(/*force=*/false, &why).has_value()) {
-    trigger_ = options_.controller.force_every_steps > 0 ? RebalanceTrigger::kInterval
-                                                         : RebalanceTrigger::kThreshold;
-  }
+  if (may_plan_ && Plan(/*force=*/false, &why).has_value()) trigger_ = TriggerOf(/*force=*/false);
 }
 
 void Leader::Handle(const PlanEnded& ended) {
@@ -131,12 +135,18 @@ void Leader::Handle(const PlanEnded& ended) {
   placement_ = ended.in_force;
 }
 
+RebalanceTrigger Leader::TriggerOf(bool force) const {
+  if (force) return RebalanceTrigger::kManual;
+  return options_.controller.force_every_steps > 0 ? RebalanceTrigger::kInterval
+                                                   : RebalanceTrigger::kThreshold;
+}
+
 void Leader::Handle(Forced& forced) {
   Decision why = Decision::kNone;
   const auto plan = Plan(/*force=*/true, &why);
   nlohmann::json answer = {{"planned", plan.has_value()}};
   if (plan.has_value()) {
-    trigger_ = RebalanceTrigger::kManual;
+    trigger_ = TriggerOf(/*force=*/true);
     answer["plan_id"] = plan->plan_id;
     answer["copies"] = plan->moves.size();
   } else {
@@ -145,8 +155,22 @@ void Leader::Handle(Forced& forced) {
   forced.answer.set_value(answer.dump());
 }
 
+// Turns the time since the last decision into copies.
+void Leader::GrantCopies() {
+  if (options_.copy_bytes_per_second <= 0.0) return;
+  const int64_t now = options_.now_ns();
+  controller_->GrantCopies(static_cast<double>(now - granted_ns_) * 1e-9 *
+                           options_.copy_bytes_per_second /
+                           static_cast<double>(options_.copy_bytes));
+  granted_ns_ = now;
+}
+
 std::optional<MigrationPlan> Leader::Plan(bool force, Decision* why) {
+  GrantCopies();
   auto plan = controller_->Decide(step_, force, why);
+  if (*why == Decision::kOverBudget) {
+    metrics_->OnRebalance(RebalanceResult::kOverBudget, TriggerOf(force));
+  }
   if (!plan.has_value()) return std::nullopt;
   LogInfo("leader", absl::StrCat("plan ", plan->plan_id, ": ", plan->moves.size(), " copies in ",
                                  plan->rows.size(), " layers"));

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "base/clock.h"
 #include "monitor/trace_recorder.h"
 #include "placement/controller.h"
 #include "runtime/engine.h"
@@ -34,6 +35,11 @@ class Leader : public EngineObserver {
     int32_t hot_experts = 8;      // per layer, in the metrics; 0: none
     int64_t hot_experts_every_tokens = 4096;
     TraceRecorder* recorder = nullptr;  // gets the counts of every step; may be null
+    // Bytes per second, over all ranks, that plans may copy; 0: no limit. What is not used adds up
+    // to one second's, or to the slots of a layer where these are more.
+    double copy_bytes_per_second = 0.0;
+    int64_t copy_bytes = 1;                     // of one copy
+    std::function<int64_t()> now_ns = NowNs;    // any monotonic clock
   };
   // `send_plan` gives a serialized plan to every rank. `metrics` belongs to rank 0.
   // ERRORS kInvalidArgument: the controller's options; the step log cannot be written
@@ -71,6 +77,8 @@ class Leader : public EngineObserver {
   void Handle(const StepRecord& record);
   void Handle(const PlanEnded& ended);
   void Handle(Forced& forced);
+  void GrantCopies();
+  RebalanceTrigger TriggerOf(bool force) const;
   std::optional<MigrationPlan> Plan(bool force, Decision* why);
   void WriteStep(const StepRecord& record);
   void PublishHotExperts();
@@ -85,6 +93,7 @@ class Leader : public EngineObserver {
   int64_t step_ = 0;
   bool may_plan_ = true;
   int64_t tokens_since_hot_ = 0;
+  int64_t granted_ns_ = 0;  // until when copies were granted
   RebalanceTrigger trigger_ = RebalanceTrigger::kThreshold;  // of the plan in flight
   std::FILE* log_ = nullptr;
   // State below is protected by mutex_.

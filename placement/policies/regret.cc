@@ -9,6 +9,7 @@ namespace {
 class RegretPolicy : public Policy {
  public:
   bool meters_itself() const override { return true; }
+  PlacementRules rules_kept() const override { return {.coverage = 1, .node_local = true}; }
   std::unique_ptr<LayerPlanner> MakeLayerPlanner(const PolicyContext& context,
                                                  int32_t layer) const override {
     return std::make_unique<RegretPlanner>(context, context.initial.expert_of_slot(layer));

@@ -17,6 +17,7 @@ class StayPolicy : public Policy {
   explicit StayPolicy(bool fills_spare) : fills_spare_(fills_spare) {}
 
   bool fills_spare_slots_at_start() const override { return fills_spare_; }
+  PlacementRules rules_kept() const override { return {.coverage = 0, .node_local = true}; }
   std::unique_ptr<LayerPlanner> MakeLayerPlanner(const PolicyContext&, int32_t) const override {
     return std::make_unique<StayPlanner>();
   }

@@ -1,8 +1,5 @@
 // The laboratory's commands as users run them: plan, replay, convert, bench.
-#include <sys/wait.h>
-
 #include <catch2/catch.hpp>
-#include <cstdio>
 #include <cstdlib>
 #include <iostream>
 #include <nlohmann/json.hpp>
@@ -12,68 +9,14 @@
 #include "base/random.h"
 #include "base/status.h"
 #include "placement/placement.h"
-#include "tests/support/temp_folder.h"
+#include "tests/deploy/lab_files.h"
 
 namespace ballast {
 namespace {
 
+using namespace testing;  // what the tests of these commands share
 using Catch::Matchers::Contains;
 using nlohmann::json;
-
-struct Ended {
-  int exit_code = -1;
-  std::string output;  // stdout and stderr
-};
-
-Ended Ballast(const std::string& arguments) {
-  const std::string command = absl::StrCat(BALLAST_COMMAND, " ", arguments, " 2>&1");
-  std::FILE* pipe = popen(command.c_str(), "r");
-  REQUIRE(pipe != nullptr);
-  Ended ended;
-  char block[4096];
-  size_t count = 0;
-  while ((count = std::fread(block, 1, sizeof block, pipe)) > 0) ended.output.append(block, count);
-  const int status = pclose(pipe);
-  ended.exit_code = WIFEXITED(status) ? WEXITSTATUS(status) : -1;
-  return ended;
-}
-
-json JsonAt(const std::string& path) {
-  const auto text = ReadFile(path);
-  REQUIRE(text.ok());
-  const json parsed = json::parse(*text, nullptr, /*allow_exceptions=*/false);
-  REQUIRE_FALSE(parsed.is_discarded());
-  return parsed;
-}
-
-// Refused with exit code 2 and a message that has all of `parts`.
-void RequireRefused(const std::string& arguments, const std::vector<std::string>& parts) {
-  const Ended ended = Ballast(arguments);
-  INFO(arguments << "\n" << ended.output);
-  REQUIRE(ended.exit_code == 2);
-  for (const std::string& part : parts) REQUIRE_THAT(ended.output, Contains(part));
-}
-
-// Files of a folder of their own: traces a.npy and b.npy [256, 2, 2] over 16 experts, load.csv.
-class Files {
- public:
-  Files() {
-    Random random(1);
-    for (const char* name : {"a.npy", "b.npy"}) {
-      std::vector<int64_t> ids;
-      for (int i = 0; i < 256 * 2 * 2; ++i) {
-        ids.push_back(random.Below(name[0] == 'a' ? 4 : 16));
-      }
-      ids[0] = 15;
-      REQUIRE(WriteNpy(At(name), MakeNpyArray(NpyType::kU8, {256, 2, 2}, ids)).ok());
-    }
-    REQUIRE(WriteFile(At("load.csv"), "900,10,10,10,10,10,10,10\n10,10,10,10,40,40,40,40\n").ok());
-  }
-  std::string At(const std::string& name) const { return folder_.path() + "/" + name; }
-
- private:
-  testing::TempFolder folder_;
-};
 
 TEST_CASE("ballast plan balances a load and writes what engines read", "[deploy][lab]") {
   const Files files;
@@ -135,6 +78,77 @@ TEST_CASE("ballast plan refuses bad loads and shapes by name and value", "[deplo
                  {"a.npy", "[256, 2, 2]", "[layers, experts]"});
 }
 
+TEST_CASE("ballast plan spends a replica budget on the hot layer", "[deploy][lab]") {
+  // Layer 0 of load.csv has 900 of 970 copies on one expert; layer 1 needs a copy or two.
+  const Files files;
+  const Ended ended = Ballast("plan --load " + files.At("load.csv") +
+                              " --ranks 4 --slots 12 --replica-budget 4 --json " +
+                              files.At("plan.json") + " --out " + files.At("native.json"));
+  INFO(ended.output);
+  REQUIRE(ended.exit_code == 0);
+  REQUIRE_THAT(ended.output, Contains("replica budget: 4 copies"));
+  const json plan = JsonAt(files.At("plan.json"));
+  REQUIRE(plan["replica_budget"]["copies"] == 4);
+  REQUIRE(plan["replica_budget"]["max_over_mean"].get<double>() <
+          plan["replica_budget"]["max_over_mean_uniform"].get<double>());
+  int64_t copies = 0;
+  for (const json& layer : plan["layers"]) {
+    const auto row = layer["slot_to_expert"].get<std::vector<int32_t>>();
+    REQUIRE(row.size() == 12);
+    const auto used = std::count_if(row.begin(), row.end(), [](int32_t e) { return e >= 0; });
+    REQUIRE(used == 8 + layer["copies"].get<int64_t>());
+    REQUIRE(layer["max_over_mean_uniform"].get<double>() >= 1.0);
+    copies += layer["copies"].get<int64_t>();
+  }
+  REQUIRE(copies == 4);
+  REQUIRE(plan["layers"][0]["copies"].get<int>() > plan["layers"][1]["copies"].get<int>());
+  const auto native = ReadFile(files.At("native.json"));
+  REQUIRE(native.ok());
+  REQUIRE(Placement::FromJson(*native).ok());
+}
+
+TEST_CASE("ballast plan covers the hot experts and says what that costs", "[deploy][lab]") {
+  const Files files;
+  for (const char* policy : {"full", "eplb"}) {
+    const Ended ended =
+        Ballast("plan --load " + files.At("load.csv") + " --ranks 4 --slots 12 --coverage 1 " +
+                "--policy " + policy + " --json " + files.At("plan.json"));
+    INFO(ended.output);
+    REQUIRE(ended.exit_code == 0);
+    REQUIRE_THAT(ended.output, Contains("the 4 hottest of 8 experts") &&
+                                   Contains("without coverage") && Contains("uncovered max/mean"));
+    const json plan = JsonAt(files.At("plan.json"));
+    // 900 of 970 on two ranks: 450 of a mean of 242.5 at least. In layer 1 experts 4 to 7 are hot.
+    REQUIRE(plan["layers"][0]["max_over_mean"].get<double>() >= 450 / 242.5);
+    REQUIRE(plan["layers"][0]["max_over_mean_uncovered"].get<double>() < 1.1);
+    const auto row = plan["layers"][1]["slot_to_expert"].get<std::vector<int32_t>>();
+    for (int32_t hot : {4, 5, 6, 7}) {
+      std::vector<size_t> ranks;
+      for (size_t s = 0; s < row.size(); ++s) {
+        if (row[s] == hot) ranks.push_back(s / 3);
+      }
+      INFO("expert " << hot);
+      REQUIRE(ranks.size() >= 2);
+      REQUIRE(ranks.front() != ranks.back());
+    }
+  }
+}
+
+TEST_CASE("ballast plan refuses budgets and rules that cannot be kept by name and value",
+          "[deploy][lab][errors]") {
+  const Files files;
+  const std::string base = "plan --load " + files.At("load.csv") + " --ranks 4 ";
+  RequireRefused(base + "--slots 12 --replica-budget 9", {"--replica-budget", "is 9", "0 to 8"});
+  RequireRefused(base + "--slots 12 --replica-budget -1", {"--replica-budget", "-1"});
+  RequireRefused(base + "--slots 12 --replica-budget 2 --policy eplb",
+                 {"--policy is eplb with --replica-budget", "full"});
+  RequireRefused(base + "--slots 12 --replica-budget 2 --coverage 1",
+                 {"--coverage is 1 with --replica-budget", "0"});
+  RequireRefused(base + "--slots 12 --replica-budget 2 --current x.json", {"--current is x.json"});
+  RequireRefused(base + "--slots 12 --coverage 2", {"--coverage", "2"});
+  RequireRefused(base + "--slots 8 --coverage 1", {"--coverage is 1", "8 slots on 4 ranks"});
+}
+
 TEST_CASE("ballast replay gives a table and the same figures as JSON and a page", "[deploy][lab]") {
   const Files files;
   const std::string base = "replay --trace " + files.At("a.npy") + "," + files.At("b.npy") +
@@ -170,6 +184,50 @@ TEST_CASE("ballast replay gives a table and the same figures as JSON and a page"
   REQUIRE(again.exit_code == 0);
   REQUIRE(JsonAt(files.At("again.json"))["policies"][0]["mean_imbalance"] ==
           figures[12]["mean_imbalance"]);
+}
+
+TEST_CASE("ballast replay keeps rules and says what coverage costs", "[deploy][lab]") {
+  const Files files;
+  const std::string base = "replay --trace " + files.At("a.npy") + "," + files.At("b.npy") +
+                           " --ranks 4 --slots 24 --step-tokens 16 ";
+  const Ended covered = Ballast(base + "--policy regret --coverage 1 --json " + files.At("r.json"));
+  INFO(covered.output);
+  REQUIRE(covered.exit_code == 0);
+  REQUIRE_THAT(covered.output, Contains("the 8 hottest of 16 experts"));
+  const json figures = JsonAt(files.At("r.json"))["policies"][0];
+  REQUIRE(Ballast(base + "--policy regret --json " + files.At("plain.json")).exit_code == 0);
+  const json plain = JsonAt(files.At("plain.json"))["policies"][0];
+  REQUIRE(figures["without_coverage"]["mean_imbalance"] == plain["mean_imbalance"]);
+  REQUIRE(figures["without_coverage"]["total_cost"] == plain["total_cost"]);
+  REQUIRE(figures["mean_imbalance"] != plain["mean_imbalance"]);
+  REQUIRE_FALSE(plain.contains("without_coverage"));
+  const Ended local =
+      Ballast(base + "--policy regret --nodes 2 --node-local --json " + files.At("local.json"));
+  INFO(local.output);
+  REQUIRE(local.exit_code == 0);
+  REQUIRE(JsonAt(files.At("local.json"))["policies"][0]["mean_imbalance"] !=
+          plain["mean_imbalance"]);
+  for (const char* policy : {"static", "never", "eplb", "full", "oracle", "oracle-switch"}) {
+    RequireRefused(base + "--coverage 1 --policy " + policy,
+                   {absl::StrCat("policy ", policy, " "), "coverage 1", "regret"});
+  }
+  // At a rate that never lets more than the first slots of a layer go, there are fewer copies.
+  const auto copies = [&](const std::string& flags) {
+    REQUIRE(
+        Ballast(base + "--policy eplb-interval:1 --json " + files.At("c.json") + flags).exit_code ==
+        0);
+    return JsonAt(files.At("c.json"))["policies"][0]["copies_per_layer_step"].get<double>();
+  };
+  REQUIRE(copies(" --copy-budget 0.001") * 32 * 2 <= 24.1);  // 32 steps of 2 layers
+  REQUIRE(copies(" --copy-budget 0.001") > 0.0);
+  REQUIRE(copies("") * 32 * 2 > 24.1);
+  REQUIRE(copies(" --copy-budget 1e6") == copies(""));
+  RequireRefused(base + "--copy-budget -1", {"--copy-budget", "-1"});
+  RequireRefused(base + "--policy eplb --node-local", {"policy eplb ", "node-local"});
+  RequireRefused(base + "--policy regret --nodes 2 --coverage 1 --node-local",
+                 {"coverage 1 and node-local"});
+  RequireRefused(base + "--coverage 3", {"--coverage", "3"});
+  RequireRefused(base + "--nodes 3", {"--nodes is 3", "divisor"});
 }
 
 TEST_CASE("ballast replay refuses bad traces and flags by name and value",
@@ -325,95 +383,6 @@ TEST_CASE("every command of the laboratory helps", "[deploy][lab]") {
     REQUIRE_THAT(ended.output, Contains("--config") && Contains("Usage: ballast"));
   }
   REQUIRE_THAT(Ballast("convert --help").output, Contains("an empty column"));
-}
-
-TEST_CASE("ballast bench batch compares three splits at every batch size", "[deploy][lab]") {
-  const Files files;
-  const Ended ended = Ballast("bench batch --trace " + files.At("a.npy") + "," + files.At("b.npy") +
-                              " --ranks 4 --slots 20 --json " + files.At("b.json") + " --report " +
-                              files.At("b.html"));
-  INFO(ended.output);
-  REQUIRE(ended.exit_code == 0);
-  const json rows = JsonAt(files.At("b.json"))["batch"];
-  REQUIRE(rows.size() == 10);  // 512 tokens in all
-  for (size_t i = 0; i < rows.size(); ++i) {
-    REQUIRE(rows[i]["tokens"] == int64_t{1} << i);
-    REQUIRE(rows[i]["most_excess_us"].get<double>() <= 0.0);
-    REQUIRE(rows[i]["cost_us"].get<double>() <= rows[i]["exact_us"].get<double>());
-    REQUIRE(rows[i]["cost_us"].get<double>() <= rows[i]["activated_us"].get<double>());
-  }
-  // One token of two experts: one of them is read, or both on one rank.
-  REQUIRE(rows[0]["exact_us"].get<double>() > 9.2);
-  REQUIRE(rows[0]["exact_us"].get<double>() < 2 * (9.2 + 2 * 0.068));
-  const auto page = ReadFile(files.At("b.html"));
-  REQUIRE(page.ok());
-  REQUIRE_THAT(*page, Contains("<svg") && Contains("activated experts") && !Contains("http") &&
-                          !Contains("nan"));
-  REQUIRE(WriteFile(files.At("c.json"), R"({"token_us": 1, "reads": 2})").ok());
-  const std::string base = "bench batch --ranks 4 --slots 20 --trace ";
-  RequireRefused(base + files.At("a.npy") + " --constants " + files.At("c.json"),
-                 {"c.json: unknown key \"reads\"", "expert_read_us"});
-  RequireRefused(base + files.At("a.npy") + " --constants none.json", {"none.json"});
-  RequireRefused(base + files.At("load.csv"), {"load.csv"});
-  RequireRefused("bench batch --ranks 4 --slots 22", {"--slots is 22", "a multiple of --ranks, 4"});
-}
-
-TEST_CASE("what doctor measures is what the cost split reads", "[deploy][lab]") {
-  const Files files;
-  const Ended doctor = Ballast("doctor --constants --hidden 64 --intermediate 128 --json " +
-                               files.At("constants.json"));
-  INFO(doctor.output);
-  REQUIRE(doctor.exit_code == 0);
-  const Ended bench = Ballast("bench batch --ranks 4 --slots 20 --trace " + files.At("a.npy") +
-                              " --constants " + files.At("constants.json"));
-  INFO(bench.output);
-  REQUIRE(bench.exit_code == 0);
-}
-
-TEST_CASE("ballast replay predicts the time of steps on a cluster", "[deploy][lab]") {
-  const Files files;
-  const auto sample = ReadFile(std::string(BALLAST_SOURCE_DIR) + "/docs/cluster-320.json");
-  REQUIRE(sample.ok());
-  std::string small = *sample;
-  small.replace(small.find("\"ranks_per_node\": 8"), 19, "\"ranks_per_node\": 2");
-  REQUIRE(WriteFile(files.At("c.json"), small).ok());
-  const std::string base = "replay --trace " + files.At("a.npy") + " --experts 16 --ranks 4 " +
-                           "--slots 20 --step-tokens 50 --policy static,oracle --split exact,cost ";
-  const Ended ended = Ballast(base + "--cluster " + files.At("c.json") + " --json " +
-                              files.At("r.json") + " --report " + files.At("r.html"));
-  INFO(ended.output);
-  REQUIRE(ended.exit_code == 0);
-  REQUIRE_THAT(ended.output, Contains("Nodes of 2 ranks") && Contains("background_share 0.2"));
-  const json result = JsonAt(files.At("r.json"));
-  REQUIRE_THAT(result["assumptions"].get<std::string>(), Contains("Nodes of 2 ranks"));
-  for (const json& f : result["policies"]) {
-    const auto at = [&](const char* key) { return f[key].get<double>(); };
-    const double step = at("predicted_step_us_mean");
-    REQUIRE(step == Approx(2 * at("predicted_layer_us_mean")));  // two layers
-    REQUIRE(step == Approx(at("predicted_dispatch_us_mean") + at("predicted_compute_us_mean") +
-                           at("predicted_combine_us_mean")));
-    REQUIRE(at("predicted_compute_us_mean") >= 2 * 9.2);
-    REQUIRE(at("predicted_step_us_p99") >= step);
-    REQUIRE(at("predicted_step_us_mean_blocking") == Approx(step + at("predicted_copy_us_mean")));
-    REQUIRE((at("predicted_copy_us_mean") > 0.0) == (f["policy"] == "oracle"));
-    REQUIRE((at("predicted_step_us_mean_background") > step) == (f["policy"] == "oracle"));
-  }
-  const auto page = ReadFile(files.At("r.html"));
-  REQUIRE(page.ok());
-  REQUIRE_THAT(*page, Contains("Predicted time of a step") && Contains("Nodes of 2 ranks"));
-  // Without a cluster there is nothing of it.
-  REQUIRE(Ballast(base + "--json " + files.At("r.json")).exit_code == 0);
-  REQUIRE_FALSE(JsonAt(files.At("r.json"))["policies"][0].contains("predicted_step_us_mean"));
-
-  small.replace(small.find("\"link_gb_per_s\": 320"), 20, "\"link_gb_per_s\": -20");
-  REQUIRE(WriteFile(files.At("bad.json"), small).ok());
-  RequireRefused(base + "--cluster " + files.At("bad.json"),
-                 {"bad.json: link_gb_per_s is -20, allowed: 0.5 to"});
-  REQUIRE(WriteFile(files.At("eight.json"), *sample).ok());
-  RequireRefused(base + "--cluster " + files.At("eight.json"),
-                 {"eight.json: ranks_per_node is 8, allowed: a divisor of --ranks, 4"});
-  RequireRefused(base + "--cluster none.json", {"none.json"});
-  RequireRefused(base + "--cluster x --cost-constants y", {"--cost-constants is y", "--cluster"});
 }
 
 }  // namespace

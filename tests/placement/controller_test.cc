@@ -266,6 +266,94 @@ TEST_CASE("a plan brings no rank more copies than allowed", "[placement][control
   REQUIRE(limited->placement().fingerprint() == all->target_fingerprint);
 }
 
+TEST_CASE("copies never exceed the grants of any window of steps and the burst",
+          "[placement][controller][budget]") {
+  for (const char* policy : {"eplb", "regret"}) {
+    for (const double grant : {0.0, 0.3, 2.5}) {
+      const double burst = 40;  // the slots of a layer
+      const auto controller = Make({.policy = policy,
+                                    .rho = 0.01,
+                                    .min_steps_between = 0,
+                                    .min_gain = 0.0,
+                                    .copy_burst = burst});
+      Traffic traffic(21);
+      std::vector<size_t> copies;  // of each step
+      int over_budget = 0;
+      for (int64_t step = 0; step < 300; ++step) {
+        controller->OnStep(step, kTokens, traffic.Step(static_cast<int32_t>(step / 20) * 7));
+        controller->GrantCopies(grant);
+        Decision why;
+        const auto plan = controller->Decide(step, /*force=*/step % 10 == 9, &why);
+        copies.push_back(plan.has_value() ? plan->moves.size() : 0);
+        over_budget += why == Decision::kOverBudget;
+        if (!plan.has_value()) continue;
+        // An aborted plan has spent its copies too.
+        if (step % 7 == 0) {
+          controller->OnAborted(plan->plan_id, step);
+        } else {
+          controller->OnCommitted(plan->plan_id, step);
+        }
+      }
+      INFO(policy << " with " << grant << " copies per step");
+      size_t all = 0;
+      for (size_t first = 0; first < copies.size(); ++first) {
+        size_t sum = 0;
+        for (size_t last = first; last < copies.size(); ++last) {
+          sum += copies[last];
+          const double granted = grant * static_cast<double>(last - first + 1);
+          REQUIRE(static_cast<double>(sum) <= granted + burst + 1e-6);
+        }
+        all = std::max(all, sum);
+      }
+      // What is granted is used, too: there is always something to move in this traffic.
+      REQUIRE(static_cast<double>(all) >= grant * 300 * 0.5);
+      REQUIRE((over_budget > 0 || grant > 1.0));
+    }
+  }
+}
+
+TEST_CASE("a plan waits for credit and comes when it is there", "[placement][controller][budget]") {
+  const auto controller = Make({.min_steps_between = 0, .copy_burst = 40});
+  const auto unlimited = Make({.min_steps_between = 0});
+  Traffic traffic(22);
+  for (int64_t step = 0; step < 40; ++step) {
+    const auto counts = traffic.Step(3);
+    controller->OnStep(step, kTokens, counts);
+    unlimited->OnStep(step, kTokens, counts);
+  }
+  Decision why;
+  const auto all = unlimited->Decide(40, false, &why);
+  REQUIRE(all.has_value());
+  REQUIRE(all->rows.size() == 2);
+  std::vector<size_t> of_row(2, 0);  // copies of each layer
+  for (const Move& move : all->moves) ++of_row[move.layer];
+  REQUIRE(of_row[0] + of_row[1] > 40);
+  // The burst is enough for one of the layers, the one with more to gain.
+  const auto first = controller->Decide(40, false, &why);
+  REQUIRE(first.has_value());
+  REQUIRE(first->rows.size() == 1);
+  const int32_t layer = first->rows[0].layer, other = 1 - layer;
+  REQUIRE(first->moves.size() == of_row[layer]);
+  controller->OnCommitted(first->plan_id, 40);
+  // The other waits, forced or not, for the copies that it lacks, to the last one.
+  const double lacking = static_cast<double>(of_row[layer] + of_row[other]) - 40;
+  controller->GrantCopies(lacking - 0.5);
+  REQUIRE_FALSE(controller->Decide(41, false, &why).has_value());
+  REQUIRE(why == Decision::kOverBudget);
+  REQUIRE(std::string(NameOf(why)) == "over_budget");
+  REQUIRE_FALSE(controller->Decide(41, true, &why).has_value());
+  REQUIRE(why == Decision::kOverBudget);
+  controller->GrantCopies(0.5);
+  const auto second = controller->Decide(42, false, &why);
+  REQUIRE(second.has_value());
+  REQUIRE(second->moves.size() == of_row[other]);
+  REQUIRE(second->rows[0].layer == other);
+  controller->OnCommitted(second->plan_id, 42);
+  REQUIRE(controller->placement().fingerprint() == all->target_fingerprint);
+  REQUIRE_FALSE(controller->Decide(43, false, &why).has_value());
+  REQUIRE(why == Decision::kNothingToGain);
+}
+
 TEST_CASE("the window forgets what is older than its tokens", "[placement][controller]") {
   const auto controller = Make({.window_tokens = 1600});
   std::vector<int32_t> counts(kLayers * kExperts, 0);
@@ -296,6 +384,8 @@ TEST_CASE("options and topologies that cannot work are refused by name",
   REQUIRE(message({.window_tokens = 0}, even).find("window_tokens is 0") == 0);
   REQUIRE(message({.min_gain = std::nan("")}, even).find("min_gain") == 0);
   REQUIRE(message({.max_incoming_per_rank = 4}, even).find("max_incoming_per_rank is 4") == 0);
+  REQUIRE(message({.copy_burst = 39.5}, even).find("copy_burst is 39.5") == 0);
+  REQUIRE(message({.copy_burst = std::nan("")}, even).find("copy_burst") == 0);
   const Topology uneven{{0, 20, 38}, {0, 0}};
   REQUIRE(message({}, uneven) ==
           "policy eplb needs ranks with equally many slots; rank 0 has 20 and rank 1 has 18");
