@@ -25,11 +25,13 @@ struct ReplayFlags {
   int32_t nodes = 1;
   int32_t slots = 0;
   int64_t step_tokens = 1024;
+  int32_t top_k = 0;
   std::vector<std::string> policies = {"never", "eplb", "regret"};
   std::vector<std::string> splits = {"exact"};
   std::string when = "after-step";
   std::vector<double> rhos = {0.3};
   int64_t window_tokens = 8192;
+  int64_t batch_tokens = 1;
   double min_gain = 0.02;
   int32_t min_steps_between = 0;
   std::string cost_constants;
@@ -88,6 +90,7 @@ absl::StatusOr<ReplayOptions> OptionsFromFlags(const ReplayFlags& flags, int32_t
   options.rhos = flags.rhos;
   BALLAST_ASSIGN_OR_RETURN(options.when, ParsePlanTime(flags.when));
   options.controller.window_tokens = flags.window_tokens;
+  options.controller.batch_tokens = flags.batch_tokens;
   options.controller.min_gain = flags.min_gain;
   options.controller.min_steps_between = flags.min_steps_between;
   options.controller.rules = flags.rules;
@@ -192,7 +195,9 @@ absl::Status RunReplay(const ReplayFlags& flags) {
   }
   BALLAST_ASSIGN_OR_RETURN(
       const StepTrace trace,
-      CountSteps(phases, {.step_tokens = flags.step_tokens, .num_experts = flags.experts}));
+      CountSteps(phases, {.step_tokens = flags.step_tokens,
+                                                .num_experts = flags.experts,
+                                                .top_k = flags.top_k}));
   BALLAST_ASSIGN_OR_RETURN(ReplayOptions options, OptionsFromFlags(flags, trace.num_experts));
   ProgressBar bar("replay");
   options.progress = [&](int64_t done, int64_t all) { bar.Show(done, all); };
@@ -239,6 +244,10 @@ void AddFlags(CLI::App* app, ReplayFlags* f) {
       ->check(CLI::Range(1, 1 << 20));
   app->add_option("--step-tokens", f->step_tokens, "Tokens of one step, over all ranks")
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 30));
+  app->add_option("--top-k", f->top_k,
+                  "Experts of a token, which says how many tokens made counts; 0: not "
+                  "known, every step counts as --step-tokens")
+      ->check(CLI::Range(0, 65536));
   app->add_option("--policy", f->policies, absl::StrCat("Policies, of: ", policies))
       ->delimiter(',');
   app->add_option("--split", f->splits, "Splits, of: " + absl::StrJoin(SplitModeNames(), ", "))
@@ -250,6 +259,10 @@ void AddFlags(CLI::App* app, ReplayFlags* f) {
       ->delimiter(',');
   const char* group = "Controller (as in serve)";
   app->add_option("--window-tokens", f->window_tokens, "Tokens that a decision looks back over")
+      ->check(CLI::Range(int64_t{1}, int64_t{1} << 40))
+      ->group(group);
+  app->add_option("--batch-tokens", f->batch_tokens,
+                  "Tokens, of steps in a row, that a planner takes as one batch")
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 40))
       ->group(group);
   app->add_option("--min-gain", f->min_gain, "Smallest fall of imbalance that is worth moving for")

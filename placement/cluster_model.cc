@@ -4,6 +4,7 @@
 #include <array>
 #include <nlohmann/json.hpp>
 
+#include "base/json_depth.h"
 #include "base/status.h"
 
 namespace ballast {
@@ -77,6 +78,10 @@ double LinkUs(int64_t sent, int64_t received, double row_bytes, double gb_per_s,
 
 absl::StatusOr<ClusterModel> ClusterModel::FromJson(const std::string& name,
                                                     const std::string& json) {
+  if (JsonNestsTooDeep(json)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(name, ": nests deeper than ", kMostJsonDepth));
+  }
   absl::StatusOr<ClusterModel> model =
       ModelOf(nlohmann::json::parse(json, nullptr, /*allow_exceptions=*/false,
                                     /*ignore_comments=*/true));

@@ -29,7 +29,7 @@ absl::Status CheckOptions(const ControllerOptions& options, const Topology& topo
     return reject("force_every_steps", options.force_every_steps, "at least 0");
   }
   if (options.batch_tokens < 1) return reject("batch_tokens", options.batch_tokens, "at least 1");
-  if (!(options.rho > 0.0)) return reject("rho", options.rho, "above 0");
+  if (!(options.rho >= 0.0)) return reject("rho", options.rho, "at least 0");
   if (!(options.min_gain >= 0.0)) return reject("min_gain", options.min_gain, "at least 0");
   if (options.backoff_steps < 0)
     return reject("backoff_steps", options.backoff_steps, "at least 0");

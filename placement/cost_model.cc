@@ -5,12 +5,13 @@
 #include <nlohmann/json.hpp>
 
 #include "base/check.h"
+#include "base/json_depth.h"
 #include "base/status.h"
 
 namespace ballast {
 namespace {
 
-constexpr double kMostRowUs = 4000.0;  // 2^31 rows of both parts at a speed of 1/16 stay below 2^63
+constexpr double kMostRowUs = 1000.0;  // 2^31 rows of both parts at a speed of 1/16 stay below 2^63
 constexpr double kMostUs = 1e6;
 constexpr double kFastest = 16.0;
 
@@ -116,6 +117,10 @@ absl::Status CheckCostConstants(const CostConstants& constants, int32_t num_rank
 
 absl::StatusOr<CostConstants> CostConstantsFromJson(const std::string& name,
                                                     const std::string& json, int32_t num_ranks) {
+  if (JsonNestsTooDeep(json)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(name, ": nests deeper than ", kMostJsonDepth));
+  }
   const nlohmann::json parsed = nlohmann::json::parse(json, nullptr, /*allow_exceptions=*/false,
                                                       /*ignore_comments=*/true);
   absl::StatusOr<CostConstants> constants = ConstantsOf(parsed, num_ranks);

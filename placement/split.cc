@@ -1,6 +1,7 @@
 #include "placement/split.h"
 
 #include <algorithm>
+#include <optional>
 #include <utility>
 
 #include "absl/strings/str_join.h"
@@ -65,7 +66,9 @@ void SumOverSources(std::span<const int32_t> counts, std::span<int32_t> demand) 
 
 // The placement, compiled once, and scratch for one batch.
 struct Splitter::State {
-  State(const LayerHosts& hosts, const CostConstants& constants);
+  State(const LayerHosts& hosts, const CostConstants& cost_constants);
+
+  CostSplitter& Cost();
 
   void FollowPrices();
   void SplitEven(Split* split);
@@ -80,7 +83,8 @@ struct Splitter::State {
   std::vector<int32_t> host_offsets, host_rank, host_copies, node_of_rank;
   std::vector<int32_t> node_offsets, node_ranks;  // per node: its ranks, ascending
   ExactSplitter exact;
-  CostSplitter cost;
+  CostConstants constants;
+  std::optional<CostSplitter> cost;  // made when it is first asked for: few do
   RankPrices prices;
   std::vector<int32_t> priced_load;  // [R] of the last batch by price, not yet learnt; or empty
   std::vector<int32_t> demand;       // [E] copies of the batch per expert
@@ -101,7 +105,7 @@ struct Splitter::State {
   std::vector<int32_t> node_cursor_;  // [nodes] into node_ranks: those before have nothing left
 };
 
-Splitter::State::State(const LayerHosts& hosts, const CostConstants& constants)
+Splitter::State::State(const LayerHosts& hosts, const CostConstants& cost_constants)
     : num_experts(hosts.num_experts),
       num_ranks(hosts.num_ranks),
       num_hosts(static_cast<int32_t>(hosts.host_rank.size())),
@@ -110,7 +114,7 @@ Splitter::State::State(const LayerHosts& hosts, const CostConstants& constants)
       host_copies(hosts.host_copies.begin(), hosts.host_copies.end()),
       node_of_rank(hosts.node_of_rank.begin(), hosts.node_of_rank.end()),
       exact(hosts),
-      cost(hosts, constants),
+      constants(cost_constants),
       prices(num_ranks),
       demand(num_experts),
       price_weight_(num_hosts),
@@ -126,6 +130,20 @@ Splitter::State::State(const LayerHosts& hosts, const CostConstants& constants)
     node_offsets.push_back(static_cast<int32_t>(node_ranks.size()));
   }
   node_cursor_.resize(num_nodes);
+}
+
+CostSplitter& Splitter::State::Cost() {
+  if (!cost.has_value()) {
+    cost.emplace(LayerHosts{.num_experts = num_experts,
+                            .num_ranks = num_ranks,
+                            .host_offsets = host_offsets,
+                            .host_rank = host_rank,
+                            .host_copies = host_copies,
+                            .host_slot = {},  // a split asks for ranks only
+                            .node_of_rank = node_of_rank},
+                 constants);
+  }
+  return *cost;
 }
 
 // Divides `count` copies over the expert's hosts by weight: calls add(host, copies). What is left
@@ -327,7 +345,7 @@ void Splitter::Run(SplitMode mode, std::span<const int32_t> counts, Split* split
     return;
   }
   if (mode == SplitMode::kCost) {
-    state.cost.Run(state.demand, split);
+    state.Cost().Run(state.demand, split);
     return;
   }
   split->quota.assign(state.num_hosts, 0);

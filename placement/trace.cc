@@ -1,6 +1,7 @@
 #include "placement/trace.h"
 
 #include <algorithm>
+#include <numeric>
 #include <cctype>
 #include <cmath>
 #include <limits>
@@ -156,6 +157,12 @@ std::span<const int32_t> StepTrace::layer(int64_t step_index, int32_t layer_inde
   return step(step_index).subspan(static_cast<size_t>(layer_index) * num_experts, num_experts);
 }
 
+int64_t StepTrace::tokens_of(int64_t index) const {
+  if (top_k == 0) return step_tokens;
+  const std::span<const int32_t> first = layer(index, 0);
+  return std::accumulate(first.begin(), first.end(), int64_t{0}) / top_k;
+}
+
 absl::StatusOr<StepTrace> CountSteps(std::span<const NamedArray> phases,
                                      const TraceOptions& options) {
   if (phases.empty()) return absl::InvalidArgumentError("a trace needs at least one file");
@@ -168,6 +175,7 @@ absl::StatusOr<StepTrace> CountSteps(std::span<const NamedArray> phases,
   StepTrace trace;
   trace.num_layers = static_cast<int32_t>(first.layers);
   trace.step_tokens = options.step_tokens;
+  if (!first.ids) trace.top_k = options.top_k;
   trace.phase_offsets.push_back(0);
   BALLAST_ASSIGN_OR_RETURN(trace.num_experts, ExpertsOf(phases, first, options.num_experts));
   for (const NamedArray& phase : phases) {

@@ -23,12 +23,15 @@ struct StepTrace {
   int32_t num_layers = 0;
   int32_t num_experts = 0;
   int64_t step_tokens = 0;             // tokens of each step, as the caller gave them
+  int32_t top_k = 0;                   // of counts, where it is known: else 0
   int64_t dropped_tokens = 0;          // at the ends of the phases, less than a step each
   std::vector<int32_t> counts = {};    // [steps * layers * experts]
   std::vector<int64_t> phase_offsets;  // [phases + 1] in steps
   std::vector<std::string> phase_names;
 
   int64_t num_steps() const { return phase_offsets.empty() ? 0 : phase_offsets.back(); }
+  // Tokens of a step: step_tokens, or what the counts of its first layer say where top_k is known.
+  int64_t tokens_of(int64_t index) const;
   // [layers * experts]
   std::span<const int32_t> step(int64_t index) const;
   // [experts]
@@ -38,6 +41,7 @@ struct StepTrace {
 struct TraceOptions {
   int64_t step_tokens = 1024;
   int32_t num_experts = 0;  // 0: as the arrays say (for ids: the largest id and one more)
+  int32_t top_k = 0;        // experts of a token, for counts; 0: not known
 };
 
 // Counts one or more arrays, each a phase. An array of u8 or u16 holds ids, and is cut in steps of

@@ -35,7 +35,11 @@ bool TrafficMemory::Changed(std::span<const float> load) {
   for (size_t e = 0; e < load.size(); ++e) distance += std::abs(load[e] - scenarios_[e][1]);
   distance /= 2.0f * static_cast<float>(num_ranks_);
   if (num_batches_ == 0) return true;
-  if (usual_distance_ >= 0.0f && distance > kChangeFactor * usual_distance_) return true;
+  if (usual_distance_ >= 0.0f && distance > kChangeFactor * usual_distance_) {
+    // A change right after a change is no change: batches are noisier than they were.
+    if (since_change_ == 1) usual_distance_ += kDistanceRate * (distance - usual_distance_);
+    return true;
+  }
   usual_distance_ = usual_distance_ < 0.0f
                         ? distance
                         : usual_distance_ + kDistanceRate * (distance - usual_distance_);

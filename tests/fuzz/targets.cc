@@ -7,6 +7,8 @@
 #include "base/npy.h"
 #include "base/status.h"
 #include "deploy/flags.h"
+#include "placement/cluster_model.h"
+#include "placement/cost_model.h"
 #include "placement/esft.h"
 #include "placement/migration_plan.h"
 #include "placement/placement_formats.h"
@@ -47,6 +49,18 @@ std::string CheckNpy(const std::string& input, Random&) {
   }
   const auto again = ParseNpy(kName, SerializeNpy(*array));
   return again.ok() && *again == *array ? "" : "it does not survive writing and reading";
+}
+
+std::string CheckConstants(const std::string& input, Random&) {
+  const auto constants = CostConstantsFromJson(kName, input, /*num_ranks=*/2);
+  if (!constants.ok()) return CheckRefusal(constants.status(), kName);
+  return constants->expert_read_us >= 0.0 && constants->token_us >= 0.0 ? "" : "a negative time";
+}
+
+std::string CheckCluster(const std::string& input, Random&) {
+  const auto model = ClusterModel::FromJson(kName, input);
+  if (!model.ok()) return CheckRefusal(model.status(), kName);
+  return model->ranks_per_node >= 1 ? "" : "nodes without ranks";
 }
 
 std::string CheckLoad(const LoadTable& table) {
@@ -241,6 +255,15 @@ std::vector<Target> MakeTargets(const std::string& folder) {
        CheckLoadCsv},
       {"trace", ArraySeeds(), CheckTrace},
       {"esft", {"0\t1\t2\t3\t\t0.5\t0.25\t0.5\t0.25\n1\t3\t\t0.5\t0.5\n", "300\t\t1\n"}, CheckEsft},
+      {"cost-constants",
+       {"{\"expert_read_us\": 9, \"token_us\": 0.1, \"speed\": [1, 0.5], \"note\": null}"},
+       CheckConstants},
+      {"cluster",
+       {R"({ "ranks_per_node": 8, "link_gb_per_s": 320, "link_latency_us": 2,
+"network_gb_per_s": 45, "network_latency_us": 5, "message_us": 0.1,
+"dispatch_row_bytes": 7392, "combine_row_bytes": 14336, "expert_bytes": 44040192,
+"expert_read_us": 9.2, "token_us": 0.074, "background_share": 0.2})"},
+       CheckCluster},
       {"migration-plan", {SamplePlan()}, CheckPlan},
       {"leader-frame", LeaderFrameSeeds(),
        [](const std::string& input, Random&) { return CheckFrame(input, ParseLeaderFrame); }},

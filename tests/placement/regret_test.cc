@@ -241,6 +241,23 @@ TEST_CASE("node-local copies stay where the expert is at home", "[placement][reg
   CHECK(plans > 0);
 }
 
+TEST_CASE("noisier batches of the same traffic are no change of traffic",
+          "[placement][regret]") {
+  Random random(20);
+  const auto share = SkewedShares(&random);
+  TrafficMemory memory(kExperts, kRanks, 1.0f);
+  for (int batch = 0; batch < 60; ++batch) memory.Add(Draw(share, 24576, &random));
+  int changes = 0;
+  for (int batch = 0; batch < 200; ++batch) {
+    memory.Add(Draw(share, 3072, &random));  // an eighth of the tokens: 2.8 times the noise
+    changes += memory.batches_since_change() == 1;
+  }
+  CHECK(changes <= 20);
+  for (int batch = 0; batch < 20; ++batch) memory.Add(Draw(share, 3072, &random));
+  memory.Add(Draw(SkewedShares(&random), 3072, &random));
+  CHECK(memory.batches_since_change() == 1);  // and a change still is one
+}
+
 TEST_CASE("a second copy on one rank counts as room", "[placement][regret]") {
   // Two ranks of three slots; rank 1 holds expert 2 twice, and only expert 0 is busy.
   const Placement start =

@@ -348,7 +348,7 @@ TEST_CASE("constants are read by name and bad ones are refused by name and value
        {std::pair(R"([1])", "not a JSON object"),
         std::pair(R"({"token_us": )", "not a JSON object"),
         std::pair(R"({"token_us": "1"})", "token_us is \"1\", allowed: a number or null"),
-        std::pair(R"({"token_us": -1})", "token_us is -1, allowed: 0 to 4000"),
+        std::pair(R"({"token_us": -1})", "token_us is -1, allowed: 0 to 1000"),
         std::pair(R"({"token_us": 1, "message_us": 1e9})", "message_us is 1e+09, allowed: 0 to"),
         std::pair(R"({"token": 1})", "unknown key \"token\", allowed: expert_read_us, token_us"),
         std::pair(R"({"link_us_per_token": 1})", "allowed: one of them above 0"),

@@ -107,5 +107,18 @@ TEST_CASE("a bad load is refused with file and place and value", "[placement][tr
                Contains("l.npy: layer 0 expert 1 has load -5"));
 }
 
+TEST_CASE("counts say how many tokens made them where top-k is known", "[placement][trace]") {
+  const NpyArray counts = MakeNpyArray(NpyType::kI32, {2, 1, 3},
+                                       std::vector<int64_t>{4, 0, 2, 1, 1, 2});
+  const std::vector<NamedArray> phases = {{.name = "c.npy", .array = counts}};
+  const auto known = CountSteps(phases, {.step_tokens = 7, .top_k = 2});
+  REQUIRE(known.ok());
+  REQUIRE(known->tokens_of(0) == 3);
+  REQUIRE(known->tokens_of(1) == 2);
+  const auto unknown = CountSteps(phases, {.step_tokens = 7});
+  REQUIRE(unknown.ok());
+  REQUIRE(unknown->tokens_of(1) == 7);
+}
+
 }  // namespace
 }  // namespace ballast
