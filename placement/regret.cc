@@ -16,7 +16,7 @@ constexpr double kTheta = 1.5;
 constexpr float kLambda = 3.0f;
 constexpr int kChangeBatches = 2;  // after a change, in which lambda applies
 // Counts that are in use in the very step that is planned weigh more in the search.
-constexpr float kInStepWeight = 6.0f;
+constexpr float kInStepWeight = 7.0f;
 
 int32_t NumCovered(const PolicyContext& context) {
   if (context.rules.coverage == 0) return 0;

@@ -10,8 +10,8 @@ namespace {
 // SOURCE all four chosen on recorded routing whose experts were renumbered at random; see regret.cc
 constexpr int kFillSweeps = 6;        // of the water-fill of a row
 constexpr int kTrialSweeps = 3;       // after a change, from the flows before it
-constexpr int kMostEvaluations = 192, kFewestEvaluations = 64;  // candidates per change
-constexpr int kEvaluationsTimesRanks = 1536;  // more ranks, costlier evaluations, fewer of them
+constexpr int kMostEvaluations = 160, kFewestEvaluations = 56;  // candidates per change
+constexpr int kEvaluationsTimesRanks = 1280;  // more ranks, costlier evaluations, fewer of them
 // Candidates whose estimate is below this part of the least gain are not looked at.
 constexpr float kEstimatePart = 0.5f;
 constexpr int kMostChanges = 64;  // per level: a limit on everything
