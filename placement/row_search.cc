@@ -7,9 +7,9 @@
 namespace ballast {
 namespace {
 
-// SOURCE all four chosen on recorded routing whose experts were renumbered at random; see regret.cc
-constexpr int kFillSweeps = 6;        // of the water-fill of a row
-constexpr int kTrialSweeps = 3;       // after a change, from the flows before it
+// SOURCE all six: see regret.cc
+constexpr int kFillSweeps = 6;   // of the water-fill of a row
+constexpr int kTrialSweeps = 3;  // after a change, from the flows before it
 constexpr int kMostEvaluations = 160, kFewestEvaluations = 56;  // candidates per change
 constexpr int kEvaluationsTimesRanks = 1280;  // more ranks, costlier evaluations, fewer of them
 // Candidates whose estimate is below this part of the least gain are not looked at.
@@ -104,8 +104,7 @@ bool RowSearch::MayOverwrite(int32_t slot) const {
 }
 
 bool RowSearch::MayComeTo(int32_t expert, int32_t rank) const {
-  return (!node_local_ || home_[expert] == node_of_rank_[rank]) &&
-         !IsOn(expert, rank);
+  return (!node_local_ || home_[expert] == node_of_rank_[rank]) && !IsOn(expert, rank);
 }
 
 // Loads and flows of the row in all scenarios.
@@ -294,8 +293,8 @@ void RowSearch::SetUp(const Change& change, Trial* trial) const {
 
 // The candidate whose evaluation gains most per copy, and more than `least_gain`; or null.
 const RowSearch::Change* RowSearch::BestCandidate(float least_gain) {
-  const size_t most = std::clamp(kEvaluationsTimesRanks / num_ranks_, kFewestEvaluations,
-                                 kMostEvaluations);
+  const size_t most =
+      std::clamp(kEvaluationsTimesRanks / num_ranks_, kFewestEvaluations, kMostEvaluations);
   const size_t count = std::min(most, candidates_.size());
   if (count < candidates_.size()) {
     std::nth_element(candidates_.begin(), candidates_.begin() + static_cast<ptrdiff_t>(count),
@@ -316,8 +315,7 @@ const RowSearch::Change* RowSearch::BestCandidate(float least_gain) {
     Relevel(std::span(basins).first(trials), kTrialSweeps);
     for (size_t i = 0; i < trials; ++i) {
       const Change& change = candidates_[first + i];
-      const float gain =
-          (now - Objective(trials_[i].load)) / static_cast<float>(change.copies());
+      const float gain = (now - Objective(trials_[i].load)) / static_cast<float>(change.copies());
       if (gain > best_gain || (best != nullptr && gain == best_gain && change.Before(*best))) {
         best_gain = gain;
         best = &change;
@@ -373,9 +371,11 @@ bool RowSearch::AddHost(int32_t expert) {
   Fill();
   candidates_.clear();
   for (int32_t slot = 0; slot < static_cast<int32_t>(row_.size()); ++slot) {
-    if (MayComeTo(expert, rank_of_slot_[slot]) && MayOverwrite(slot)) {
-      candidates_.push_back({expert, slot, -1, 0.0f});
-    }
+    const int32_t to = rank_of_slot_[slot], leaving = row_[slot];
+    if (!MayComeTo(expert, to) || !MayOverwrite(slot)) continue;
+    // Where most flow would have to leave comes last.
+    const float freed = leaving == kNoExpert ? 0.0f : Sum(memory_->weights() * FlowAt(leaving, to));
+    candidates_.push_back({expert, slot, -1, -freed});
   }
   const Change* best = BestCandidate(-1e30f);
   if (best == nullptr) return AddHostByMoving(expert);

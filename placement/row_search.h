@@ -50,8 +50,9 @@ class RowSearch {
   int32_t ImproveOnce(int32_t level, float least_gain);
   // The objective of the row.
   float ObjectiveOf();
-  // The change that best gives `expert` one more host, whatever it costs the objective. Where only
-  // its own ranks have room, another expert moves there first. False if there is no way.
+  // Gives `expert` one more host, whatever that costs the objective: the least costly of the slots
+  // that serve least now (as many as Improve evaluates). Where only its own ranks have room,
+  // another expert moves there first. False if there is no way.
   bool AddHost(int32_t expert);
   void StartCounting();
   int32_t busiest() const;  // copies received by the rank that received most
@@ -122,13 +123,13 @@ class RowSearch {
   std::vector<int32_t> shared_index_;  // [E] place in shared_, or -1
   std::vector<int32_t> flow_offsets_;  // per shared expert, into flows_
   std::vector<Lanes> flows_;
-  std::vector<Lanes> load_, price_;    // [R]
-  std::vector<float> total_price_;     // [R] over the scenarios; 1 over all ranks
-  std::vector<int32_t> received_;      // [R] copies since StartCounting
+  std::vector<Lanes> load_, price_;  // [R]
+  std::vector<float> total_price_;   // [R] over the scenarios; 1 over all ranks
+  std::vector<int32_t> received_;    // [R] copies since StartCounting
   std::vector<Change> candidates_;
-  std::vector<Slope> slopes_;          // [R]
+  std::vector<Slope> slopes_;  // [R]
   std::array<Trial, kTrials> trials_;
-  Trial measured_;  // scratch of LargestLoads
+  Trial measured_;  // scratch of Fill and LargestLoads
 };
 
 }  // namespace ballast

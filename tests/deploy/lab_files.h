@@ -23,10 +23,10 @@ struct Ended {
   std::string output;  // stdout and stderr
 };
 
-inline Ended Ballast(const std::string& arguments) {
-  // Open MPI does not give back all it took: a sanitizer would end doctor with 1 for that.
+// `environment` as before a command in a shell: NAME=VALUE ...
+inline Ended Ballast(const std::string& arguments, const std::string& environment = "") {
   const std::string command =
-      absl::StrCat("LSAN_OPTIONS=detect_leaks=0 ", BALLAST_COMMAND, " ", arguments, " 2>&1");
+      absl::StrCat(environment, " ", BALLAST_COMMAND, " ", arguments, " 2>&1");
   std::FILE* pipe = popen(command.c_str(), "r");
   REQUIRE(pipe != nullptr);
   Ended ended;

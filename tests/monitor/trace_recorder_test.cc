@@ -4,10 +4,12 @@
 #include <numeric>
 
 #include "base/npy.h"
+#include "tests/support/dumped.h"
 
 namespace ballast {
 namespace {
 
+using testing::Dumped;
 using What = TraceRecorder::What;
 using Catch::Matchers::Contains;
 
@@ -20,14 +22,6 @@ std::vector<int32_t> StepCounts(int32_t first) {
   std::vector<int32_t> counts(6);
   std::iota(counts.begin(), counts.end(), first);
   return counts;
-}
-
-NpyArray Dumped(const TraceRecorder& recorder) {
-  const auto file = recorder.Dump();
-  REQUIRE(file.ok());
-  auto array = ParseNpy("dump", *file);
-  REQUIRE(array.ok());
-  return *array;
 }
 
 // The part of a rank: `tokens` tokens from number `first` on, each id the number of its token.

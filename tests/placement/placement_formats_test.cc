@@ -1,12 +1,11 @@
 #include "placement/placement_formats.h"
 
 #include <catch2/catch.hpp>
-#include <cstdlib>
-#include <iostream>
 
 #include "base/file.h"
 #include "base/random.h"
 #include "tests/placement/random_instances.h"
+#include "tests/support/traces.h"
 
 namespace ballast {
 namespace {
@@ -129,11 +128,8 @@ TEST_CASE("no mutation of a placement file does harm", "[placement][formats][pro
 }
 
 TEST_CASE("recorded placements go through every format", "[placement][formats]") {
-  const char* folder = std::getenv("BALLAST_TRACES");
-  if (folder == nullptr) {
-    std::cout << "BALLAST_TRACES is not set: the recorded placements are not read\n";
-    return;
-  }
+  const char* folder = testing::TracesFolder();
+  if (folder == nullptr) return;
   const std::string base = std::string(folder) + "/omni_dsv3_placements/";
   for (const auto& [name, ranks, full] :
        {std::tuple("prefill_rearranged_16ranks.csv", 16, true),

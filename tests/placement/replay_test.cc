@@ -1,12 +1,11 @@
 #include "placement/replay.h"
 
 #include <catch2/catch.hpp>
-#include <cstdlib>
-#include <iostream>
 
 #include "base/random.h"
 #include "placement/full_plan.h"
 #include "tests/placement/judgement.h"
+#include "tests/support/traces.h"
 
 namespace ballast {
 namespace {
@@ -220,11 +219,8 @@ TEST_CASE("a replay refuses what it does not know", "[placement][replay][errors]
 
 TEST_CASE("the recorded traces give the figures that the prototypes gave",
           "[placement][replay][golden]") {
-  const char* folder = std::getenv("BALLAST_TRACES");
-  if (folder == nullptr) {
-    std::cout << "BALLAST_TRACES is not set: the recorded traces are not replayed\n";
-    return;
-  }
+  const char* folder = testing::TracesFolder();
+  if (folder == nullptr) return;
   const auto phases = testing::ReadTasks(folder);
   REQUIRE(phases.ok());
   const auto trace = CountSteps(*phases, {.step_tokens = 1024, .num_experts = 64});
@@ -249,11 +245,8 @@ TEST_CASE("the recorded traces give the figures that the prototypes gave",
 
 TEST_CASE("on recorded traffic regret is as good as the best of the others",
           "[placement][replay][regret]") {
-  const char* folder = std::getenv("BALLAST_TRACES");
-  if (folder == nullptr) {
-    std::cout << "BALLAST_TRACES is not set: nothing is drawn from the recorded traces\n";
-    return;
-  }
+  const char* folder = testing::TracesFolder();
+  if (folder == nullptr) return;
   const auto tasks = testing::ReadTasks(folder);
   REQUIRE(tasks.ok());
   const auto verdict =
@@ -275,11 +268,8 @@ struct Bar {
 };
 
 TEST_CASE("on the recorded traces regret costs what it should", "[placement][replay][regret]") {
-  const char* folder = std::getenv("BALLAST_TRACES");
-  if (folder == nullptr) {
-    std::cout << "BALLAST_TRACES is not set: the recorded traces are not replayed\n";
-    return;
-  }
+  const char* folder = testing::TracesFolder();
+  if (folder == nullptr) return;
   const auto tasks = testing::ReadTasks(folder);
   REQUIRE(tasks.ok());
   constexpr double kNone = 1e9;
@@ -293,8 +283,7 @@ TEST_CASE("on the recorded traces regret costs what it should", "[placement][rep
       {8, 9, 1024, PlanTime::kInStep, {1.022, 1.09, kNone}},
   };
   for (const Bar& bar : bars) {
-    const auto trace =
-        CountSteps(*tasks, {.step_tokens = bar.step_tokens, .num_experts = 64});
+    const auto trace = CountSteps(*tasks, {.step_tokens = bar.step_tokens, .num_experts = 64});
     REQUIRE(trace.ok());
     ReplayOptions options = testing::JudgedOptions({"regret"}, {0.03, 0.3, 3.0});
     options.topology = Topology::Uniform(bar.ranks, bar.slots_per_rank);

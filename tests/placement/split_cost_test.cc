@@ -2,8 +2,6 @@
 
 #include <algorithm>
 #include <catch2/catch.hpp>
-#include <cstdlib>
-#include <iostream>
 #include <string>
 
 #include "base/npy.h"
@@ -11,6 +9,7 @@
 #include "placement/trace.h"
 #include "tests/placement/random_instances.h"
 #include "tests/placement/split_check.h"
+#include "tests/support/traces.h"
 
 namespace ballast {
 namespace {
@@ -309,11 +308,8 @@ TEST_CASE("the cost split is never worse at any batch size on drawn traffic",
 
 TEST_CASE("the cost split is never worse at any batch size on the recorded traces",
           "[placement][cost][golden]") {
-  const char* folder = std::getenv("BALLAST_TRACES");
-  if (folder == nullptr) {
-    std::cout << "BALLAST_TRACES is not set: the recorded traces are not split\n";
-    return;
-  }
+  const char* folder = testing::TracesFolder();
+  if (folder == nullptr) return;
   for (const char* task : {"intent", "law", "summary"}) {
     const std::string path = std::string(folder) + "/esft_deepseek_v2_lite/ids_" + task + ".npy";
     auto array = ReadNpy(path);

@@ -6,6 +6,7 @@
 #include "base/random.h"
 #include "monitor/trace_recorder.h"
 #include "tests/support/cluster.h"
+#include "tests/support/dumped.h"
 #include "tests/support/fake_ranks.h"
 #include "tests/support/run_ranks.h"
 #include "tests/support/tiny_checkpoint.h"
@@ -13,15 +14,8 @@
 namespace ballast {
 namespace {
 
+using testing::Dumped;
 using What = TraceRecorder::What;
-
-NpyArray Dumped(const TraceRecorder& recorder) {
-  const auto file = recorder.Dump();
-  REQUIRE(file.ok());
-  auto array = ParseNpy("dump", *file);
-  REQUIRE(array.ok());
-  return *array;
-}
 
 TEST_CASE("two ranks capture one recording in order of step rank and row", "[runtime][unit]") {
   const int32_t experts = GENERATE(200, 40'000);  // ids of one byte, of two
