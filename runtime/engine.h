@@ -25,11 +25,14 @@ struct StepRecord {
   int64_t end_unix_us = 0;
   int64_t wall_us = 0;
   int64_t epoch = 0;
-  int64_t num_tokens = 0;           // over all ranks
+  PerKind<int64_t> num_tokens = {};  // over all ranks
   int32_t copies_committed = 0;     // by the flip that opened the step
   int64_t stall_us = 0;             // that flip, and slices of transfers, on this rank
   std::vector<int64_t> cpu_us;      // [R] CPU time of each rank's step thread outside waits
   std::vector<LayerCounts> layers;  // [num_moe_layers]
+  int64_t all_tokens() const {
+    return num_tokens[TokenKind::kPrefill] + num_tokens[TokenKind::kDecode];
+  }
   // Of this rank alone:
   int32_t own_prefill_tokens = 0, own_decode_tokens = 0;
   int32_t running = 0, waiting = 0;
@@ -82,7 +85,7 @@ class Engine {
   Engine();
   absl::Status ReadFrames();
   void ReportAbort();                     // once no rank has anything of the plan left
-  absl::Status Open(int32_t num_tokens);  // exchanges the headers and does what the leader says
+  absl::Status Open(const Batch& batch);  // exchanges the headers and does what the leader says
   absl::Status RunStep(const Batch& batch);
   absl::Status Rest();  // nobody has tokens
   absl::Status SendEvents();
