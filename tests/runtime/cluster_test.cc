@@ -24,6 +24,7 @@ using testing::WriteCheckpoint;
 struct Served {
   std::vector<Reply> replies;
   int64_t epoch = 0, copies = 0, flips = 0, aborts = 0;
+  int64_t prefill_tokens = 0, decode_tokens = 0;
 };
 
 // Serves the requests on a new cluster that must come to a clean stop.
@@ -35,8 +36,13 @@ Served Serve(const ClusterOptions& options, const std::vector<GenerationRequest>
   auto replies = (*cluster)->Generate(requests);
   REQUIRE(FirstError((*cluster)->Stop()) == "");
   REQUIRE(replies.ok());
-  return {*replies, (*cluster)->epoch(), (*cluster)->copies(), (*cluster)->flips(),
-          (*cluster)->aborts()};
+  return {*replies,
+          (*cluster)->epoch(),
+          (*cluster)->copies(),
+          (*cluster)->flips(),
+          (*cluster)->aborts(),
+          (*cluster)->prefill_tokens(),
+          (*cluster)->decode_tokens()};
 }
 
 // Index of the first reply that differs, or -1.
@@ -244,6 +250,9 @@ TEST_CASE("a server counts prefill and decode apart", "[runtime][cluster]") {
       decode += static_cast<int64_t>(served.replies[i].tokens.size()) -
                 (served.replies[i].finish == FinishReason::kLength ? 1 : 0);
     }
+    REQUIRE(prefill > 0);
+    REQUIRE(served.prefill_tokens == prefill);
+    REQUIRE(served.decode_tokens == decode);
     const auto file = recorder.Dump();
     REQUIRE(file.ok());
     const auto counts = ParseNpy("dump", *file);
