@@ -99,6 +99,26 @@ TEST_CASE("alternation of kinds is no change of traffic", "[placement][kinds]") 
   CHECK(ChangesSeen([](TokenKind) { return TokenKind::kPrefill; }) > 20);
 }
 
+TEST_CASE("each kind has a usual noise of its own", "[placement][kinds]") {
+  // Batches of few tokens are several times as noisy as those of many.
+  Traffic prefill(16), decode(17);
+  TrafficMemory memory(kExperts, kRanks, 1.0f);
+  int changes = 0;
+  for (int batch = 0; batch < 80; ++batch) {
+    const bool is_prefill = batch % 2 == 0;
+    memory.Add(is_prefill ? prefill.Draw(4096) : decode.Draw(128),
+               is_prefill ? TokenKind::kPrefill : TokenKind::kDecode);
+    changes += memory.batches_since_change() == 1;
+  }
+  CHECK(changes == 2);
+  // Prefill that moves by less than the noise of decode is a change all the same.
+  std::vector<int32_t> moved = prefill.Draw(4096);
+  const auto busiest = std::max_element(moved.begin(), moved.end());
+  *busiest += 4096 * kTopK / 8;
+  memory.Add(moved, TokenKind::kPrefill);
+  CHECK(memory.batches_since_change() == 1);
+}
+
 TEST_CASE("each kind has means of its own that count by its share", "[placement][kinds]") {
   Traffic prefill(13), decode(14), other(15);
   TrafficMemory memory(kExperts, kRanks, 1.0f);
