@@ -53,19 +53,22 @@ const char* NameOf(Decision decision);
 //
 //   gain of a layer = T(window, placement in force) / mean - T(window, policy's row) / mean
 //
-// where T is the largest rank load under the exact split and mean is the window's load per rank.
+// where T is the largest rank load under the exact split, window the sum of the windows of both
+// kinds of token, and mean its load per rank.
 // Layers whose gain is at least min_gain take the policy's row; a policy that meters itself needs
 // no gate, and one with an interval takes its rows when it is over, from a window of those steps.
-// Prefill and decode gather apart: a batch for the planners holds tokens of one kind, and each kind
-// keeps a window of its own last window_tokens tokens, so a long prompt does not flush out what
-// generation did. What a policy plans from is the sum of both windows, in which a token is a token;
-// the rarer kind weighs up to as much as the other. That is sound, because with T as above
+//
+// Prefill and decode gather apart: a batch for the planners holds tokens of one kind, so that a
+// planner can look for a row that is good at each. That is enough, because for any loads a and b
 //
 //   T(a + b) <= T(a) + T(b)
 //
-// for any loads a and b of the kinds: splitting each as well as it can be is one way to split their
-// sum, so a row that balances each kind alone balances every mix of the two. The windows count as
-// full when they hold window_tokens tokens together. A kind that has ended keeps its window.
+// (splitting each in its best way is one way to split their sum): a row that is within a factor of
+// balance for each kind is within it for every mix of the two. And each kind keeps a window of its
+// own last window_tokens tokens, so a long prompt does not flush out what generation did. A policy
+// that plans from a window is given the sum of both, in which a token is a token and the rarer kind
+// weighs up to as much as the other. The windows count as full when they hold window_tokens
+// together. A kind that has ended keeps its window.
 //
 // Under max_incoming_per_rank the layers with the largest gain go first, and one that would bring
 // any rank over the limit waits for a later plan.
@@ -90,7 +93,7 @@ class Controller {
   static absl::StatusOr<std::unique_ptr<Controller>> Create(ControllerOptions options,
                                                             Placement initial);
 
-  // Counts of one step. ORDER prefill before decode
+  // Counts of one step. ORDER planners get the batch of prefill before that of decode
   void OnStep(int64_t step, const StepCounts& counts);
 
   // Adds to the credit. REQUIRES copies >= 0

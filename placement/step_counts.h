@@ -8,7 +8,7 @@
 
 namespace ballast {
 
-// Why a token goes through the layers. The two kinds use other experts, and come in other portions:
+// Why a token goes through the layers. The two kinds use other experts and come in other portions:
 // a prompt brings thousands of tokens at once, generation one per sequence and step.
 enum class TokenKind {
   kPrefill,  // one of several tokens of a prompt
@@ -35,7 +35,7 @@ struct StepCounts {
   }
 
   PerKind<int64_t> num_tokens = {};
-  // SHAPES [num_layers * E] copies over all ranks; empty: none of the kind
+  // SHAPES [num_layers * E] copies over all ranks; may be empty where there is no token of the kind
   PerKind<std::span<const int32_t>> counts = {};
 };
 

@@ -20,9 +20,9 @@ namespace ballast {
 //
 //   T(a + b) <= T(a) + T(b)    T: the largest rank load under the exact split
 //
-// since dividing a and b each in its best way is one way to divide their sum: a row that balances
-// both kinds balances every mix of them. With traffic of one kind the other has no part in
-// anything.
+// since dividing a and b each in its best way is one way to divide their sum: a row that is within
+// a factor of balance for each is within it for every mix of them. With traffic of one kind the
+// other has no part in anything.
 class TrafficMemory {
  public:
   // `last_batch_weight` is how much the last batch counts as a scenario, against 1 of each mean.

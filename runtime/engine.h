@@ -30,14 +30,15 @@ struct StepRecord {
   int64_t stall_us = 0;             // that flip, and slices of transfers, on this rank
   std::vector<int64_t> cpu_us;      // [R] CPU time of each rank's step thread outside waits
   std::vector<LayerCounts> layers;  // [num_moe_layers]
-  int64_t all_tokens() const {
-    return num_tokens[TokenKind::kPrefill] + num_tokens[TokenKind::kDecode];
-  }
   // Of this rank alone:
   int32_t own_prefill_tokens = 0, own_decode_tokens = 0;
   int32_t running = 0, waiting = 0;
   int64_t kv_bytes_used = 0;
   int64_t tokens_generated = 0;
+
+  int64_t all_tokens() const {
+    return num_tokens[TokenKind::kPrefill] + num_tokens[TokenKind::kDecode];
+  }
 };
 
 // Told what happens, on the step thread: must not block or allocate much.
