@@ -41,7 +41,7 @@ constexpr char kFormats[] =
     "or\n"
     "          the files in the order of the layers\n"
     "  ids     .npy u8/u16 [tokens, layers, top-k]; several files are phases\n"
-    "  steps   .npy i32 [steps, layers, experts]\n"
+    "  steps   .npy i32 [steps, layers, experts]; read also [steps, 2, layers, experts]\n"
     "  load    .npy i64 [layers, experts], or text (any other name) with a line per layer\n"
     "  native, eplb, sglang, trtllm, ascend, csv: placements (csv: layer,rank,experts)\n"
     "From esft to ids, steps, load; ids to steps, load; steps to load; load to load; placement to\n"

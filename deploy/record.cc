@@ -110,7 +110,8 @@ RunCommand AddRecordCommand(CLI::App* app) {
       ->check(CLI::IsMember({"start", "stop", "status", "dump"}));
   app->add_option("--url", flags->url, "The server, on this machine");
   app->add_option("--what", flags->what,
-                  "start: counts [steps, layers, experts], or ids [tokens, layers, top-k]")
+                  "start: counts [steps, 2, layers, experts] (prefill, decode), or ids "
+                  "[tokens, layers, top-k]")
       ->check(CLI::IsMember({"counts", "ids"}));
   app->add_option("--max-bytes", flags->max_bytes,
                   "start: memory of the recording, taken at once; full, it ends")

@@ -30,6 +30,7 @@ struct ReplayFlags {
   std::vector<std::string> splits = {"exact"};
   std::string when = "after-step";
   std::vector<double> rhos = {0.3};
+  std::string windows = "separate";
   int64_t window_tokens = 8192;
   int64_t batch_tokens = 1;
   double min_gain = 0.02;
@@ -89,6 +90,7 @@ absl::StatusOr<ReplayOptions> OptionsFromFlags(const ReplayFlags& flags, int32_t
   }
   options.rhos = flags.rhos;
   BALLAST_ASSIGN_OR_RETURN(options.when, ParsePlanTime(flags.when));
+  options.controller.separate_kinds = flags.windows == "separate";
   options.controller.window_tokens = flags.window_tokens;
   options.controller.batch_tokens = flags.batch_tokens;
   options.controller.min_gain = flags.min_gain;
@@ -223,6 +225,42 @@ absl::Status RunReplay(const ReplayFlags& flags) {
   return absl::OkStatus();
 }
 
+void AddControllerFlags(CLI::App* app, ReplayFlags* f) {
+  const char* group = "Controller (as in serve)";
+  app->add_option("--windows", f->windows,
+                  "separate: prefill and decode have windows and batches of their own, where the "
+                  "trace tells them apart; joint: one for both")
+      ->check(CLI::IsMember({"separate", "joint"}))
+      ->group(group);
+  app->add_option("--window-tokens", f->window_tokens,
+                  "Tokens, of each kind, that a decision looks back over")
+      ->check(CLI::Range(int64_t{1}, int64_t{1} << 40))
+      ->group(group);
+  app->add_option("--batch-tokens", f->batch_tokens,
+                  "Tokens of a kind, of steps in a row, that a planner takes as one batch")
+      ->check(CLI::Range(int64_t{1}, int64_t{1} << 40))
+      ->group(group);
+  app->add_option("--min-gain", f->min_gain, "Smallest fall of imbalance that is worth moving for")
+      ->check(CLI::Range(0.0, 100.0))
+      ->group(group);
+  app->add_option("--min-steps-between", f->min_steps_between, "Steps from one plan to the next")
+      ->check(CLI::Range(0, 1 << 30))
+      ->group(group);
+  app->add_option("--coverage", f->rules.coverage,
+                  "1: the loss of any one rank leaves each of the hottest experts, as many as "
+                  "there are spare slots, a copy; replayed without coverage too. Policy regret")
+      ->check(CLI::Range(0, 1))
+      ->group(group);
+  app->add_flag("--node-local", f->rules.node_local,
+                "Copies stay on the node of their expert. Policies regret, never, static")
+      ->group(group);
+  app->add_option("--copy-budget", f->copy_budget,
+                  "Copies per step, over all layers and ranks, that the controller may make; 0: no "
+                  "limit")
+      ->check(CLI::Range(0.0, 1e12))
+      ->group(group);
+}
+
 void AddFlags(CLI::App* app, ReplayFlags* f) {
   std::string policies;
   for (const std::string& name : ReplayPolicyNames()) {
@@ -231,7 +269,8 @@ void AddFlags(CLI::App* app, ReplayFlags* f) {
   app->add_option(
          "--trace", f->traces,
          "Recorded routing, one file per phase: .npy ids u8/u16 [tokens, layers, top-k] or "
-         "counts i32/i64 [steps, layers, experts]")
+         "counts i32/i64 [steps, layers, experts] or [steps, 2, layers, experts] (prefill, "
+         "decode)")
       ->required()
       ->delimiter(',');
   app->add_option("--experts", f->experts,
@@ -257,38 +296,11 @@ void AddFlags(CLI::App* app, ReplayFlags* f) {
       ->check(CLI::IsMember({"after-step", "in-step"}));
   app->add_option("--rho", f->rhos, "Time to receive one copy over the ideal time of a layer-step")
       ->delimiter(',');
-  const char* group = "Controller (as in serve)";
-  app->add_option("--window-tokens", f->window_tokens, "Tokens that a decision looks back over")
-      ->check(CLI::Range(int64_t{1}, int64_t{1} << 40))
-      ->group(group);
-  app->add_option("--batch-tokens", f->batch_tokens,
-                  "Tokens, of steps in a row, that a planner takes as one batch")
-      ->check(CLI::Range(int64_t{1}, int64_t{1} << 40))
-      ->group(group);
-  app->add_option("--min-gain", f->min_gain, "Smallest fall of imbalance that is worth moving for")
-      ->check(CLI::Range(0.0, 100.0))
-      ->group(group);
-  app->add_option("--min-steps-between", f->min_steps_between, "Steps from one plan to the next")
-      ->check(CLI::Range(0, 1 << 30))
-      ->group(group);
   app->add_option("--cost-constants", f->cost_constants,
                   "JSON file of measured times for --split cost; none: an H200's");
   app->add_option(
       "--cluster", f->cluster,
       "JSON file of a cluster (docs/cluster-320.json): predict the time of steps there");
-  app->add_option("--coverage", f->rules.coverage,
-                  "1: the loss of any one rank leaves each of the hottest experts, as many as "
-                  "there are spare slots, a copy; replayed without coverage too. Policy regret")
-      ->check(CLI::Range(0, 1))
-      ->group(group);
-  app->add_flag("--node-local", f->rules.node_local,
-                "Copies stay on the node of their expert. Policies regret, never, static")
-      ->group(group);
-  app->add_option("--copy-budget", f->copy_budget,
-                  "Copies per step, over all layers and ranks, that the controller may make; 0: no "
-                  "limit")
-      ->check(CLI::Range(0.0, 1e12))
-      ->group(group);
   app->add_option("--json", f->json, "Write the figures to this file");
   app->add_option("--report", f->report, "Write a page with charts to this file (HTML)");
 }
@@ -299,6 +311,7 @@ RunCommand AddReplayCommand(CLI::App* app) {
   auto flags = std::make_shared<ReplayFlags>();
   AddConfigFlag(app);
   AddFlags(app, flags.get());
+  AddControllerFlags(app, flags.get());
   app->footer(
       "cost = mean over layers and steps of imbalance + rho * copies received by the busiest rank\n"
       "Example: ballast replay --trace monday.npy,friday.npy --ranks 8 --slots 72 \\\n"

@@ -312,6 +312,7 @@ absl::Status Server::StartLeader() {
   Leader::Options options;
   options.controller.policy = flags_.policy;
   options.controller.num_groups = config.gate.num_groups;
+  options.controller.separate_kinds = flags_.windows == "separate";
   options.controller.window_tokens = flags_.window_tokens;
   options.controller.batch_tokens = flags_.batch_tokens;
   options.controller.rho = flags_.rho;

@@ -31,6 +31,7 @@ struct ServeFlags {
   int64_t request_timeout_ms = 300'000;
   int64_t drain_timeout_ms = 30'000;
   int32_t threads = 0;
+  std::string windows = "separate";
   int64_t window_tokens = 8192;
   int64_t batch_tokens = 1024;
   double rho = 0.1;

@@ -103,11 +103,17 @@ void AddPlacementFlags(CLI::App* app, ServeFlags* f) {
   app->add_option("--when", f->when, "When a plan is in force: after-step, some steps later")
       ->check(CheckWhen, "{after-step}")
       ->group(group);
-  app->add_option("--window-tokens", f->window_tokens, "Tokens that a decision looks back over")
+  app->add_option("--windows", f->windows,
+                  "separate: prefill and decode have windows and batches of their own; joint: one "
+                  "for both")
+      ->check(CLI::IsMember({"separate", "joint"}))
+      ->group(group);
+  app->add_option("--window-tokens", f->window_tokens,
+                  "Tokens, of each kind, that a decision looks back over")
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 40))
       ->group(group);
   app->add_option("--batch-tokens", f->batch_tokens,
-                  "Policy regret: steps are added up to batches of so many tokens")
+                  "Policy regret: steps are added up to batches of so many tokens of a kind")
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 40))
       ->group(group);
   app->add_option("--rho", f->rho,

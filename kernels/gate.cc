@@ -24,7 +24,8 @@ absl::Status Check(const GateArgs& a) {
   }
   if (a.logits.size() != tokens * r.num_experts || a.ids.size() != tokens * r.top_k ||
       a.weights.size() != a.ids.size() ||
-      a.histogram.size() != static_cast<size_t>(r.num_experts) ||
+      a.histogram.size() != 2 * static_cast<size_t>(r.num_experts) || a.num_prefill < 0 ||
+      a.num_prefill > a.num_tokens ||
       (!a.bias.empty() && a.bias.size() != static_cast<size_t>(r.num_experts))) {
     return absl::InvalidArgumentError("gate: array sizes do not fit the rule");
   }
@@ -91,11 +92,13 @@ absl::Status Gate(const GateArgs& args, Stream) {
   BALLAST_RETURN_IF_ERROR(Check(args));
   std::fill(args.histogram.begin(), args.histogram.end(), 0);
   const float* bias = args.bias.empty() ? nullptr : args.bias.data();
+  int32_t* of_prefill = args.histogram.data();
+  int32_t* of_others = of_prefill + args.rule.num_experts;
   for (int t = 0; t < args.num_tokens; ++t) {
     GateToken(args.rule, args.logits.data() + static_cast<size_t>(t) * args.rule.num_experts, bias,
               args.ids.data() + static_cast<size_t>(t) * args.rule.top_k,
               args.weights.data() + static_cast<size_t>(t) * args.rule.top_k,
-              args.histogram.data());
+              t < args.num_tokens - args.num_prefill ? of_others : of_prefill);
   }
   return absl::OkStatus();
 }

@@ -26,12 +26,14 @@ struct GateRule {
 //   cannot be chosen; the top_k largest choices win; weight = score / (sum + 1e-20) * scale
 //
 // A NaN logit has score 0 and choice -inf.
-// SHAPES logits [T, E] fp32; bias [E] fp32 or empty; ids, weights [T, K]; histogram [E],
-// overwritten ORDER  ids by choice, largest first; equal choices (also of groups) by the lower id
+// SHAPES logits [T, E] fp32; bias [E] fp32 or empty; ids, weights [T, K]; histogram [2, E],
+//        overwritten: of the last num_prefill tokens, then of those before them
+// ORDER  ids by choice, largest first; equal choices (also of groups) by the lower id
 // SOURCE DeepSeek-V3 report (arXiv 2412.19437) §2.1.2; selection-only bias: arXiv 2408.15664
 struct GateArgs {
   GateRule rule;
   int32_t num_tokens = 0;
+  int32_t num_prefill = 0;  // the last of these tokens, which are counted apart
   std::span<const float> logits;
   std::span<const float> bias;
   std::span<int32_t> ids;

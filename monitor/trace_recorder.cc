@@ -12,13 +12,18 @@
 #include "base/status.h"
 
 namespace ballast {
+namespace {
+
+constexpr int64_t kKinds = 2;  // of token
+
+}  // namespace
 
 TraceRecorder::TraceRecorder(const Shape& shape)
     : shape_(shape), rank_end_(static_cast<size_t>(shape.num_ranks)) {}
 
 int64_t TraceRecorder::unit_bytes(What what) const {
   const int64_t layers = shape_.num_layers;
-  return what == What::kCounts ? layers * shape_.num_experts * int64_t{sizeof(int32_t)}
+  return what == What::kCounts ? kKinds * layers * shape_.num_experts * int64_t{sizeof(int32_t)}
                                : layers * shape_.top_k * IdBytes(shape_.num_experts);
 }
 
@@ -82,8 +87,12 @@ void TraceRecorder::AddStep(std::span<const int32_t> counts) {
     return EndLocked("it is full");
   }
   std::memcpy(bytes_.get() + state_.bytes, counts.data(), counts.size_bytes());
-  const auto layer = counts.first(static_cast<size_t>(shape_.num_experts));
-  state_.tokens += std::accumulate(layer.begin(), layer.end(), int64_t{0}) / shape_.top_k;
+  int64_t copies = 0;  // in the first layer
+  for (size_t kind = 0; kind < kKinds; ++kind) {
+    const auto layer = counts.subspan(kind * counts.size() / kKinds, shape_.num_experts);
+    copies = std::accumulate(layer.begin(), layer.end(), copies);
+  }
+  state_.tokens += copies / shape_.top_k;
   ++state_.length;
   state_.bytes = state_.length * unit_bytes(What::kCounts);
 }
@@ -124,9 +133,11 @@ absl::StatusOr<std::string> TraceRecorder::Dump() const {
   }
   const bool counts = state.what == What::kCounts;
   const NpyType ids_type = IdBytes(shape_.num_experts) == 1 ? NpyType::kU8 : NpyType::kU16;
-  const int64_t width = counts ? shape_.num_experts : shape_.top_k;
-  const int64_t extents[] = {state.length, shape_.num_layers, width};
-  std::string file = NpyHeader(counts ? NpyType::kI32 : ids_type, extents);
+  std::string file =
+      counts ? NpyHeader(NpyType::kI32, std::vector<int64_t>{state.length, kKinds,
+                                                             shape_.num_layers, shape_.num_experts})
+             : NpyHeader(ids_type,
+                         std::vector<int64_t>{state.length, shape_.num_layers, shape_.top_k});
   file.append(reinterpret_cast<const char*>(bytes.get()), static_cast<size_t>(state.bytes));
   return file;
 }

@@ -16,7 +16,8 @@ namespace ballast {
 
 // Keeps the routing of whole steps in memory of a fixed size, on the leader, for `ballast replay`.
 //
-//   counts  [steps, layers, experts] i32: copies per step, layer and logical expert, all ranks
+//   counts  [steps, 2, layers, experts] i32: copies per step, kind of token (prefill, then decode),
+//           layer and logical expert, all ranks
 //   ids     [tokens, layers, top-k] u8 (u16 with more than 256 experts): the choice of each token
 //
 // Start takes all the memory. A step that does not fit ends the recording ("full"); what is there
@@ -61,7 +62,7 @@ class TraceRecorder {
   absl::Status Stop();
   State state() const;
 
-  // A step's counts; ignored unless counts are being recorded. SHAPES [layers * experts]
+  // A step's counts; ignored unless counts are being recorded. SHAPES [2 * layers * experts]
   void AddStep(std::span<const int32_t> counts);
   // A rank's part of a step; a rank without tokens gives an empty one. Parts of one rank come in
   // order of steps. Ignored unless they belong to this recording.

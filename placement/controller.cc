@@ -90,8 +90,9 @@ Controller::Controller(ControllerOptions options, Placement initial, std::unique
       placement_(std::move(initial)),
       policy_(std::move(policy)),
       window_sums_(static_cast<size_t>(placement_.num_layers()) * placement_.num_experts(), 0),
-      batch_(window_sums_.size(), 0),
+      joint_(options_.separate_kinds ? 0 : window_sums_.size(), 0),
       credit_(options_.copy_burst) {
+  for (Batch& batch : batches_) batch.counts.resize(window_sums_.size(), 0);
   const PolicyContext context{.initial = placement_,
                               .num_groups = options_.num_groups,
                               .rho = options_.rho,
@@ -107,51 +108,79 @@ std::span<const int64_t> Controller::window_load(int32_t layer) const {
   return std::span(window_sums_).subspan(layer * num_experts, num_experts);
 }
 
-void Controller::OnStep(int64_t, int64_t num_tokens, std::span<const int32_t> counts) {
-  BALLAST_CHECK(counts.size() == window_sums_.size() && num_tokens >= 0);
-  if (num_tokens == 0) return;
-  AddToBatch(num_tokens, counts);
-  ++window_steps_;
+int64_t Controller::window_tokens() const {
+  int64_t sum = 0;
+  for (const Window& window : windows_) sum += window.num_tokens;
+  return sum;
+}
+
+void Controller::OnStep(int64_t, const StepCounts& counts) {
+  StepCounts step = counts;
+  if (!options_.separate_kinds) {
+    std::fill(joint_.begin(), joint_.end(), 0);
+    int64_t num_tokens = 0;
+    for (TokenKind kind : kTokenKinds) {
+      num_tokens += counts.num_tokens[kind];
+      for (size_t i = 0; i < counts.counts[kind].size(); ++i) joint_[i] += counts.counts[kind][i];
+    }
+    step = StepCounts::Of(TokenKind::kPrefill, num_tokens, joint_);
+  }
+  bool any = false;
+  for (TokenKind kind : kTokenKinds) {
+    const int64_t num_tokens = step.num_tokens[kind];
+    if (num_tokens == 0) continue;
+    BALLAST_CHECK(step.counts[kind].size() == window_sums_.size() && num_tokens > 0);
+    AddToBatch(kind, num_tokens, step.counts[kind]);
+    AddToWindow(kind, num_tokens, step.counts[kind]);
+    any = true;
+  }
+  window_steps_ += any;
+}
+
+void Controller::AddToWindow(TokenKind kind, int64_t num_tokens, std::span<const int32_t> counts) {
   const bool whole_interval = policy_->interval_steps() > 0;
-  const int64_t window_tokens = whole_interval ? kMostWindowTokens : options_.window_tokens;
-  const int64_t chunk_tokens = window_tokens / kChunksPerWindow;
-  if (window_.empty() || window_.back().num_tokens >= chunk_tokens) {
+  const int64_t most_tokens = whole_interval ? kMostWindowTokens : options_.window_tokens;
+  const int64_t chunk_tokens = most_tokens / kChunksPerWindow;
+  Window& window = windows_[kind];
+  if (window.chunks.empty() || window.chunks.back().num_tokens >= chunk_tokens) {
     spare_.num_tokens = 0;
     spare_.counts.assign(window_sums_.size(), 0);
-    window_.push_back(std::exchange(spare_, {}));
+    window.chunks.push_back(std::exchange(spare_, {}));
   }
-  Chunk& last = window_.back();
+  Chunk& last = window.chunks.back();
   last.num_tokens += num_tokens;
-  window_tokens_ += num_tokens;
+  window.num_tokens += num_tokens;
   for (size_t i = 0; i < window_sums_.size(); ++i) {
     last.counts[i] += counts[i];
     window_sums_[i] += counts[i];
   }
-  while (window_tokens_ - window_.front().num_tokens >= window_tokens) {
-    spare_ = std::move(window_.front());
-    window_.pop_front();
-    window_tokens_ -= spare_.num_tokens;
+  while (window.num_tokens - window.chunks.front().num_tokens >= most_tokens) {
+    spare_ = std::move(window.chunks.front());
+    window.chunks.pop_front();
+    window.num_tokens -= spare_.num_tokens;
     for (size_t i = 0; i < window_sums_.size(); ++i) window_sums_[i] -= spare_.counts[i];
   }
 }
 
 // Hands whole batches to the planners: single steps of a few tokens would be noise to them.
-void Controller::AddToBatch(int64_t num_tokens, std::span<const int32_t> counts) {
-  for (size_t i = 0; i < batch_.size(); ++i) batch_[i] += counts[i];
-  batch_tokens_ += num_tokens;
-  if (batch_tokens_ >= options_.batch_tokens) HandOverBatch();
+void Controller::AddToBatch(TokenKind kind, int64_t num_tokens, std::span<const int32_t> counts) {
+  Batch& batch = batches_[kind];
+  for (size_t i = 0; i < batch.counts.size(); ++i) batch.counts[i] += counts[i];
+  batch.num_tokens += num_tokens;
+  if (batch.num_tokens >= options_.batch_tokens) HandOverBatch(kind);
 }
 
-void Controller::HandOverBatch() {
+void Controller::HandOverBatch(TokenKind kind) {
+  Batch& batch = batches_[kind];
   const size_t num_experts = placement_.num_experts();
   for (size_t layer = 0; layer < planners_.size(); ++layer) {
     const auto of_layer =
-        std::span<const int32_t>(batch_).subspan(layer * num_experts, num_experts);
+        std::span<const int32_t>(batch.counts).subspan(layer * num_experts, num_experts);
     const bool any = std::any_of(of_layer.begin(), of_layer.end(), [](int32_t n) { return n > 0; });
-    if (any) planners_[layer]->OnBatch(of_layer);
+    if (any) planners_[layer]->OnBatch(of_layer, kind);
   }
-  std::fill(batch_.begin(), batch_.end(), 0);
-  batch_tokens_ = 0;
+  std::fill(batch.counts.begin(), batch.counts.end(), 0);
+  batch.num_tokens = 0;
   new_batch_ = true;
 }
 
@@ -168,17 +197,19 @@ std::optional<MigrationPlan> Controller::Decide(int64_t step, bool force, Decisi
     *why = Decision::kTooSoon;
   } else if (!forced && policy_->meters_itself()
                  ? !new_batch_
-                 : window_tokens_ < (forced ? 1 : options_.window_tokens)) {
+                 : window_tokens() < (forced ? 1 : options_.window_tokens)) {
     *why = Decision::kWindowNotFull;
   }
   if (*why != Decision::kNone) return std::nullopt;
 
-  if (forced && batch_tokens_ > 0) HandOverBatch();
+  for (TokenKind kind : kTokenKinds) {
+    if (forced && batches_[kind].num_tokens > 0) HandOverBatch(kind);
+  }
   new_batch_ = false;
   bool policy_stays = false;
   std::vector<Candidate> wanted = WantedRows(forced, &policy_stays);
   if (wanted.empty()) {
-    if (over) ForgetWindow();
+    if (over) ForgetWindows();
     *why = policy_stays ? Decision::kPolicyStays : Decision::kNothingToGain;
     return std::nullopt;
   }
@@ -187,7 +218,7 @@ std::optional<MigrationPlan> Controller::Decide(int64_t step, bool force, Decisi
     *why = Decision::kOverBudget;
     return std::nullopt;
   }
-  if (over) ForgetWindow();
+  if (over) ForgetWindows();
   absl::StatusOr<MigrationPlan> plan =
       MakeMigrationPlan(placement_, std::move(rows), last_plan_id_ + 1);
   BALLAST_CHECK(plan.ok());  // a policy's rows are valid
@@ -200,9 +231,8 @@ std::optional<MigrationPlan> Controller::Decide(int64_t step, bool force, Decisi
   return *std::move(plan);
 }
 
-void Controller::ForgetWindow() {
-  window_.clear();
-  window_tokens_ = 0;
+void Controller::ForgetWindows() {
+  for (Window& window : windows_) window = {};
   window_steps_ = 0;
   std::fill(window_sums_.begin(), window_sums_.end(), 0);
 }

@@ -14,6 +14,7 @@
 #include "placement/placement.h"
 #include "placement/policy.h"
 #include "placement/split.h"
+#include "placement/step_counts.h"
 
 namespace ballast {
 
@@ -23,8 +24,9 @@ struct ControllerOptions {
   double rho = 0.1;                // transfer of one copy, in ideal times of a layer and batch
   bool in_step = false;            // plans serve the very step whose counts made them
   PlacementRules rules = {};
+  bool separate_kinds = true;      // batches and windows per kind of token; false: one for all
   int64_t batch_tokens = 1;        // tokens per batch for planners that look at batches
-  int64_t window_tokens = 8192;    // tokens per layer that a decision looks back over
+  int64_t window_tokens = 8192;    // tokens of a kind that a decision looks back over
   int32_t min_steps_between = 16;  // steps between the end of one plan and the next
   int32_t force_every_steps = 0;   // 0: by trigger; N: plan every N steps whatever the gain
   double min_gain = 0.02;          // smallest fall of imbalance (max/mean) that is worth moving for
@@ -51,9 +53,23 @@ const char* NameOf(Decision decision);
 //
 //   gain of a layer = T(window, placement in force) / mean - T(window, policy's row) / mean
 //
-// where T is the largest rank load under the exact split and mean is the window's load per rank.
+// where T is the largest rank load under the exact split, window the sum of the windows of both
+// kinds of token, and mean its load per rank.
 // Layers whose gain is at least min_gain take the policy's row; a policy that meters itself needs
 // no gate, and one with an interval takes its rows when it is over, from a window of those steps.
+//
+// Prefill and decode gather apart: a batch for the planners holds tokens of one kind, so that a
+// planner can look for a row that is good at each. That is enough, because for any loads a and b
+//
+//   T(a + b) <= T(a) + T(b)
+//
+// (splitting each in its best way is one way to split their sum): a row that is within a factor of
+// balance for each kind is within it for every mix of the two. And each kind keeps a window of its
+// own last window_tokens tokens, so a long prompt does not flush out what generation did. A policy
+// that plans from a window is given the sum of both, in which a token is a token and the rarer kind
+// weighs up to as much as the other. The windows count as full when they hold window_tokens
+// together. A kind that has ended keeps its window.
+//
 // Under max_incoming_per_rank the layers with the largest gain go first, and one that would bring
 // any rank over the limit waits for a later plan.
 //
@@ -77,9 +93,8 @@ class Controller {
   static absl::StatusOr<std::unique_ptr<Controller>> Create(ControllerOptions options,
                                                             Placement initial);
 
-  // Counts of one step, folded to logical experts under the epoch they were counted in.
-  // SHAPES counts [num_layers * E] copies over all ranks   num_tokens: tokens of the step
-  void OnStep(int64_t step, int64_t num_tokens, std::span<const int32_t> counts);
+  // Counts of one step. ORDER planners get the batch of prefill before that of decode
+  void OnStep(int64_t step, const StepCounts& counts);
 
   // Adds to the credit. REQUIRES copies >= 0
   void GrantCopies(double copies);
@@ -96,8 +111,9 @@ class Controller {
   const Placement& placement() const { return placement_; }  // the placement in force
   bool in_flight() const { return target_.has_value(); }
 
-  int64_t window_tokens() const { return window_tokens_; }
-  // [E] copies per logical expert in the window.
+  // Tokens in the windows of both kinds.
+  int64_t window_tokens() const;
+  // [E] copies per logical expert in them.
   std::span<const int64_t> window_load(int32_t layer) const;
 
  private:
@@ -106,15 +122,26 @@ class Controller {
     int64_t num_tokens = 0;
     std::vector<int64_t> counts;  // [num_layers * E]
   };
+  // Of one kind.
+  struct Window {
+    std::deque<Chunk> chunks;
+    int64_t num_tokens = 0;  // in all chunks
+  };
+  // Steps of one kind that were not yet handed to the planners.
+  struct Batch {
+    int64_t num_tokens = 0;
+    std::vector<int32_t> counts;  // [num_layers * E]
+  };
   struct Candidate {
     Placement::LayerRow row;
     double gain = 0.0;
   };
 
   Controller(ControllerOptions options, Placement initial, std::unique_ptr<Policy> policy);
-  void HandOverBatch();
-  void ForgetWindow();
-  void AddToBatch(int64_t num_tokens, std::span<const int32_t> counts);
+  void AddToBatch(TokenKind kind, int64_t num_tokens, std::span<const int32_t> counts);
+  void HandOverBatch(TokenKind kind);
+  void AddToWindow(TokenKind kind, int64_t num_tokens, std::span<const int32_t> counts);
+  void ForgetWindows();
   std::vector<Candidate> WantedRows(bool forced, bool* policy_stays);
   void MeasureGains(std::vector<Candidate>* wanted) const;
   std::vector<Placement::LayerRow> WithinLimits(std::vector<Candidate> candidates);
@@ -124,13 +151,12 @@ class Controller {
   Placement placement_;
   std::unique_ptr<Policy> policy_;
   std::vector<std::unique_ptr<LayerPlanner>> planners_;  // [num_layers]
-  std::deque<Chunk> window_;
-  Chunk spare_;  // memory of the chunk that left the window last
-  int64_t window_tokens_ = 0;
+  PerKind<Window> windows_;
+  Chunk spare_;  // memory of the chunk that left a window last
   int64_t window_steps_ = 0;
-  std::vector<int64_t> window_sums_;  // [num_layers * E] over window_
-  std::vector<int32_t> batch_;        // [num_layers * E] steps not yet handed to the planners
-  int64_t batch_tokens_ = 0;
+  std::vector<int64_t> window_sums_;  // [num_layers * E] over windows_
+  PerKind<Batch> batches_;
+  std::vector<int32_t> joint_;       // [num_layers * E] a step of both kinds, where kinds are one
   bool new_batch_ = false;           // the planners have seen one since the last plan was asked for
   double credit_;                    // copies that may be made now
   std::optional<Placement> target_;  // where the plan in flight leads

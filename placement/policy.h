@@ -11,6 +11,7 @@
 #include "absl/status/statusor.h"
 #include "placement/placement.h"
 #include "placement/rules.h"
+#include "placement/step_counts.h"
 
 namespace ballast {
 
@@ -30,13 +31,13 @@ class LayerPlanner {
  public:
   virtual ~LayerPlanner() = default;
 
-  // SHAPES counts [E] copies per logical expert of one batch   window [E] sums over the window
-  virtual void OnBatch(std::span<const int32_t> counts) = 0;
+  // SHAPES counts [E] copies per logical expert of one batch, whose tokens are all of one kind
+  virtual void OnBatch(std::span<const int32_t> counts, TokenKind kind) = 0;
 
   // The wanted row, or nullopt when the layer should stay as it is. `forced`: the caller wants the
   // best row whatever it costs.
   struct Input {
-    std::span<const int64_t> window;
+    std::span<const int64_t> window;  // [E] sums over the windows of both kinds
     bool forced = false;
   };
   virtual std::optional<std::vector<int32_t>> Plan(const Input& input) = 0;

@@ -67,8 +67,8 @@ bool RegretPlanner::Cover() {
   return changed;
 }
 
-void RegretPlanner::OnBatch(std::span<const int32_t> counts) {
-  memory_.Add(counts);
+void RegretPlanner::OnBatch(std::span<const int32_t> counts, TokenKind kind) {
+  memory_.Add(counts, kind);
   search_.SortShared();
   const int lane = memory_.lane_of(0);
   history_in_force_[lane] = search_.LargestLoads(memory_.history())[lane];

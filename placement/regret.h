@@ -33,7 +33,7 @@ class RegretPlanner : public LayerPlanner {
  public:
   RegretPlanner(const PolicyContext& context, std::span<const int32_t> row);
 
-  void OnBatch(std::span<const int32_t> counts) override;
+  void OnBatch(std::span<const int32_t> counts, TokenKind kind) override;
   std::optional<std::vector<int32_t>> Plan(const Input& input) override;
   void Adopt(std::span<const int32_t> row) override;
 

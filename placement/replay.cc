@@ -51,7 +51,7 @@ class ControllerPlayer : public Player {
 
   const Placement& placement() const override { return controller_->placement(); }
   std::optional<MigrationPlan> Learn(int64_t step) override {
-    controller_->OnStep(step, trace_.tokens_of(step), trace_.step(step));
+    controller_->OnStep(step, trace_.counts_of(step));
     controller_->GrantCopies(copy_budget_);
     Decision why = Decision::kNone;
     std::optional<MigrationPlan> plan = controller_->Decide(step + 1, /*force=*/false, &why);

@@ -29,6 +29,13 @@ bool HoldsIds(const NpyArray& array) {
 struct Shape {
   bool ids;
   int64_t length, layers, width;  // width: top-k, or experts
+  int64_t kinds;                  // of token that are told apart
+
+  // Beside the length, which each phase has of its own.
+  bool GoesWith(const Shape& other) const {
+    return ids == other.ids && layers == other.layers && width == other.width &&
+           kinds == other.kinds;
+  }
 };
 
 absl::StatusOr<Shape> ShapeOf(const NamedArray& phase) {
@@ -43,11 +50,15 @@ absl::StatusOr<Shape> ShapeOf(const NamedArray& phase) {
   if (ids && shape.size() != 2 && shape.size() != 3) {
     return reject("[tokens, layers, top-k] or [tokens, layers]");
   }
-  if (!ids && shape.size() != 3) return reject("[steps, layers, experts]");
+  const bool by_kind = !ids && shape.size() == 4 && shape[1] == kNumTokenKinds;
+  if (!ids && shape.size() != 3 && !by_kind) {
+    return reject("[steps, layers, experts] or [steps, 2, layers, experts] (prefill, decode)");
+  }
   const Shape result{.ids = ids,
                      .length = shape[0],
-                     .layers = shape[1],
-                     .width = shape.size() == 3 ? shape[2] : 1};
+                     .layers = shape[by_kind ? 2 : 1],
+                     .width = shape.size() == 2 ? 1 : shape.back(),
+                     .kinds = by_kind ? kNumTokenKinds : 1};
   if (result.layers < 1 || result.layers > kMostLayers || result.width < 1 ||
       result.width > kMostExperts) {
     return reject("1 to 65536 layers, and as many ids or experts");
@@ -83,20 +94,28 @@ absl::Status CountIds(const NamedArray& phase, const Shape& shape, StepTrace* tr
 }
 
 absl::Status CopyCounts(const NamedArray& phase, const Shape& shape, StepTrace* trace) {
+  const int64_t step_size = shape.layers * shape.width;
+  std::vector<int64_t> totals(static_cast<size_t>(shape.layers));  // of a step
   int64_t at = 0;
   for (int64_t step = 0; step < shape.length; ++step) {
-    for (int64_t layer = 0; layer < shape.layers; ++layer) {
-      int64_t total = 0;
-      for (int64_t e = 0; e < shape.width; ++e) {
-        const int64_t count = phase.array.IntegerAt(at++);
-        if (count < 0 || count > kMostCopies - total) {
-          return absl::InvalidArgumentError(absl::StrCat(
-              phase.name, ": step ", step, " layer ", layer, " expert ", e, " has count ", count,
-              ", allowed: 0 and more, less than 2^31 in all of a layer and step"));
-        }
-        total += count;
-        trace->counts.push_back(static_cast<int32_t>(count));
+    std::fill(totals.begin(), totals.end(), 0);
+    const size_t begin = trace->counts.size();
+    trace->counts.resize(begin + static_cast<size_t>(step_size), 0);
+    for (int64_t i = 0; i < shape.kinds * step_size; ++i) {
+      const int64_t kind = i / step_size, layer = i % step_size / shape.width;
+      const int64_t count = phase.array.IntegerAt(at++);
+      if (count < 0 || count > kMostCopies - totals[layer]) {
+        return absl::InvalidArgumentError(
+            absl::StrCat(phase.name, ": step ", step,
+                         shape.kinds == 1 ? ""
+                         : kind == 0      ? " prefill"
+                                          : " decode",
+                         " layer ", layer, " expert ", i % shape.width, " has count ", count,
+                         ", allowed: 0 and more, less than 2^31 in all of a layer and step"));
       }
+      totals[layer] += count;
+      trace->counts[begin + static_cast<size_t>(i % step_size)] += static_cast<int32_t>(count);
+      if (shape.kinds > 1) trace->kind_counts.push_back(static_cast<int32_t>(count));
     }
   }
   return absl::OkStatus();
@@ -163,6 +182,28 @@ int64_t StepTrace::tokens_of(int64_t index) const {
   return std::accumulate(first.begin(), first.end(), int64_t{0}) / top_k;
 }
 
+StepCounts StepTrace::counts_of(int64_t index) const {
+  if (kind_counts.empty())
+    return StepCounts::Of(TokenKind::kPrefill, tokens_of(index), step(index));
+  const size_t size = static_cast<size_t>(num_layers) * num_experts;
+  StepCounts result;
+  PerKind<int64_t> copies = {};  // of the first layer
+  for (TokenKind kind : kTokenKinds) {
+    const size_t at = static_cast<size_t>(index) * kNumTokenKinds + static_cast<size_t>(kind);
+    result.counts[kind] = std::span(kind_counts).subspan(at * size, size);
+    const auto first = result.counts[kind].first(static_cast<size_t>(num_experts));
+    copies[kind] = std::accumulate(first.begin(), first.end(), int64_t{0});
+  }
+  const int64_t all = std::accumulate(copies.begin(), copies.end(), int64_t{0});
+  for (TokenKind kind : kTokenKinds) {
+    if (copies[kind] == 0) continue;
+    result.num_tokens[kind] =
+        top_k > 0 ? copies[kind] / top_k
+                  : std::max<int64_t>(1, (step_tokens * copies[kind] + all / 2) / all);
+  }
+  return result;
+}
+
 absl::StatusOr<StepTrace> CountSteps(std::span<const NamedArray> phases,
                                      const TraceOptions& options) {
   if (phases.empty()) return absl::InvalidArgumentError("a trace needs at least one file");
@@ -180,7 +221,7 @@ absl::StatusOr<StepTrace> CountSteps(std::span<const NamedArray> phases,
   BALLAST_ASSIGN_OR_RETURN(trace.num_experts, ExpertsOf(phases, first, options.num_experts));
   for (const NamedArray& phase : phases) {
     BALLAST_ASSIGN_OR_RETURN(const Shape shape, ShapeOf(phase));
-    if (shape.ids != first.ids || shape.layers != first.layers || shape.width != first.width) {
+    if (!shape.GoesWith(first)) {
       return absl::InvalidArgumentError(
           absl::StrCat(phase.name, ": ", ShapeText(phase.array.shape), " of ",
                        NameOf(phase.array.type), " does not go with ", phases[0].name, ": ",
@@ -192,7 +233,8 @@ absl::StatusOr<StepTrace> CountSteps(std::span<const NamedArray> phases,
           absl::StrCat(phase.name, ": ", shape.length, shape.ids ? " tokens" : " steps",
                        " make no step of ", options.step_tokens, " tokens"));
     }
-    const int64_t step_size = int64_t{trace.num_layers} * trace.num_experts;
+    const int64_t sums_and_kinds = shape.kinds == 1 ? 1 : 1 + shape.kinds;
+    const int64_t step_size = int64_t{trace.num_layers} * trace.num_experts * sums_and_kinds;
     if (num_steps > kMostCounts / step_size - trace.num_steps()) {
       return absl::InvalidArgumentError(absl::StrCat(
           phase.name, ": ", num_steps, " steps (after ", trace.num_steps(), ") of ",

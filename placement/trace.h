@@ -9,6 +9,7 @@
 
 #include "absl/status/statusor.h"
 #include "base/npy.h"
+#include "placement/step_counts.h"
 
 namespace ballast {
 
@@ -25,13 +26,18 @@ struct StepTrace {
   int64_t step_tokens = 0;             // tokens of each step, as the caller gave them
   int32_t top_k = 0;                   // of counts, where it is known: else 0
   int64_t dropped_tokens = 0;          // at the ends of the phases, less than a step each
-  std::vector<int32_t> counts = {};    // [steps * layers * experts]
+  std::vector<int32_t> counts = {};    // [steps * layers * experts] of both kinds of token
   std::vector<int64_t> phase_offsets;  // [phases + 1] in steps
   std::vector<std::string> phase_names;
+  // [steps * 2 * layers * experts] prefill, then decode; empty where all tokens count as one kind
+  std::vector<int32_t> kind_counts = {};
 
   int64_t num_steps() const { return phase_offsets.empty() ? 0 : phase_offsets.back(); }
   // Tokens of a step: step_tokens, or what the counts of its first layer say where top_k is known.
   int64_t tokens_of(int64_t index) const;
+  // What the controller of a server would be given. Where top_k is not known the step's tokens
+  // divide over the kinds as its copies do, at least one to each that has copies.
+  StepCounts counts_of(int64_t index) const;
   // [layers * experts]
   std::span<const int32_t> step(int64_t index) const;
   // [experts]
@@ -45,13 +51,14 @@ struct TraceOptions {
 };
 
 // Counts one or more arrays, each a phase. An array of u8 or u16 holds ids, and is cut in steps of
-// step_tokens; what is left at its end is dropped. An array of i32 or i64 holds counts already.
+// step_tokens; what is left at its end is dropped. An array of i32 or i64 holds counts already,
+// with four dimensions those of prefill and decode.
 //
-// SHAPES  ids [tokens, layers, top-k] or [tokens, layers]   counts [steps, layers, experts]
-// ERRORS  kInvalidArgument names the file and, where one number is wrong, its token (or step),
-// layer
-//         and value, and what is allowed: ids in [0, E), counts in [0, 2^31), all phases of one
-//         shape, at least one whole step in each
+// SHAPES  ids [tokens, layers, top-k] or [tokens, layers]
+//         counts [steps, layers, experts] or [steps, 2, layers, experts]
+// ERRORS  kInvalidArgument names the file and, where one number is wrong, its token (or step and
+//         kind), layer and value, and what is allowed: ids in [0, E), counts in [0, 2^31), all
+//         phases of one shape, at least one whole step in each
 absl::StatusOr<StepTrace> CountSteps(std::span<const NamedArray> phases,
                                      const TraceOptions& options);
 

@@ -9,10 +9,9 @@
 namespace ballast {
 namespace {
 
-// How fast the means follow. The first is the last batch itself.
+// How fast the means follow: the two of each kind, and that of all batches.
 // SOURCE all constants: see regret.cc
-constexpr float kRates[] = {1.0f, 0.4f, 0.12f, 0.02f};
-constexpr int kSlowMean = 3;
+constexpr float kFasterRate = 0.4f, kSlowerRate = 0.12f, kSlowRate = 0.02f;
 // Weight of the batch before the last one, and how it falls with age.
 constexpr float kBatchWeight = 0.3f, kBatchDecay = 0.8f;
 // The traffic has changed when a batch is this many times further from the mean than batches are.
@@ -29,54 +28,91 @@ TrafficMemory::TrafficMemory(int32_t num_experts, int32_t num_ranks, float last_
       history_(static_cast<size_t>(num_experts)),
       load_(static_cast<size_t>(num_experts)) {}
 
-// Total-variation distance of the batch from the second mean, against what it usually is.
-bool TrafficMemory::Changed(std::span<const float> load) {
+// Total-variation distance of the batch from its kind's faster mean, against what it usually is.
+bool TrafficMemory::Changed(std::span<const float> load, TokenKind kind) {
+  OfKind& of = kinds_[kind];
+  if (!of.seen) return true;
+  const int mean = means_of(kind);
   float distance = 0.0f;
-  for (size_t e = 0; e < load.size(); ++e) distance += std::abs(load[e] - scenarios_[e][1]);
+  for (size_t e = 0; e < load.size(); ++e) distance += std::abs(load[e] - scenarios_[e][mean]);
   distance /= 2.0f * static_cast<float>(num_ranks_);
-  if (num_batches_ == 0) return true;
-  if (usual_distance_ >= 0.0f && distance > kChangeFactor * usual_distance_) {
-    // A change right after a change is no change: batches are noisier than they were.
-    if (since_change_ == 1) usual_distance_ += kDistanceRate * (distance - usual_distance_);
+  if (of.usual_distance >= 0.0f && distance > kChangeFactor * of.usual_distance) {
+    // Right after a change this is a change too, but its distance is learnt as usual: batches may
+    // only be noisier than they were.
+    if (of.just_changed) of.usual_distance += kDistanceRate * (distance - of.usual_distance);
     return true;
   }
-  usual_distance_ = usual_distance_ < 0.0f
-                        ? distance
-                        : usual_distance_ + kDistanceRate * (distance - usual_distance_);
+  of.usual_distance = of.usual_distance < 0.0f
+                          ? distance
+                          : of.usual_distance + kDistanceRate * (distance - of.usual_distance);
   return false;
 }
 
-void TrafficMemory::Add(std::span<const int32_t> counts) {
+// Takes the batch into the means.
+void TrafficMemory::Follow(TokenKind kind, bool changed) {
+  const int means = means_of(kind);
+  for (size_t e = 0; e < load_.size(); ++e) {
+    const auto follow = [&](int lane, float rate) {
+      scenarios_[e][lane] += rate * (load_[e] - scenarios_[e][lane]);
+    };
+    follow(kLastBatch, 1.0f);
+    follow(means, changed ? 1.0f : kFasterRate);
+    follow(means + 1, changed ? 1.0f : kSlowerRate);
+    follow(kSlowMean, kSlowRate);
+  }
+}
+
+// Takes the batch into the history.
+void TrafficMemory::Remember(TokenKind kind) {
+  newest_ = (newest_ + kLanes - 1) % kLanes;
+  num_batches_ = std::min(num_batches_ + 1, kLanes);
+  for (size_t e = 0; e < load_.size(); ++e) history_[e][newest_] = load_[e];
+  kind_of_[newest_] = kind;
+  int of_first = 0;
+  for (int age = 0; age < num_batches_; ++age) of_first += kind_of_[lane_of(age)] == first_kind_;
+  first_share_ = static_cast<float>(of_first) / static_cast<float>(num_batches_);
+}
+
+// Fills the lanes of single batches and weighs all.
+void TrafficMemory::PickScenarios() {
+  const bool both = kinds_[TokenKind::kPrefill].seen && kinds_[TokenKind::kDecode].seen;
+  weights_ = Lanes{};
+  weights_[kLastBatch] = last_batch_weight_;
+  weights_[kSlowMean] = 1.0f;
+  for (int m = 0; m < 2; ++m) {
+    weights_[kFirstMeans + m] = first_share_;
+    if (both) weights_[kOtherMeans + m] = 1.0f - first_share_;
+  }
+  float weight = kBatchWeight;
+  const int end = both ? kOtherMeans : kLanes;
+  for (int scenario = kFirstBatch, age = 1; scenario < end; ++scenario, ++age) {
+    const int lane = lane_of(age);
+    const bool speaks = age < num_batches_ && age <= kinds_[kind_of_[lane]].change_age;
+    for (size_t e = 0; e < load_.size(); ++e) {
+      scenarios_[e][scenario] = speaks ? history_[e][lane] : 0.0f;
+    }
+    if (speaks) weights_[scenario] = weight;
+    weight *= kBatchDecay;
+  }
+  weights_ *= 1.0f / Sum(weights_);
+}
+
+void TrafficMemory::Add(std::span<const int32_t> counts, TokenKind kind) {
   const int64_t total = std::accumulate(counts.begin(), counts.end(), int64_t{0});
   BALLAST_CHECK(total > 0 && counts.size() == load_.size());
   const float scale = static_cast<float>(num_ranks_) / static_cast<float>(total);
   for (size_t e = 0; e < counts.size(); ++e) load_[e] = static_cast<float>(counts[e]) * scale;
 
-  const bool changed = Changed(load_);
-  for (size_t e = 0; e < load_.size(); ++e) {
-    for (int m = 0; m < kNumMeans; ++m) {
-      const bool restart = changed && m != kSlowMean;
-      scenarios_[e][m] += (restart ? 1.0f : kRates[m]) * (load_[e] - scenarios_[e][m]);
-    }
-  }
+  if (num_batches_ == 0) first_kind_ = kind;
+  const bool changed = Changed(load_, kind);
+  Follow(kind, changed);
+  for (OfKind& of : kinds_) of.change_age = std::min(of.change_age + 1, kLanes);
+  kinds_[kind].seen = true;
+  kinds_[kind].just_changed = changed;
+  if (changed) kinds_[kind].change_age = 0;
   since_change_ = changed ? 1 : since_change_ + 1;
-  newest_ = (newest_ + kLanes - 1) % kLanes;
-  num_batches_ = std::min(num_batches_ + 1, kLanes);
-  for (size_t e = 0; e < load_.size(); ++e) history_[e][newest_] = load_[e];
-
-  weights_ = Lanes{};
-  for (int m = 0; m < kNumMeans; ++m) weights_[m] = m == 0 ? last_batch_weight_ : 1.0f;
-  const int batches = std::min({kLanes - kNumMeans, since_change_ - 1, num_batches_ - 1});
-  float weight = kBatchWeight;
-  for (int k = 0; k < kLanes - kNumMeans; ++k) {
-    const int lane = lane_of(k + 1);
-    for (size_t e = 0; e < load_.size(); ++e) {
-      scenarios_[e][kNumMeans + k] = k < batches ? history_[e][lane] : 0.0f;
-    }
-    if (k < batches) weights_[kNumMeans + k] = weight;
-    weight *= kBatchDecay;
-  }
-  weights_ *= 1.0f / Sum(weights_);
+  Remember(kind);
+  PickScenarios();
 }
 
 }  // namespace ballast

@@ -218,6 +218,7 @@ absl::Status Decoder::RunMoe(const Layer& layer, int32_t moe_layer, const Batch&
   };
   return moe_->Run(table, {.layer = moe_layer,
                            .num_tokens = batch.num_tokens(),
+                           .num_prefill = batch.num_prefill,
                            .x_f32 = normed_.as<float>(),
                            .x_act = normed_act_.data(),
                            .router = &layer.router,

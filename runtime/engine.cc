@@ -63,6 +63,7 @@ struct Engine::Header {
   int64_t last_cpu_us;      // of the step before, outside waits
   uint32_t record_ids;      // leader: the recording that wants this step's ids; 0: none
   int32_t num_tokens;
+  int32_t num_prefill;  // of these
   Vote vote;
   Command command;  // leader
   uint8_t stop;     // leader
@@ -133,7 +134,7 @@ absl::Status Engine::Run() {
   while (true) {
     BALLAST_RETURN_IF_ERROR(ReadFrames());
     const Batch& batch = scheduler_->BuildBatch();
-    BALLAST_RETURN_IF_ERROR(Open(batch.num_tokens()));
+    BALLAST_RETURN_IF_ERROR(Open(batch));
     if (stopping_) return SendEvents();
     const bool work = std::any_of(headers_.begin(), headers_.end(),
                                   [](const Header& h) { return h.num_tokens > 0; });
@@ -162,7 +163,7 @@ absl::Status Engine::ReadFrames() {
   }
 }
 
-absl::Status Engine::Open(int32_t num_tokens) {
+absl::Status Engine::Open(const Batch& batch) {
   const PlanVote vote = rebalancer_->vote();
   Header mine{};
   mine.step = ++step_;
@@ -171,7 +172,8 @@ absl::Status Engine::Open(int32_t num_tokens) {
   mine.vote = vote.vote;
   mine.last_plan_id = rebalancer_->last_plan_id();
   mine.last_cpu_us = last_cpu_us_;
-  mine.num_tokens = num_tokens;
+  mine.num_tokens = batch.num_tokens();
+  mine.num_prefill = batch.num_prefill;
   mine.busy = rebalancer_->busy();
   if (rank_ == kLeader) {
     mine.command_plan_id = next_command_.plan_id;
@@ -243,8 +245,11 @@ absl::Status Engine::RunStep(const Batch& batch) {
   record_.end_unix_us = UnixUs();
   record_.wall_us = (NowNs() - began) / 1000;
   record_.epoch = rebalancer_->placement().epoch();
-  record_.num_tokens = 0;
-  for (const Header& h : headers_) record_.num_tokens += h.num_tokens;
+  record_.num_tokens = {};
+  for (const Header& h : headers_) {
+    record_.num_tokens[TokenKind::kPrefill] += h.num_prefill;
+    record_.num_tokens[TokenKind::kDecode] += h.num_tokens - h.num_prefill;
+  }
   record_.copies_committed = copies_committed_;
   record_.stall_us = stall_ns_ / 1000;
   record_.own_prefill_tokens = batch.num_prefill;

@@ -25,7 +25,7 @@ struct StepRecord {
   int64_t end_unix_us = 0;
   int64_t wall_us = 0;
   int64_t epoch = 0;
-  int64_t num_tokens = 0;           // over all ranks
+  PerKind<int64_t> num_tokens = {};  // over all ranks
   int32_t copies_committed = 0;     // by the flip that opened the step
   int64_t stall_us = 0;             // that flip, and slices of transfers, on this rank
   std::vector<int64_t> cpu_us;      // [R] CPU time of each rank's step thread outside waits
@@ -35,6 +35,10 @@ struct StepRecord {
   int32_t running = 0, waiting = 0;
   int64_t kv_bytes_used = 0;
   int64_t tokens_generated = 0;
+
+  int64_t all_tokens() const {
+    return num_tokens[TokenKind::kPrefill] + num_tokens[TokenKind::kDecode];
+  }
 };
 
 // Told what happens, on the step thread: must not block or allocate much.
@@ -82,7 +86,7 @@ class Engine {
   Engine();
   absl::Status ReadFrames();
   void ReportAbort();                     // once no rank has anything of the plan left
-  absl::Status Open(int32_t num_tokens);  // exchanges the headers and does what the leader says
+  absl::Status Open(const Batch& batch);  // exchanges the headers and does what the leader says
   absl::Status RunStep(const Batch& batch);
   absl::Status Rest();  // nobody has tokens
   absl::Status SendEvents();

@@ -7,6 +7,7 @@
 #include <numeric>
 #include <utility>
 
+#include "base/check.h"
 #include "base/log.h"
 #include "base/status.h"
 
@@ -49,13 +50,12 @@ absl::StatusOr<std::unique_ptr<Leader>> Leader::Create(
 }
 
 Leader::Leader(const Options& options, const Placement& initial, RankObserver rank_observer,
-               RankMetrics* metrics,
-               std::function<absl::Status(std::vector<std::byte>)> send_plan)
+               RankMetrics* metrics, std::function<absl::Status(std::vector<std::byte>)> send_plan)
     : options_(options),
       rank_observer_(std::move(rank_observer)),
       metrics_(metrics),
       send_plan_(std::move(send_plan)),
-      counts_(static_cast<size_t>(initial.num_layers()) * initial.num_experts()),
+      counts_(static_cast<size_t>(kNumTokenKinds) * initial.num_layers() * initial.num_experts()),
       placement_(initial) {}
 
 Leader::~Leader() {
@@ -102,17 +102,20 @@ void Leader::Loop() {
 
 void Leader::Handle(const StepRecord& record) {
   step_ = record.step;
-  const size_t experts = static_cast<size_t>(controller_->placement().num_experts());
-  std::fill(counts_.begin(), counts_.end(), 0);
-  for (size_t layer = 0; layer < record.layers.size(); ++layer) {
-    const std::vector<int32_t>& by_source = record.layers[layer].counts;
-    for (size_t i = 0; i < by_source.size(); ++i)
-      counts_[layer * experts + i % experts] += by_source[i];
+  StepCounts counts{.num_tokens = record.num_tokens};
+  auto to = counts_.begin();
+  for (TokenKind kind : kTokenKinds) {
+    const auto begin = to;
+    for (const LayerCounts& layer : record.layers) {
+      to = std::copy(layer.counts[kind].begin(), layer.counts[kind].end(), to);
+    }
+    counts.counts[kind] = {begin, to};
   }
+  BALLAST_CHECK(to == counts_.end());
   if (options_.recorder != nullptr) options_.recorder->AddStep(counts_);
-  controller_->OnStep(record.step, record.num_tokens, counts_);
+  controller_->OnStep(record.step, counts);
   WriteStep(record);
-  tokens_since_hot_ += record.num_tokens;
+  tokens_since_hot_ += record.all_tokens();
   if (tokens_since_hot_ >= options_.hot_experts_every_tokens) PublishHotExperts();
   Decision why = Decision::kNone;
   if (may_plan_ && Plan(/*force=*/false, &why).has_value()) trigger_ = TriggerOf(/*force=*/false);
@@ -185,7 +188,7 @@ void Leader::WriteStep(const StepRecord& record) {
   if (log_ == nullptr) return;
   std::string line =
       absl::StrCat("{\"step\":", record.step, ",\"unix_us\":", record.end_unix_us,
-                   ",\"wall_us\":", record.wall_us, ",\"tokens\":", record.num_tokens,
+                   ",\"wall_us\":", record.wall_us, ",\"tokens\":", record.all_tokens(),
                    ",\"epoch\":", record.epoch, ",\"copies\":", record.copies_committed,
                    ",\"stall_us\":", record.stall_us, ",\"cpu_us\":");
   AppendArray(&line, record.cpu_us);

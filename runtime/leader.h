@@ -89,7 +89,7 @@ class Leader : public EngineObserver {
   std::function<absl::Status(std::vector<std::byte>)> send_plan_;
   // State of the controller's thread.
   std::unique_ptr<Controller> controller_;
-  std::vector<int32_t> counts_;
+  std::vector<int32_t> counts_;  // [2, layers, E] of a step: prefill, decode
   int64_t step_ = 0;
   bool may_plan_ = true;
   int64_t tokens_since_hot_ = 0;

@@ -33,7 +33,9 @@ MoeExecutor::MoeExecutor(const Options& options, const KernelSet& kernels,
       kernels_(kernels),
       comm_(communicator),
       row_bytes_(static_cast<size_t>(options.hidden) * SizeOf(options.dtype)),
-      histogram_(static_cast<size_t>(options.gate.num_experts)),
+      histogram_(kNumTokenKinds * static_cast<size_t>(options.gate.num_experts)),
+      gathered_(histogram_.size() * static_cast<size_t>(communicator->size())),
+      by_source_(gathered_.size() / kNumTokenKinds),
       dispatch_(communicator),
       return_(communicator),
       send_bytes_(static_cast<size_t>(communicator->size())),
@@ -77,6 +79,7 @@ absl::Status MoeExecutor::RunGate(const Args& args) {
   weights_.resize(ids_.size());
   return kernels_.gate({.rule = options_.gate,
                         .num_tokens = args.num_tokens,
+                        .num_prefill = args.num_prefill,
                         .logits = {logits_.as<float>(), tokens * experts},
                         .bias = args.router->bias,
                         .ids = ids_,
@@ -85,16 +88,33 @@ absl::Status MoeExecutor::RunGate(const Args& args) {
                        nullptr);
 }
 
+// Adds the gathered counts up: over the kinds for the split, over the ranks for the load
+// statistics.
+void MoeExecutor::FoldCounts(LayerCounts* out) {
+  const size_t experts = histogram_.size() / kNumTokenKinds;
+  for (auto& counts : out->counts) counts.assign(experts, 0);
+  int32_t* __restrict all_prefill = out->counts[TokenKind::kPrefill].data();
+  int32_t* __restrict all_decode = out->counts[TokenKind::kDecode].data();
+  for (size_t r = 0; r < static_cast<size_t>(comm_->size()); ++r) {
+    const int32_t* __restrict prefill = gathered_.data() + r * histogram_.size();
+    const int32_t* __restrict decode = prefill + experts;
+    int32_t* __restrict sum = by_source_.data() + r * experts;
+    for (size_t e = 0; e < experts; ++e) {
+      all_prefill[e] += prefill[e];
+      all_decode[e] += decode[e];
+      sum[e] = prefill[e] + decode[e];
+    }
+  }
+}
+
 absl::Status MoeExecutor::SplitBatch(DispatchTable* table, const Args& args) {
-  const size_t experts = histogram_.size();
-  LayerCounts& out = *args.counts;
-  out.counts.resize(experts * static_cast<size_t>(comm_->size()));
   BALLAST_RETURN_IF_ERROR(comm_->AllGather(table->epoch(), std::as_bytes(std::span(histogram_)),
-                                           std::as_writable_bytes(std::span(out.counts))));
+                                           std::as_writable_bytes(std::span(gathered_))));
+  FoldCounts(args.counts);
   Splitter& splitter = *table->layer(args.layer).splitter;
-  splitter.Run(options_.split, out.counts, &split_);
-  splitter.Cut(options_.split, out.counts, split_, comm_->rank(), &part_);
-  out.rank_load.assign(split_.rank_load.begin(), split_.rank_load.end());
+  splitter.Run(options_.split, by_source_, &split_);
+  splitter.Cut(options_.split, by_source_, split_, comm_->rank(), &part_);
+  args.counts->rank_load.assign(split_.rank_load.begin(), split_.rank_load.end());
   return absl::OkStatus();
 }
 

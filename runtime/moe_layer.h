@@ -14,6 +14,7 @@
 #include "kernels/kernel_set.h"
 #include "placement/placement.h"
 #include "placement/split.h"
+#include "placement/step_counts.h"
 #include "runtime/expert_store.h"
 
 namespace ballast {
@@ -43,7 +44,8 @@ class DispatchTable {
 
 // What one MoE layer did in one step, as every rank knows it.
 struct LayerCounts {
-  std::vector<int32_t> counts;     // [R * E] copies per source rank and logical expert
+  // [E] each: copies per logical expert over all ranks
+  PerKind<std::vector<int32_t>> counts;
   std::vector<int64_t> rank_load;  // [R] copies that each rank computed
 };
 
@@ -70,11 +72,13 @@ class MoeExecutor {
                                                              const KernelSet& kernels,
                                                              Communicator* communicator);
 
-  // y = base + sum over k of weight[k] * expert(x).
+  // y = base + sum over k of weight[k] * expert(x). The last num_prefill rows are prefill, those
+  // before them decode: they are counted apart and else treated alike.
   // SHAPES x_f32, x_act [T, H] (the same rows, fp32 and dtype); base, y [T, H] fp32
   struct Args {
     int32_t layer = 0;
     int32_t num_tokens = 0;
+    int32_t num_prefill = 0;
     const float* x_f32 = nullptr;
     const void* x_act = nullptr;
     const RouterParameters* router = nullptr;
@@ -93,6 +97,7 @@ class MoeExecutor {
  private:
   MoeExecutor(const Options& options, const KernelSet& kernels, Communicator* communicator);
   absl::Status RunGate(const Args& args);
+  void FoldCounts(LayerCounts* out);
   absl::Status SplitBatch(DispatchTable* table, const Args& args);
   absl::Status Dispatch(const DispatchTable& table, const Args& args);
   absl::Status RunExperts(const DispatchTable::Layer& layer);
@@ -108,7 +113,10 @@ class MoeExecutor {
   RankPart part_;
   Route route_;
   Grouped grouped_;
-  std::vector<int32_t> ids_, histogram_;
+  std::vector<int32_t> ids_;
+  std::vector<int32_t> histogram_;  // [2, E] of this rank's tokens by kind
+  std::vector<int32_t> gathered_;   // [R, 2, E] of all ranks
+  std::vector<int32_t> by_source_;  // [R, E] kinds added up: what is split
   std::vector<float> weights_;
   AlignedBuffer logits_, grouped_x_, grouped_y_;
   Communicator::Exchange dispatch_, return_;

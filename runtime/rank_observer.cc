@@ -14,7 +14,7 @@ void RankObserver::OnStep(const StepRecord& record) {
     layer_copies_[layer] = record.layers[layer].rank_load[rank_];
     window_.Add(static_cast<int32_t>(layer), record.layers[layer].rank_load);
   }
-  if (window_.EndStep(record.num_tokens)) metrics_->SetImbalance(window_.imbalance());
+  if (window_.EndStep(record.all_tokens())) metrics_->SetImbalance(window_.imbalance());
   metrics_->OnStep({.prefill_tokens = record.own_prefill_tokens,
                     .decode_tokens = record.own_decode_tokens,
                     .layer_copies = layer_copies_,

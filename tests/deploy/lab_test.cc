@@ -321,6 +321,62 @@ TEST_CASE("ballast convert goes from routing text to ids to counts to loads", "[
   REQUIRE(*ReadFile(files.At("p.json")) == "{\"physical_to_logical_map\":[[0,1,2,1]]}\n");
 }
 
+TEST_CASE("counts by kind replay with separate and joint windows and add up to loads",
+          "[deploy][lab]") {
+  const Files files;
+  // Four prefill steps, then twelve decode steps, three times: prefill is busy with the first
+  // experts, decode with the last.
+  constexpr int64_t kSteps = 48, kExperts = 16;
+  Random random(4);
+  std::vector<int64_t> by_kind, sums, load(kExperts);
+  for (int64_t step = 0; step < kSteps; ++step) {
+    const int64_t kind = step % 16 < 4 ? 0 : 1;
+    for (int64_t i = 0; i < 2 * kExperts; ++i) {
+      const int64_t e = i % kExperts;
+      const bool busy = kind == 0 ? e < 4 : e >= 12;
+      const int64_t count = i / kExperts == kind ? (busy ? 300 : 40) + random.Below(20) : 0;
+      by_kind.push_back(count);
+      load[static_cast<size_t>(e)] += count;
+      if (i / kExperts == kind) sums.push_back(count);
+    }
+  }
+  const std::string four = files.At("four.npy"), three = files.At("three.npy");
+  REQUIRE(WriteNpy(four, MakeNpyArray(NpyType::kI32, {kSteps, 2, 1, kExperts}, by_kind)).ok());
+  REQUIRE(WriteNpy(three, MakeNpyArray(NpyType::kI64, {kSteps, 1, kExperts}, sums)).ok());
+  const auto figures = [&](const std::string& trace, const std::string& more) {
+    const Ended ended = Ballast(
+        "replay --ranks 4 --slots 20 --policy never,regret --rho .1 "
+        "--trace " +
+        trace + more + " --json " + files.At("r.json"));
+    INFO(ended.output);
+    REQUIRE(ended.exit_code == 0);
+    std::vector<double> costs;
+    const json result = JsonAt(files.At("r.json"));
+    for (const json& f : result["policies"]) costs.push_back(f["total_cost"]);
+    return costs;
+  };
+  const auto plain = figures(three, "");
+  REQUIRE(figures(three, " --windows joint") == plain);
+  REQUIRE(figures(four, " --windows joint") == plain);
+  const auto separate = figures(four, "");
+  REQUIRE(separate[0] == plain[0]);  // imbalance is that of the sums
+  REQUIRE(separate[1] != plain[1]);
+
+  REQUIRE(Ballast("convert --from steps --to load --in " + four + " --out " + files.At("load.npy"))
+              .exit_code == 0);
+  const auto total = ReadNpy(files.At("load.npy"));
+  REQUIRE(total.ok());
+  REQUIRE(*total == MakeNpyArray(NpyType::kI64, {1, kExperts}, load));
+
+  const std::string shape = "replay --ranks 4 --slots 20 --trace ";
+  RequireRefused(shape + four + " --windows both", {"--windows", "both", "separate", "joint"});
+  RequireRefused(shape + four + "," + three, {"three.npy: [48, 1, 16] of i64 does not go with"});
+  REQUIRE(WriteNpy(files.At("bad.npy"), MakeNpyArray(NpyType::kI32, {16, 3, 2, 16}, by_kind)).ok());
+  RequireRefused(shape + files.At("bad.npy"),
+                 {"bad.npy: [16, 3, 2, 16] of i32, allowed: [steps, layers, experts] or [steps, 2, "
+                  "layers, experts]"});
+}
+
 TEST_CASE("ballast convert refuses what it cannot do", "[deploy][lab][errors]") {
   const Files files;
   const std::string out = " --out " + files.At("out");

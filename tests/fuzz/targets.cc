@@ -106,6 +106,14 @@ std::string CheckTrace(const std::string& input, Random& random) {
   for (const int32_t count : trace->counts) {
     if (count < 0) return absl::StrCat("a count of ", count);
   }
+  for (int64_t index = 0; index < trace->num_steps(); ++index) {
+    const StepCounts of = trace->counts_of(index);
+    for (size_t i = 0; i < step; ++i) {
+      int64_t sum = 0;
+      for (const auto& counts : of.counts) sum += counts.empty() ? 0 : counts[i];
+      if (sum != trace->step(index)[i]) return absl::StrCat("kinds that add up to ", sum);
+    }
+  }
   return "";
 }
 
@@ -117,6 +125,7 @@ std::vector<std::string> ArraySeeds() {
        {NpyType::kU8, NpyType::kU16, NpyType::kI32, NpyType::kI64, NpyType::kF32, NpyType::kF64}) {
     seeds.push_back(SerializeNpy(MakeNpyArray(type, {8, 3, 2}, values)));
     seeds.push_back(SerializeNpy(MakeNpyArray(type, {6, 8}, values)));
+    seeds.push_back(SerializeNpy(MakeNpyArray(type, {4, 2, 3, 2}, values)));
   }
   return seeds;
 }

@@ -22,15 +22,16 @@ struct Chosen {
 };
 
 Chosen RunGate(const GateRule& rule, const std::vector<float>& logits,
-               const std::vector<float>& bias) {
+               const std::vector<float>& bias, int32_t num_prefill = 0) {
   const size_t experts = static_cast<size_t>(rule.num_experts);
   const int32_t tokens = static_cast<int32_t>(logits.size() / experts);
   Chosen chosen;
   chosen.ids.resize(static_cast<size_t>(tokens) * rule.top_k);
   chosen.weights.resize(chosen.ids.size());
-  chosen.histogram.assign(experts, -7);
+  chosen.histogram.assign(2 * experts, -7);
   const absl::Status status = cpu::Gate({.rule = rule,
                                          .num_tokens = tokens,
+                                         .num_prefill = num_prefill,
                                          .logits = logits,
                                          .bias = bias,
                                          .ids = chosen.ids,
@@ -117,12 +118,15 @@ TEST_CASE("the gate agrees with its definition in fp64", "[kernels][property]") 
       std::vector<float> logits(experts * 16), bias(batch % 3 == 0 ? 0 : experts);
       for (float& x : logits) x = static_cast<float>(spread * (2 * random.Uniform() - 1));
       for (float& x : bias) x = static_cast<float>(2 * random.Uniform() - 1.5);
-      const Chosen chosen = RunGate(rule, logits, bias);
-      std::vector<int32_t> histogram(experts, 0);
+      const int32_t num_prefill = batch % 17;
+      const Chosen chosen = RunGate(rule, logits, bias, num_prefill);
+      std::vector<int32_t> histogram(2 * experts, 0);
       for (size_t t = 0; t < 16; ++t) {
         CAPTURE(rule.num_experts, batch, t);
         const Fp64Gate want = ReferenceToken(rule, &logits[t * experts], bias);
-        for (int32_t k = 0; k < rule.top_k; ++k) ++histogram[chosen.ids[t * rule.top_k + k]];
+        const size_t first = t + static_cast<size_t>(num_prefill) >= 16 ? 0 : experts;
+        for (int32_t k = 0; k < rule.top_k; ++k)
+          ++histogram[first + chosen.ids[t * rule.top_k + k]];
         // Rounding may decide where fp64 sees a difference that fp32 does not.
         if (want.margin < 4e-6) continue;
         ++compared;
@@ -193,19 +197,30 @@ TEST_CASE("no expert outside the best groups is chosen even when numbers run out
   REQUIRE(chosen.ids == std::vector<int32_t>{4, 5, 6, 7, 8, 10, 11, 9});
 }
 
-TEST_CASE("no tokens give an empty histogram", "[kernels][unit]") {
+TEST_CASE("no tokens give empty histograms", "[kernels][unit]") {
   const Chosen chosen = RunGate({.num_experts = 5, .top_k = 2}, {}, {});
-  REQUIRE(chosen.histogram == std::vector<int32_t>(5, 0));
+  REQUIRE(chosen.histogram == std::vector<int32_t>(10, 0));
 }
 
 TEST_CASE("rules and arrays that do not fit are refused", "[kernels][errors]") {
   std::vector<float> logits(8), weights(2);
-  std::vector<int32_t> ids(2), histogram(8);
-  const auto run = [&](const GateRule& rule) {
-    return cpu::Gate({.rule = rule, .num_tokens = 1, .logits = logits, .bias = {}, .ids = ids,
-                      .weights = weights, .histogram = histogram}, nullptr);
+  std::vector<int32_t> ids(2), histogram(16);
+  const auto run = [&](const GateRule& rule, int32_t num_prefill = 0) {
+    return cpu::Gate({.rule = rule,
+                      .num_tokens = 1,
+                      .num_prefill = num_prefill,
+                      .logits = logits,
+                      .bias = {},
+                      .ids = ids,
+                      .weights = weights,
+                      .histogram = histogram},
+                     nullptr);
   };
   REQUIRE(run({.num_experts = 8, .top_k = 2}).ok());
+  REQUIRE(run({.num_experts = 8, .top_k = 2}, 1).ok());
+  for (int32_t num_prefill : {-1, 2}) {
+    REQUIRE(absl::IsInvalidArgument(run({.num_experts = 8, .top_k = 2}, num_prefill)));
+  }
   for (const GateRule& bad : {GateRule{.num_experts = 8, .top_k = 9},
                               GateRule{.num_experts = 8, .top_k = 2, .num_groups = 3},
                               GateRule{.num_experts = 8, .top_k = 2, .num_groups = 4,

@@ -15,11 +15,11 @@ using Catch::Matchers::Contains;
 
 constexpr TraceRecorder::Shape kShape = {
     .num_ranks = 2, .num_layers = 2, .num_experts = 3, .top_k = 2};
-constexpr int64_t kStepBytes = 2 * 3 * 4;
+constexpr int64_t kStepBytes = 2 * 2 * 3 * 4;
 constexpr int64_t kTokenBytes = 2 * 2;
 
 std::vector<int32_t> StepCounts(int32_t first) {
-  std::vector<int32_t> counts(6);
+  std::vector<int32_t> counts(12);  // six of prefill, six of decode
   std::iota(counts.begin(), counts.end(), first);
   return counts;
 }
@@ -41,12 +41,16 @@ TEST_CASE("recorded counts come out step by step", "[monitor][unit]") {
   recorder.AddStep(StepCounts(100));  // nobody asked for it
   REQUIRE(recorder.Start(What::kCounts, 10 * kStepBytes).ok());
   recorder.AddStep(StepCounts(1));
-  REQUIRE(Dumped(recorder).shape == std::vector<int64_t>{1, 2, 3});
+  REQUIRE(Dumped(recorder).shape == std::vector<int64_t>{1, 2, 2, 3});
+  // Of the first layer: 1 + 2 + 3 and 7 + 8 + 9 copies, two of a token.
+  REQUIRE(recorder.state().tokens == 15);
   recorder.AddStep(StepCounts(20));
   REQUIRE(recorder.Stop().ok());
   recorder.AddStep(StepCounts(100));
-  const std::vector<int64_t> expected = {1, 2, 3, 4, 5, 6, 20, 21, 22, 23, 24, 25};
-  REQUIRE(Dumped(recorder) == MakeNpyArray(NpyType::kI32, {2, 2, 3}, expected));
+  std::vector<int64_t> expected(24);
+  std::iota(expected.begin(), expected.begin() + 12, 1);
+  std::iota(expected.begin() + 12, expected.end(), 20);
+  REQUIRE(Dumped(recorder) == MakeNpyArray(NpyType::kI32, {2, 2, 2, 3}, expected));
   // A new recording begins empty.
   REQUIRE(recorder.Start(What::kCounts, kStepBytes).ok());
   REQUIRE_FALSE(recorder.Dump().ok());
@@ -62,8 +66,10 @@ TEST_CASE("a full recording keeps what it has and takes no more", "[monitor][uni
   REQUIRE(recorder.state().full);
   REQUIRE(recorder.state().length == 2);
   REQUIRE(recorder.state().bytes == 2 * kStepBytes);
-  const std::vector<int64_t> expected = {0, 1, 2, 3, 4, 5, 1, 2, 3, 4, 5, 6};
-  REQUIRE(Dumped(recorder) == MakeNpyArray(NpyType::kI32, {2, 2, 3}, expected));
+  std::vector<int64_t> expected(24);
+  std::iota(expected.begin(), expected.begin() + 12, 0);
+  std::iota(expected.begin() + 12, expected.end(), 1);
+  REQUIRE(Dumped(recorder) == MakeNpyArray(NpyType::kI32, {2, 2, 2, 3}, expected));
   REQUIRE(recorder.Stop().ok());
   REQUIRE(recorder.Start(What::kCounts, kStepBytes).ok());
   REQUIRE_FALSE(recorder.state().full);
@@ -74,7 +80,7 @@ TEST_CASE("a recording is started once and stopped once", "[monitor][unit][error
   REQUIRE_THAT(std::string(recorder.Stop().message()), Contains("start one first"));
   REQUIRE_THAT(std::string(recorder.Dump().status().message()), Contains("start a recording"));
   REQUIRE_THAT(std::string(recorder.Start(What::kCounts, kStepBytes - 1).message()),
-               Contains("max_bytes: 23, allowed: 24 (one step of this model) to 1073741824"));
+               Contains("max_bytes: 47, allowed: 48 (one step of this model) to 1073741824"));
   REQUIRE(absl::IsInvalidArgument(recorder.Start(What::kIds, kTokenBytes - 1)));
   REQUIRE(absl::IsInvalidArgument(recorder.Start(What::kCounts, TraceRecorder::kMostBytes + 1)));
   REQUIRE(recorder.Start(What::kCounts, kStepBytes).ok());

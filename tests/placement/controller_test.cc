@@ -50,6 +50,10 @@ std::unique_ptr<Controller> Make(const ControllerOptions& options) {
   return *std::move(controller);
 }
 
+StepCounts OneKind(int64_t num_tokens, std::span<const int32_t> counts) {
+  return StepCounts::Of(TokenKind::kDecode, num_tokens, counts);
+}
+
 struct Outcome {
   int plans = 0;
   size_t moves = 0;
@@ -63,7 +67,7 @@ Outcome Drive(Controller* controller, Traffic* traffic, int32_t shift, int64_t f
   int64_t commit_at = -1;
   int64_t plan_id = 0;
   for (int64_t step = first; step < first + steps; ++step) {
-    controller->OnStep(step, kTokens, traffic->Step(shift));
+    controller->OnStep(step, OneKind(kTokens, traffic->Step(shift)));
     if (step == commit_at) controller->OnCommitted(plan_id, step);
     Decision why;
     if (const auto plan = controller->Decide(step, /*force=*/false, &why)) {
@@ -112,11 +116,11 @@ TEST_CASE("a decision says why there is no plan", "[placement][controller]") {
   REQUIRE_FALSE(controller->Decide(0, /*force=*/true, &why).has_value());
   REQUIRE(why == Decision::kWindowNotFull);
   int64_t step = 0;
-  for (; step < 3; ++step) controller->OnStep(step, kTokens, traffic.Step(0));
+  for (; step < 3; ++step) controller->OnStep(step, OneKind(kTokens, traffic.Step(0)));
   REQUIRE_FALSE(controller->Decide(step, /*force=*/false, &why).has_value());
   REQUIRE(why == Decision::kWindowNotFull);
 
-  controller->OnStep(step, kTokens, traffic.Step(0));
+  controller->OnStep(step, OneKind(kTokens, traffic.Step(0)));
   const auto plan = controller->Decide(step, /*force=*/false, &why);
   REQUIRE(plan.has_value());
   REQUIRE(why == Decision::kPlanned);
@@ -146,14 +150,14 @@ TEST_CASE("a forced plan needs no gain and no patience", "[placement][controller
       Make({.min_steps_between = 1000, .min_gain = 100.0, .backoff_steps = 1000});
   Traffic traffic(4);
   Decision why;
-  controller->OnStep(0, kTokens, traffic.Step(0));
+  controller->OnStep(0, OneKind(kTokens, traffic.Step(0)));
   auto plan = controller->Decide(0, /*force=*/true, &why);
   REQUIRE(plan.has_value());
   controller->OnAborted(plan->plan_id, 1);
   plan = controller->Decide(2, /*force=*/true, &why);
   REQUIRE(plan.has_value());
   controller->OnCommitted(plan->plan_id, 3);
-  controller->OnStep(4, kTokens, traffic.Step(7));
+  controller->OnStep(4, OneKind(kTokens, traffic.Step(7)));
   REQUIRE(controller->Decide(4, /*force=*/true, &why).has_value());
 }
 
@@ -162,7 +166,7 @@ TEST_CASE("plans at an interval wait for the backoff but not for gain", "[placem
       {.min_steps_between = 1000, .force_every_steps = 10, .min_gain = 100.0, .backoff_steps = 50});
   Traffic traffic(8);
   Decision why;
-  controller->OnStep(0, kTokens, traffic.Step(0));
+  controller->OnStep(0, OneKind(kTokens, traffic.Step(0)));
   REQUIRE_FALSE(controller->Decide(9, /*force=*/false, &why).has_value());
   REQUIRE(controller->Decide(10, /*force=*/false, &why).has_value());
   controller->OnAborted(1, 12);
@@ -170,7 +174,7 @@ TEST_CASE("plans at an interval wait for the backoff but not for gain", "[placem
   REQUIRE(why == Decision::kTooSoon);
   REQUIRE(controller->Decide(62, /*force=*/false, &why).has_value());
   controller->OnCommitted(2, 63);
-  controller->OnStep(64, kTokens, traffic.Step(7));
+  controller->OnStep(64, OneKind(kTokens, traffic.Step(7)));
   REQUIRE_FALSE(controller->Decide(71, /*force=*/false, &why).has_value());
   REQUIRE(controller->Decide(72, /*force=*/false, &why).has_value());
 }
@@ -185,7 +189,7 @@ TEST_CASE("a policy with an interval plans from the steps of that interval alone
     const std::vector<int32_t> counts = traffic.Step(step <= 5 ? 0 : 7);
     if (step % 5 == 1) sums.assign(counts.size(), 0);
     for (size_t i = 0; i < counts.size(); ++i) sums[i] += counts[i];
-    controller->OnStep(step, kTokens, counts);
+    controller->OnStep(step, OneKind(kTokens, counts));
     for (int32_t layer = 0; layer < controller->placement().num_layers(); ++layer) {
       const auto window = controller->window_load(layer);
       REQUIRE(std::equal(window.begin(), window.end(), sums.begin() + layer * kExperts));
@@ -226,7 +230,7 @@ TEST_CASE("policies that never plan say so", "[placement][controller]") {
   for (const char* policy : {"static", "never"}) {
     const auto controller = Make({.policy = policy, .window_tokens = kTokens});
     Traffic traffic(5);
-    controller->OnStep(0, kTokens, traffic.Step(0));
+    controller->OnStep(0, OneKind(kTokens, traffic.Step(0)));
     Decision why;
     REQUIRE_FALSE(controller->Decide(0, /*force=*/false, &why).has_value());
     REQUIRE(why == Decision::kPolicyStays);
@@ -244,8 +248,8 @@ TEST_CASE("a plan brings no rank more copies than allowed", "[placement][control
   Traffic traffic(6);
   for (int64_t step = 0; step < 40; ++step) {
     const std::vector<int32_t> counts = traffic.Step(11);
-    unlimited->OnStep(step, kTokens, counts);
-    limited->OnStep(step, kTokens, counts);
+    unlimited->OnStep(step, OneKind(kTokens, counts));
+    limited->OnStep(step, OneKind(kTokens, counts));
   }
   Decision why;
   const auto all = unlimited->Decide(40, /*force=*/false, &why);
@@ -280,7 +284,8 @@ TEST_CASE("copies never exceed the grants of any window of steps and the burst",
       std::vector<size_t> copies;  // of each step
       int over_budget = 0;
       for (int64_t step = 0; step < 300; ++step) {
-        controller->OnStep(step, kTokens, traffic.Step(static_cast<int32_t>(step / 20) * 7));
+        controller->OnStep(step,
+                           OneKind(kTokens, traffic.Step(static_cast<int32_t>(step / 20) * 7)));
         controller->GrantCopies(grant);
         Decision why;
         const auto plan = controller->Decide(step, /*force=*/step % 10 == 9, &why);
@@ -318,8 +323,8 @@ TEST_CASE("a plan waits for credit and comes when it is there", "[placement][con
   Traffic traffic(22);
   for (int64_t step = 0; step < 40; ++step) {
     const auto counts = traffic.Step(3);
-    controller->OnStep(step, kTokens, counts);
-    unlimited->OnStep(step, kTokens, counts);
+    controller->OnStep(step, OneKind(kTokens, counts));
+    unlimited->OnStep(step, OneKind(kTokens, counts));
   }
   Decision why;
   const auto all = unlimited->Decide(40, false, &why);
@@ -358,13 +363,13 @@ TEST_CASE("the window forgets what is older than its tokens", "[placement][contr
   const auto controller = Make({.window_tokens = 1600});
   std::vector<int32_t> counts(kLayers * kExperts, 0);
   counts[3] = 10;
-  for (int64_t step = 0; step < 100; ++step) controller->OnStep(step, 10, counts);
+  for (int64_t step = 0; step < 100; ++step) controller->OnStep(step, OneKind(10, counts));
   REQUIRE(controller->window_tokens() == 1000);
   REQUIRE(controller->window_load(0)[3] == 1000);
   counts[3] = 0;
   counts[kExperts + 4] = 10;
   for (int64_t step = 100; step < 400; ++step) {
-    controller->OnStep(step, 10, counts);
+    controller->OnStep(step, OneKind(10, counts));
     REQUIRE(controller->window_tokens() <= 1600 + 100);
   }
   REQUIRE(controller->window_tokens() >= 1600);

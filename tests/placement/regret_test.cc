@@ -53,6 +53,10 @@ double Imbalance(const Placement& placement, const std::vector<int32_t>& counts)
          std::accumulate(counts.begin(), counts.end(), 0);
 }
 
+StepCounts OneKind(int64_t num_tokens, std::span<const int32_t> counts) {
+  return StepCounts::Of(TokenKind::kDecode, num_tokens, counts);
+}
+
 struct Outcome {
   double imbalance = 0;  // mean over the second half of the steps
   int copies = 0;
@@ -66,7 +70,7 @@ Outcome Run(Controller* controller, const std::vector<double>& share, int begin,
   for (int step = begin; step < begin + steps; ++step) {
     const auto counts = Draw(share, 6144, random);
     if (step >= begin + steps / 2) outcome.imbalance += Imbalance(controller->placement(), counts);
-    controller->OnStep(step, 1024, counts);
+    controller->OnStep(step, OneKind(1024, counts));
     Decision why;
     const auto plan = controller->Decide(step, false, &why);
     if (!plan.has_value()) continue;
@@ -157,7 +161,7 @@ TEST_CASE("the same batches give the same plans", "[placement][regret]") {
     Random random(14);
     auto controller = *Controller::Create(Options(0.05), Ring());
     for (int step = 0; step < 40; ++step) {
-      controller->OnStep(step, 1024, Draw(SkewedShares(&random), 6144, &random));
+      controller->OnStep(step, OneKind(1024, Draw(SkewedShares(&random), 6144, &random)));
       Decision why;
       const auto plan = controller->Decide(step, step % 10 == 9, &why);
       if (!plan.has_value()) continue;
@@ -174,7 +178,7 @@ TEST_CASE("a plan that was not adopted leaves the planner as it was", "[placemen
   const Placement ring = Ring();
   RegretPlanner planner({.initial = ring, .rho = 0.03}, ring.expert_of_slot(0));
   const auto counts = Draw(SkewedShares(&random), 6144, &random);
-  planner.OnBatch(counts);
+  planner.OnBatch(counts, TokenKind::kPrefill);
   const auto once = planner.Plan({});
   REQUIRE(once.has_value());
   CHECK(planner.Plan({}) == once);
@@ -201,7 +205,7 @@ TEST_CASE("with coverage the hottest experts survive the loss of any rank",
   std::vector<int32_t> row(ring.expert_of_slot(0).begin(), ring.expert_of_slot(0).end());
   std::vector<double> seen(kExperts, 1.0);
   for (int batch = 0; batch < 40; ++batch) {
-    planner.OnBatch(Draw(share, 6144, &random));
+    planner.OnBatch(Draw(share, 6144, &random), TokenKind::kPrefill);
     if (const auto plan = planner.Plan({})) {
       row = *plan;
       planner.Adopt(row);
@@ -229,7 +233,7 @@ TEST_CASE("node-local copies stay where the expert is at home", "[placement][reg
   const auto share = SkewedShares(&random);
   int plans = 0;
   for (int batch = 0; batch < 20; ++batch) {
-    planner.OnBatch(Draw(share, 6144, &random));
+    planner.OnBatch(Draw(share, 6144, &random), TokenKind::kPrefill);
     const auto plan = planner.Plan({});
     if (!plan.has_value()) continue;
     ++plans;
@@ -246,15 +250,18 @@ TEST_CASE("noisier batches of the same traffic are no change of traffic",
   Random random(20);
   const auto share = SkewedShares(&random);
   TrafficMemory memory(kExperts, kRanks, 1.0f);
-  for (int batch = 0; batch < 60; ++batch) memory.Add(Draw(share, 24576, &random));
+  for (int batch = 0; batch < 60; ++batch)
+    memory.Add(Draw(share, 24576, &random), TokenKind::kPrefill);
   int changes = 0;
   for (int batch = 0; batch < 200; ++batch) {
-    memory.Add(Draw(share, 3072, &random));  // an eighth of the tokens: 2.8 times the noise
+    memory.Add(Draw(share, 3072, &random),
+               TokenKind::kPrefill);  // an eighth of the tokens: 2.8 times the noise
     changes += memory.batches_since_change() == 1;
   }
   CHECK(changes <= 20);
-  for (int batch = 0; batch < 20; ++batch) memory.Add(Draw(share, 3072, &random));
-  memory.Add(Draw(SkewedShares(&random), 3072, &random));
+  for (int batch = 0; batch < 20; ++batch)
+    memory.Add(Draw(share, 3072, &random), TokenKind::kPrefill);
+  memory.Add(Draw(SkewedShares(&random), 3072, &random), TokenKind::kPrefill);
   CHECK(memory.batches_since_change() == 1);  // and a change still is one
 }
 
@@ -263,7 +270,7 @@ TEST_CASE("a second copy on one rank counts as room", "[placement][regret]") {
   const Placement start =
       *Placement::Create(1, 4, Topology::Uniform(2, 3), {0, 1, kNoExpert, 2, 2, 3}, 0);
   RegretPlanner planner({.initial = start, .rho = 0.03}, start.expert_of_slot(0));
-  planner.OnBatch(std::vector<int32_t>{1000, 10, 10, 10});
+  planner.OnBatch(std::vector<int32_t>{1000, 10, 10, 10}, TokenKind::kPrefill);
   const auto plan = planner.Plan({});
   REQUIRE(plan.has_value());
   CHECK(RanksOf(start, *plan, 0) == std::set<int32_t>{0, 1});
@@ -311,7 +318,7 @@ TEST_CASE("the first change of a search is nearly always the best there is",
     TrafficMemory memory(5, 3, 1.0f);
     std::vector<int32_t> counts(5);
     for (int32_t& n : counts) n = 1 + static_cast<int32_t>(random.Below(1000));
-    memory.Add(counts);
+    memory.Add(counts, TokenKind::kPrefill);
     const std::vector<int32_t> row = {0, 1, 2, 3, 4, static_cast<int32_t>(random.Below(4))};
     RowSearch search(Topology::Uniform(3, 2), 5, &memory, /*node_local=*/false);
     const auto objective = [&](std::span<const int32_t> r) {
@@ -342,11 +349,11 @@ TEST_CASE("batches are added up from steps", "[placement][regret]") {
   const auto share = SkewedShares(&random);
   Decision why;
   for (int step = 0; step < 15; ++step) {
-    controller->OnStep(step, 64, Draw(share, 384, &random));
+    controller->OnStep(step, OneKind(64, Draw(share, 384, &random)));
     CHECK_FALSE(controller->Decide(step, false, &why).has_value());
     CHECK(why == Decision::kWindowNotFull);
   }
-  controller->OnStep(15, 64, Draw(share, 384, &random));
+  controller->OnStep(15, OneKind(64, Draw(share, 384, &random)));
   CHECK(controller->Decide(15, false, &why).has_value());
 }
 

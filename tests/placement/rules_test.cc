@@ -140,7 +140,7 @@ void RequireCoverage(const Topology& topology, int32_t num_experts, bool fill_sp
   int plans = 0;
   for (int64_t step = 0; step < 150; ++step) {
     const auto counts = Traffic(step, kLayers, num_experts, &random);
-    (*controller)->OnStep(step, 256, counts);
+    (*controller)->OnStep(step, StepCounts::Of(TokenKind::kPrefill, 256, counts));
     Decision why;
     const auto plan = (*controller)->Decide(step + 1, false, &why);
     if (plan.has_value()) {
@@ -149,7 +149,7 @@ void RequireCoverage(const Topology& topology, int32_t num_experts, bool fill_sp
     }
     for (int32_t layer = 0; layer < kLayers; ++layer) {
       TrafficMemory& memory = memories[layer];
-      memory.Add(std::span(counts).subspan(layer * num_experts, num_experts));
+      memory.Add(std::span(counts).subspan(layer * num_experts, num_experts), TokenKind::kPrefill);
       const auto hottest =
           Hottest(num_experts, num_hot, [&](int32_t e) { return memory.lasting_load(e); });
       INFO("step " << step << " layer " << layer);

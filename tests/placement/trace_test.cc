@@ -53,6 +53,33 @@ TEST_CASE("step counts are taken as they are", "[placement][trace]") {
   REQUIRE(trace->counts == std::vector<int32_t>{1, 2, 3, 4, 5, 6});
 }
 
+TEST_CASE("step counts by kind are kept apart and added up", "[placement][trace]") {
+  // Two steps of two kinds, one layer, three experts; the second step has no prefill.
+  const NamedArray phase =
+      Ids("a", {2, 2, 1, 3}, {1, 2, 3, 4, 5, 7, 0, 0, 0, 1, 0, 1}, NpyType::kI32);
+  const auto trace = CountSteps({&phase, 1}, {.step_tokens = 11, .top_k = 2});
+  REQUIRE(trace.ok());
+  REQUIRE(trace->counts == std::vector<int32_t>{5, 7, 10, 1, 0, 1});
+  REQUIRE(trace->tokens_of(0) == 11);
+  const StepCounts first = trace->counts_of(0), second = trace->counts_of(1);
+  REQUIRE(first.num_tokens == PerKind<int64_t>{3, 8});
+  REQUIRE(second.num_tokens == PerKind<int64_t>{0, 1});
+  REQUIRE(first.counts[TokenKind::kPrefill][2] == 3);
+  REQUIRE(first.counts[TokenKind::kDecode][2] == 7);
+  REQUIRE(second.counts[TokenKind::kDecode][0] == 1);
+  // Without top-k a step has 10 tokens, and its copies, 6 and 16, say how many are of a kind.
+  const auto unknown = CountSteps({&phase, 1}, {.step_tokens = 10});
+  REQUIRE(unknown.ok());
+  REQUIRE(unknown->counts_of(0).num_tokens == PerKind<int64_t>{3, 7});
+  REQUIRE(unknown->counts_of(1).num_tokens == PerKind<int64_t>{0, 10});
+  // What does not tell kinds apart is of one.
+  const NamedArray sums = Ids("a", {1, 1, 3}, {1, 2, 3}, NpyType::kI64);
+  const auto plain = CountSteps({&sums, 1}, {.step_tokens = 4});
+  REQUIRE(plain.ok());
+  REQUIRE(plain->counts_of(0).num_tokens == PerKind<int64_t>{4, 0});
+  REQUIRE(plain->counts_of(0).counts[TokenKind::kPrefill].size() == 3);
+}
+
 TEST_CASE("a bad trace is refused with file and place and value", "[placement][trace][errors]") {
   const auto message = [](const NamedArray& phase, int32_t experts = 4) {
     return MessageOf(CountSteps({&phase, 1}, {.step_tokens = 2, .num_experts = experts}));
@@ -67,6 +94,20 @@ TEST_CASE("a bad trace is refused with file and place and value", "[placement][t
                Contains("t.npy: step 0 layer 0 expert 1 has count -1, allowed"));
   REQUIRE_THAT(message(Ids("t.npy", {1, 1, 4}, {1, int64_t{1} << 31, 0, 0}, NpyType::kI64)),
                Contains("has count 2147483648"));
+  REQUIRE_THAT(message(Ids("t.npy", {1, 2, 1, 4}, {0, 1, 0, 0, 0, 0, -7, 0}, NpyType::kI32)),
+               Contains("t.npy: step 0 decode layer 0 expert 2 has count -7, allowed"));
+  // Each fits, the two together do not.
+  REQUIRE_THAT(
+      message(Ids("t.npy", {1, 2, 1, 4}, {1, 0, 0, 0, 0x7fffffff, 0, 0, 0}, NpyType::kI32)),
+      Contains("step 0 decode layer 0 expert 0 has count 2147483647"));
+  REQUIRE_THAT(message(Ids("t.npy", {1, 3, 1, 1}, {0, 0, 0}, NpyType::kI32)),
+               Contains("t.npy: [1, 3, 1, 1] of i32, allowed: [steps, layers, experts] or "
+                        "[steps, 2, layers, experts]"));
+  REQUIRE_THAT(message(Ids("t.npy", {1, 2, 1, 1}, {0, 0})), Contains("of u8, allowed: [tokens"));
+  const NamedArray shapes[] = {Ids("a.npy", {1, 2, 4}, {1, 1, 1, 1, 1, 1, 1, 1}, NpyType::kI32),
+                               Ids("b.npy", {1, 2, 2, 4}, std::vector<int64_t>(16), NpyType::kI32)};
+  REQUIRE_THAT(MessageOf(CountSteps(shapes, {.step_tokens = 1})),
+               Contains("b.npy: [1, 2, 2, 4] of i32 does not go with a.npy: [1, 2, 4] of i32"));
   REQUIRE_THAT(message(Ids("t.npy", {1, 1, 3}, {0, 1, 0}, NpyType::kI32)),
                Contains("counts of 3 experts, but 4 were asked for"));
   const NamedArray mixed[] = {Ids("a.npy", {2, 1, 1}, {0, 0}),

@@ -5,6 +5,7 @@
 #include <catch2/catch.hpp>
 
 #include "base/log.h"
+#include "base/npy.h"
 #include "tests/support/run_ranks.h"
 #include "tests/support/tiny_checkpoint.h"
 
@@ -23,6 +24,7 @@ using testing::WriteCheckpoint;
 struct Served {
   std::vector<Reply> replies;
   int64_t epoch = 0, copies = 0, flips = 0, aborts = 0;
+  int64_t prefill_tokens = 0, decode_tokens = 0;
 };
 
 // Serves the requests on a new cluster that must come to a clean stop.
@@ -34,8 +36,13 @@ Served Serve(const ClusterOptions& options, const std::vector<GenerationRequest>
   auto replies = (*cluster)->Generate(requests);
   REQUIRE(FirstError((*cluster)->Stop()) == "");
   REQUIRE(replies.ok());
-  return {*replies, (*cluster)->epoch(), (*cluster)->copies(), (*cluster)->flips(),
-          (*cluster)->aborts()};
+  return {*replies,
+          (*cluster)->epoch(),
+          (*cluster)->copies(),
+          (*cluster)->flips(),
+          (*cluster)->aborts(),
+          (*cluster)->prefill_tokens(),
+          (*cluster)->decode_tokens()};
 }
 
 // Index of the first reply that differs, or -1.
@@ -211,6 +218,55 @@ TEST_CASE("the demo model is transparent with the products of this machine", "[r
   const Served served = Serve(options, requests);
   REQUIRE(FirstDifference(served.replies, alone.replies) == -1);
   REQUIRE(served.copies > 0);
+}
+
+TEST_CASE("a server counts prefill and decode apart", "[runtime][cluster]") {
+  TempFolder folder;
+  const TinyModel model{};
+  WriteCheckpoint(folder.path(), model);
+  const int32_t layers = model.num_layers - model.num_dense_layers;
+  const auto requests =
+      RandomRequests(16, model.vocab, /*longest_prompt=*/60, /*max_tokens=*/12, 1.0, /*seed=*/5);
+  for (int ranks : {1, 3}) {
+    CAPTURE(ranks);
+    TraceRecorder recorder({.num_ranks = ranks,
+                            .num_layers = layers,
+                            .num_experts = model.num_experts,
+                            .top_k = model.top_k});
+    REQUIRE(recorder.Start(TraceRecorder::What::kCounts, 1 << 20).ok());
+    // Every prompt fits into a step whole.
+    const Served served = Serve({.model = folder.path(),
+                                 .num_ranks = ranks,
+                                 .policy = "regret",
+                                 .prefill_chunk = 64,
+                                 .max_batch_tokens = 4096,
+                                 .recorder = &recorder},
+                                requests);
+    int64_t prefill = 0, decode = 0;
+    for (size_t i = 0; i < requests.size(); ++i) {
+      const auto prompt = static_cast<int64_t>(requests[i].prompt.size());
+      // A prompt of one token runs as decode; a last token of full length does not run.
+      (prompt > 1 ? prefill : decode) += prompt;
+      decode += static_cast<int64_t>(served.replies[i].tokens.size()) -
+                (served.replies[i].finish == FinishReason::kLength ? 1 : 0);
+    }
+    REQUIRE(prefill > 0);
+    REQUIRE(served.prefill_tokens == prefill);
+    REQUIRE(served.decode_tokens == decode);
+    const auto file = recorder.Dump();
+    REQUIRE(file.ok());
+    const auto counts = ParseNpy("dump", *file);
+    REQUIRE(counts.ok());
+    REQUIRE(counts->shape == std::vector<int64_t>{counts->shape[0], 2, layers, model.num_experts});
+    std::vector<int64_t> copies(static_cast<size_t>(2 * layers));  // [2, layers]
+    for (int64_t i = 0; i < counts->num_elements(); ++i) {
+      copies[static_cast<size_t>(i / model.num_experts % (2 * layers))] += counts->IntegerAt(i);
+    }
+    for (int32_t layer = 0; layer < layers; ++layer) {
+      REQUIRE(copies[static_cast<size_t>(layer)] == prefill * model.top_k);
+      REQUIRE(copies[static_cast<size_t>(layers + layer)] == decode * model.top_k);
+    }
+  }
 }
 
 TEST_CASE("a rebalance asked for by hand takes place while nobody is served",

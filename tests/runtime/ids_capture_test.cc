@@ -56,10 +56,10 @@ TEST_CASE("two ranks capture one recording in order of step rank and row", "[run
   REQUIRE_FALSE(captures[0].active());
 }
 
-// [layers * experts] copies, of counts or of ids.
+// [layers * experts] copies, of counts of both kinds or of ids.
 std::vector<int64_t> Histogram(const NpyArray& array, int32_t layers, int32_t experts) {
   std::vector<int64_t> copies(static_cast<size_t>(layers * experts));
-  const int64_t size = array.num_elements(), width = array.shape[2];
+  const int64_t size = array.num_elements(), width = array.shape.back();
   for (int64_t i = 0; i < size; ++i) {
     const int64_t value = array.IntegerAt(i), layer = i / width % layers;
     if (array.type == NpyType::kI32) {

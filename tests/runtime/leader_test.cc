@@ -44,11 +44,12 @@ class Bench {
   int64_t Rebalance(int32_t first) {
     StepRecord record;
     record.step = ++step_;
-    record.num_tokens = 200;
+    record.num_tokens[TokenKind::kPrefill] = 80;
+    record.num_tokens[TokenKind::kDecode] = 120;
     record.layers.resize(1);
-    record.layers[0].counts.assign(kExperts, 0);
-    record.layers[0].counts[first] = 120;
-    record.layers[0].counts[first + 1] = 80;
+    for (auto& counts : record.layers[0].counts) counts.assign(kExperts, 0);
+    record.layers[0].counts[TokenKind::kDecode][first] = 120;
+    record.layers[0].counts[TokenKind::kPrefill][first + 1] = 80;
     record.layers[0].rank_load.assign(kRanks, 50);
     leader_->OnStep(record);
     const auto answer = nlohmann::json::parse(leader_->Rebalance());

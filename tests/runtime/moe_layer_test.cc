@@ -119,6 +119,7 @@ struct RunOptions {
   const KernelSet* kernels = &PlainKernels();
   DType dtype = DType::kF32;
   bool first_rank_empty = false;      // else tokens are dealt round
+  int32_t num_decode = INT32_MAX;     // tokens before this one are decode, the others prefill
 };
 
 // One rank's part of a run.
@@ -131,6 +132,9 @@ class RankRun {
       const int owner = options.first_rank_empty && ranks > 1 ? 1 + t % (ranks - 1) : t % ranks;
       if (owner == rank) mine_.push_back(t);
     }
+    // Tokens from number `num_decode` on are prefill: the last of every rank.
+    num_prefill_ = static_cast<int32_t>(std::count_if(
+        mine_.begin(), mine_.end(), [&](int32_t t) { return t >= options.num_decode; }));
   }
 
   absl::Status Run(std::vector<std::vector<float>>* outputs, std::vector<LayerCounts>* counts) {
@@ -212,6 +216,7 @@ class RankRun {
     }
     BALLAST_RETURN_IF_ERROR(executor_->Run(table, {.layer = 0,
                                                    .num_tokens = static_cast<int32_t>(mine_.size()),
+                                                   .num_prefill = num_prefill_,
                                                    .x_f32 = x.as<float>(),
                                                    .x_act = act.data(),
                                                    .router = &router_,
@@ -230,6 +235,7 @@ class RankRun {
   Transport* transport_;
   Communicator* comm_;
   std::vector<int32_t> mine_;  // tokens of this rank
+  int32_t num_prefill_ = 0;    // the last of them
   std::unique_ptr<MoeExecutor> executor_;
   std::unique_ptr<ExpertStore> store_;
   RouterParameters router_;
@@ -237,7 +243,8 @@ class RankRun {
 
 // The outputs [T, H] under each placement. Also checks that the ranks know the same counts, and
 // that every copy was computed once.
-std::vector<std::vector<float>> RunLayer(const Instance& in, const RunOptions& options) {
+std::vector<std::vector<float>> RunLayer(const Instance& in, const RunOptions& options,
+                                         LayerCounts* of_first_round = nullptr) {
   const int ranks = options.placements.front().topology().num_ranks();
   const size_t rounds = options.placements.size();
   std::vector<std::vector<float>> outputs(rounds, std::vector<float>(in.x.size()));
@@ -256,6 +263,7 @@ std::vector<std::vector<float>> RunLayer(const Instance& in, const RunOptions& o
     for (int64_t copies : counts[0][i].rank_load) load += copies;
     REQUIRE(load == int64_t{in.tokens} * in.rule.top_k);
   }
+  if (of_first_round != nullptr) *of_first_round = counts[0][0];
   return outputs;
 }
 
@@ -333,6 +341,34 @@ TEST_CASE("the bits depend on neither placement nor split nor ranks nor flips",
         for (const auto& y : RunLayer(in, options)) REQUIRE(SameBits(y, reference[0]));
       }
     }
+  }
+}
+
+TEST_CASE("the counts of the kinds are those of their tokens alone", "[runtime][moe]") {
+  constexpr int32_t kDecoded = 20;
+  const Instance all = RandomInstance(11, {.num_experts = 12, .top_k = 3}, 37);
+  Instance decoded = all, prompts = all;  // the first tokens, and the others
+  decoded.tokens = kDecoded;
+  prompts.tokens = all.tokens - kDecoded;
+  const auto cut = static_cast<std::ptrdiff_t>(kDecoded * all.hidden);
+  for (auto rows : {&Instance::x, &Instance::base}) {
+    (decoded.*rows).resize(static_cast<size_t>(cut));
+    (prompts.*rows).erase((prompts.*rows).begin(), (prompts.*rows).begin() + cut);
+  }
+  for (int ranks : {1, 2, 4}) {
+    CAPTURE(ranks);
+    const RunOptions options{.placements = {Contiguous(12, ranks)}};
+    RunOptions mixed = options;
+    mixed.num_decode = kDecoded;
+    LayerCounts of_mixed, of_decoded, of_prompts;
+    const auto y = RunLayer(all, mixed, &of_mixed);
+    RunLayer(decoded, options, &of_decoded);
+    RunLayer(prompts, options, &of_prompts);
+    REQUIRE(of_mixed.counts[TokenKind::kDecode] == of_decoded.counts[TokenKind::kDecode]);
+    REQUIRE(of_mixed.counts[TokenKind::kPrefill] == of_prompts.counts[TokenKind::kDecode]);
+    REQUIRE(of_decoded.counts[TokenKind::kPrefill] == std::vector<int32_t>(12, 0));
+    // The kinds are counted apart and else treated alike.
+    REQUIRE(SameBits(y[0], RunLayer(all, options)[0]));
   }
 }
 

@@ -19,27 +19,27 @@ TEST_CASE("a recording is started watched dumped and stopped", "[runtime][unit]"
     return json::parse(reply.body);
   };
   REQUIRE(state("status")["recording"] == false);
-  REQUIRE(state("start", R"({"what":"counts","max_bytes":16})") == json{{"recording", true},
+  REQUIRE(state("start", R"({"what":"counts","max_bytes":32})") == json{{"recording", true},
                                                                         {"full", false},
                                                                         {"gap", false},
                                                                         {"what", "counts"},
                                                                         {"steps", 0},
                                                                         {"tokens", 0},
                                                                         {"bytes", 0},
-                                                                        {"max_bytes", 16}});
+                                                                        {"max_bytes", 32}});
   for (int32_t step = 0; step < 3; ++step) {
-    recorder.AddStep(std::vector<int32_t>{step, 7});
+    recorder.AddStep(std::vector<int32_t>{step, 7, 2, 0});
   }
   const json full = state("status");
   REQUIRE(full["full"] == true);
   REQUIRE(full["recording"] == false);
   REQUIRE(full["steps"] == 2);
-  REQUIRE(full["tokens"] == 0 + 7 + 1 + 7);
+  REQUIRE(full["tokens"] == 0 + 7 + 2 + 1 + 7 + 2);
   const HttpReply dump = AnswerRecord(&recorder, "dump", "");
   REQUIRE(dump.status == 200);
   REQUIRE(std::string(dump.type) == "application/octet-stream");
   REQUIRE(*ParseNpy("dump", dump.body) ==
-          MakeNpyArray(NpyType::kI32, {2, 1, 2}, std::vector<int64_t>{0, 7, 1, 7}));
+          MakeNpyArray(NpyType::kI32, {2, 2, 1, 2}, std::vector<int64_t>{0, 7, 2, 0, 1, 7, 2, 0}));
   REQUIRE(state("stop")["steps"] == 2);
   REQUIRE(state("start")["max_bytes"] == TraceRecorder::kDefaultBytes);
   state("stop");
@@ -64,7 +64,7 @@ TEST_CASE("what cannot be recorded is refused with what is allowed", "[runtime][
   refused(400, "start", R"({"max_bytes":"1"})", "max_bytes: \"1\", allowed: 1 to 1073741824");
   refused(400, "start", R"({"max_bytes":1.5})", "max_bytes: 1.5");
   refused(400, "start", R"({"max_bytes":18446744073709551615})", "max_bytes: 184467440737095516");
-  refused(400, "start", R"({"max_bytes":7})", "max_bytes: 7, allowed: 8 (one step");
+  refused(400, "start", R"({"max_bytes":7})", "max_bytes: 7, allowed: 16 (one step");
   refused(400, "start", R"({"bytes":7})", "bytes: 7, allowed: the fields what and max_bytes");
   const std::string nest(1 << 20, '[');
   refused(400, "start", R"({"what":)" + nest + std::string(nest.size(), ']') + "}",

@@ -72,7 +72,7 @@ Run Serve(const Server& server) {
   return run;
 }
 
-// [layers * experts], over all steps.
+// [layers * experts], over all steps and kinds.
 std::vector<int64_t> SumOfSteps(const NpyArray& counts) {
   std::vector<int64_t> sums(kLayers * kExperts);
   for (int64_t i = 0; i < counts.num_elements(); ++i) {
@@ -84,10 +84,11 @@ std::vector<int64_t> SumOfSteps(const NpyArray& counts) {
 // Every layer of a step has the same number of copies, top-k of each token; returns the tokens.
 int64_t TokensOf(const NpyArray& counts) {
   int64_t tokens = 0;
+  constexpr int64_t kStep = 2 * kLayers * kExperts;
   for (int64_t step = 0; step < counts.shape[0]; ++step) {
     std::vector<int64_t> copies(kLayers);
-    for (int64_t i = 0; i < kLayers * kExperts; ++i) {
-      copies[static_cast<size_t>(i / kExperts)] += counts.IntegerAt(step * kLayers * kExperts + i);
+    for (int64_t i = 0; i < kStep; ++i) {
+      copies[static_cast<size_t>(i / kExperts % kLayers)] += counts.IntegerAt(step * kStep + i);
     }
     for (const int64_t of_layer : copies) REQUIRE(of_layer == copies[0]);
     REQUIRE(copies[0] > 0);
@@ -124,7 +125,7 @@ TEST_CASE("what is recorded is what was routed and changes no answer", "[serve][
   Serve(server);
   const NpyArray counts = Dumped(server, dir / "counts.npy");
   REQUIRE(counts.type == NpyType::kI32);
-  REQUIRE(counts.shape == std::vector<int64_t>{counts.shape[0], kLayers, kExperts});
+  REQUIRE(counts.shape == std::vector<int64_t>{counts.shape[0], 2, kLayers, kExperts});
   REQUIRE(TokensOf(early) == counted.tokens);
   REQUIRE(TokensOf(counts) == 2 * counted.tokens);
   REQUIRE(std::equal(early.data.begin(), early.data.end(), counts.data.begin()));
@@ -160,13 +161,13 @@ TEST_CASE("a recording is refused with what to do", "[serve]") {
     Refused(Record(server, "dump", {"--out", dir / "x.npy"}), 2, "start a recording first");
     Refused(Record(server, "dump"), 2, "--out is required");
     Refused(Record(server, "start", {"--max-bytes", "100"}), 2,
-            "max_bytes: 100, allowed: 512 (one step");
+            "max_bytes: 100, allowed: 1024 (one step");
     Refused(Record(server, "start", {"--what", "all"}), 2, "--what");
     Refused(Record(server, "start", {"--out", dir / "x.npy"}), 2, "--out: allowed with");
     Refused(RunBallast(1, {"record", "start", "--url", "ftp://x:1"}), 2, "--url is 'ftp://x:1'");
     Refused(RunBallast(1, {"record", "start", "--url", "http://nowhere:80"}), 2, "'nowhere'");
     // Two steps fit.
-    REQUIRE(Done(Record(server, "start", {"--max-bytes", "1KiB"}))["max_bytes"] == 1024);
+    REQUIRE(Done(Record(server, "start", {"--max-bytes", "2KiB"}))["max_bytes"] == 2048);
     Refused(Record(server, "start"), 2, "stop it first");
     REQUIRE(server.Complete({{"prompt", "a"}, {"max_tokens", 20}}).status == 200);
     const json status = Done(Record(server, "status"));

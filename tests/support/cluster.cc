@@ -63,6 +63,8 @@ struct Cluster::Counter : EngineObserver {
   explicit Counter(Cluster* owner) : cluster(owner) {}
   void OnStep(const StepRecord& record) override {
     ++cluster->steps_;
+    cluster->prefill_tokens_ += record.num_tokens[TokenKind::kPrefill];
+    cluster->decode_tokens_ += record.num_tokens[TokenKind::kDecode];
     cluster->leader_->OnStep(record);
   }
   void OnPlanEnded(const Rebalancer::Outcome& outcome, const Placement& in_force) override {

@@ -63,6 +63,9 @@ class Cluster {
   int64_t flips() const { return flips_; }
   int64_t aborts() const { return aborts_; }
   int64_t steps() const { return steps_; }
+  // Of all ranks in all steps.
+  int64_t prefill_tokens() const { return prefill_tokens_; }
+  int64_t decode_tokens() const { return decode_tokens_; }
 
  private:
   struct Rank;
@@ -80,6 +83,7 @@ class Cluster {
   std::vector<std::unique_ptr<Rank>> ranks_;
   std::vector<std::thread> threads_;
   std::atomic<int64_t> epoch_ = 0, copies_ = 0, flips_ = 0, aborts_ = 0, steps_ = 0;
+  std::atomic<int64_t> prefill_tokens_ = 0, decode_tokens_ = 0;
 };
 
 // `count` prompts of different lengths, random from the seed; request i samples with seed i.
