@@ -1,6 +1,7 @@
 #include "placement/controller.h"
 
 #include <algorithm>
+#include <limits>
 #include <utility>
 
 #include "base/check.h"
@@ -43,9 +44,9 @@ absl::Status CheckOptions(const ControllerOptions& options, const Topology& topo
         absl::StrCat("0 (no limit) or at least ", most_slots, ", the slots of the largest rank"));
   }
   if (options.copy_burst != 0.0 && !(options.copy_burst >= topology.num_slots())) {
-    return reject("copy_burst", options.copy_burst,
-                  absl::StrCat("0 (no budget) or at least ", topology.num_slots(),
-                               ", the slots of a layer"));
+    return reject(
+        "copy_burst", options.copy_burst,
+        absl::StrCat("0 (no budget) or at least ", topology.num_slots(), ", the slots of a layer"));
   }
   return absl::OkStatus();
 }
@@ -87,10 +88,11 @@ absl::StatusOr<std::unique_ptr<Controller>> Controller::Create(ControllerOptions
 
 Controller::Controller(ControllerOptions options, Placement initial, std::unique_ptr<Policy> policy)
     : options_(std::move(options)),
+      separate_kinds_(options_.separate_kinds && !options_.in_step),
       placement_(std::move(initial)),
       policy_(std::move(policy)),
       window_sums_(static_cast<size_t>(placement_.num_layers()) * placement_.num_experts(), 0),
-      joint_(options_.separate_kinds ? 0 : window_sums_.size(), 0),
+      joint_(separate_kinds_ ? 0 : window_sums_.size(), 0),
       credit_(options_.copy_burst) {
   for (Batch& batch : batches_) batch.counts.resize(window_sums_.size(), 0);
   const PolicyContext context{.initial = placement_,
@@ -116,25 +118,29 @@ int64_t Controller::window_tokens() const {
 
 void Controller::OnStep(int64_t, const StepCounts& counts) {
   StepCounts step = counts;
-  if (!options_.separate_kinds) {
+  int64_t step_tokens = 0;
+  for (TokenKind kind : kTokenKinds) {
+    BALLAST_CHECK(counts.num_tokens[kind] >= 0 &&
+                  (counts.counts[kind].empty()
+                       ? counts.num_tokens[kind] == 0
+                       : counts.counts[kind].size() == window_sums_.size()));
+    step_tokens += counts.num_tokens[kind];
+  }
+  if (step_tokens == 0) return;
+  if (!separate_kinds_) {
     std::fill(joint_.begin(), joint_.end(), 0);
-    int64_t num_tokens = 0;
     for (TokenKind kind : kTokenKinds) {
-      num_tokens += counts.num_tokens[kind];
       for (size_t i = 0; i < counts.counts[kind].size(); ++i) joint_[i] += counts.counts[kind][i];
     }
-    step = StepCounts::Of(TokenKind::kPrefill, num_tokens, joint_);
+    step = StepCounts::Of(TokenKind::kPrefill, step_tokens, joint_);
   }
-  bool any = false;
   for (TokenKind kind : kTokenKinds) {
     const int64_t num_tokens = step.num_tokens[kind];
     if (num_tokens == 0) continue;
-    BALLAST_CHECK(step.counts[kind].size() == window_sums_.size() && num_tokens > 0);
-    AddToBatch(kind, num_tokens, step.counts[kind]);
+    AddToBatch(kind, num_tokens, step.counts[kind], step_tokens);
     AddToWindow(kind, num_tokens, step.counts[kind]);
-    any = true;
   }
-  window_steps_ += any;
+  ++window_steps_;
 }
 
 void Controller::AddToWindow(TokenKind kind, int64_t num_tokens, std::span<const int32_t> counts) {
@@ -163,21 +169,28 @@ void Controller::AddToWindow(TokenKind kind, int64_t num_tokens, std::span<const
 }
 
 // Hands whole batches to the planners: single steps of a few tokens would be noise to them.
-void Controller::AddToBatch(TokenKind kind, int64_t num_tokens, std::span<const int32_t> counts) {
+void Controller::AddToBatch(TokenKind kind, int64_t num_tokens, std::span<const int32_t> counts,
+                            int64_t step_tokens) {
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
   Batch& batch = batches_[kind];
-  for (size_t i = 0; i < batch.counts.size(); ++i) batch.counts[i] += counts[i];
+  for (size_t i = 0; i < batch.counts.size(); ++i) {
+    batch.counts[i] = static_cast<int32_t>(std::min(kMost, int64_t{batch.counts[i]} + counts[i]));
+  }
   batch.num_tokens += num_tokens;
-  if (batch.num_tokens >= options_.batch_tokens) HandOverBatch(kind);
+  if (batch.num_tokens >= options_.batch_tokens) HandOverBatch(kind, step_tokens);
 }
 
-void Controller::HandOverBatch(TokenKind kind) {
-  Batch& batch = batches_[kind];
+void Controller::HandOverBatch(TokenKind kind, int64_t step_tokens) {
   const size_t num_experts = placement_.num_experts();
+  Batch& batch = batches_[kind];
+  const auto weight = static_cast<float>(
+      std::min(1.0, static_cast<double>(batch.num_tokens) /
+                        static_cast<double>(std::max(options_.batch_tokens, step_tokens))));
   for (size_t layer = 0; layer < planners_.size(); ++layer) {
     const auto of_layer =
         std::span<const int32_t>(batch.counts).subspan(layer * num_experts, num_experts);
     const bool any = std::any_of(of_layer.begin(), of_layer.end(), [](int32_t n) { return n > 0; });
-    if (any) planners_[layer]->OnBatch(of_layer, kind);
+    if (any) planners_[layer]->OnBatch(of_layer, kind, weight);
   }
   std::fill(batch.counts.begin(), batch.counts.end(), 0);
   batch.num_tokens = 0;
@@ -203,7 +216,7 @@ std::optional<MigrationPlan> Controller::Decide(int64_t step, bool force, Decisi
   if (*why != Decision::kNone) return std::nullopt;
 
   for (TokenKind kind : kTokenKinds) {
-    if (forced && batches_[kind].num_tokens > 0) HandOverBatch(kind);
+    if (forced && batches_[kind].num_tokens > 0) HandOverBatch(kind, /*step_tokens=*/0);
   }
   new_batch_ = false;
   bool policy_stays = false;

@@ -21,10 +21,12 @@ namespace ballast {
 struct ControllerOptions {
   std::string policy = "eplb";
   int32_t num_groups = 1;
-  double rho = 0.1;                // transfer of one copy, in ideal times of a layer and batch
-  bool in_step = false;            // plans serve the very step whose counts made them
+  double rho = 0.1;      // transfer of one copy, in ideal times of a layer and batch
+  bool in_step = false;  // plans serve the very step whose counts made them
   PlacementRules rules = {};
-  bool separate_kinds = true;      // batches and windows per kind of token; false: one for all
+  // Batches and windows per kind of token; false: one for all. In-step plans are for a step as a
+  // whole: they have one for all in any case.
+  bool separate_kinds = true;
   int64_t batch_tokens = 1;        // tokens per batch for planners that look at batches
   int64_t window_tokens = 8192;    // tokens of a kind that a decision looks back over
   int32_t min_steps_between = 16;  // steps between the end of one plan and the next
@@ -64,7 +66,8 @@ const char* NameOf(Decision decision);
 //   T(a + b) <= T(a) + T(b)
 //
 // (splitting each in its best way is one way to split their sum): a row that is within a factor of
-// balance for each kind is within it for every mix of the two. And each kind keeps a window of its
+// balance for each kind is within it for every mix of the two. A batch that is a part of its step
+// weighs as that part. And each kind keeps a window of its
 // own last window_tokens tokens, so a long prompt does not flush out what generation did. A policy
 // that plans from a window is given the sum of both, in which a token is a token and the rarer kind
 // weighs up to as much as the other. The windows count as full when they hold window_tokens
@@ -138,8 +141,9 @@ class Controller {
   };
 
   Controller(ControllerOptions options, Placement initial, std::unique_ptr<Policy> policy);
-  void AddToBatch(TokenKind kind, int64_t num_tokens, std::span<const int32_t> counts);
-  void HandOverBatch(TokenKind kind);
+  void AddToBatch(TokenKind kind, int64_t num_tokens, std::span<const int32_t> counts,
+                  int64_t step_tokens);
+  void HandOverBatch(TokenKind kind, int64_t step_tokens);
   void AddToWindow(TokenKind kind, int64_t num_tokens, std::span<const int32_t> counts);
   void ForgetWindows();
   std::vector<Candidate> WantedRows(bool forced, bool* policy_stays);
@@ -148,6 +152,7 @@ class Controller {
   double Imbalance(const LayerHosts& hosts, std::span<const int64_t> load) const;
 
   ControllerOptions options_;
+  const bool separate_kinds_;
   Placement placement_;
   std::unique_ptr<Policy> policy_;
   std::vector<std::unique_ptr<LayerPlanner>> planners_;  // [num_layers]

@@ -32,7 +32,9 @@ class LayerPlanner {
   virtual ~LayerPlanner() = default;
 
   // SHAPES counts [E] copies per logical expert of one batch, whose tokens are all of one kind
-  virtual void OnBatch(std::span<const int32_t> counts, TokenKind kind) = 0;
+  // UNITS  weight: the batch in ideal times of a layer and batch, in (0, 1]. Less than 1 where a
+  //        step was of both kinds: its part
+  virtual void OnBatch(std::span<const int32_t> counts, TokenKind kind, float weight) = 0;
 
   // The wanted row, or nullopt when the layer should stay as it is. `forced`: the caller wants the
   // best row whatever it costs.

@@ -12,10 +12,10 @@ namespace {
 // recorded order in view as well. There they are less flat: half of kTheta costs 0.08 more at rho
 // 3, twice kLambda 0.009 more at rho 0.3.
 constexpr float kLeastGain = 0.0005f;  // of the objective, per copy: below it a change is noise
-constexpr int kMostLevels = 4;        // copies that one plan may bring to a rank
+constexpr int kMostLevels = 4;         // copies that one plan may bring to a rank
 constexpr double kTheta = 1.5;
 constexpr float kLambda = 3.0f;
-constexpr int kChangeBatches = 2;  // after a change, in which lambda applies
+constexpr int kChangeBatches = 2;  // of a kind, after its change, in which lambda applies
 // Counts that are in use in the very step that is planned weigh more in the search.
 constexpr float kInStepWeight = 7.0f;
 
@@ -37,14 +37,21 @@ RegretPlanner::RegretPlanner(const PolicyContext& context, std::span<const int32
 }
 
 float RegretPlanner::Regret(const Lanes& before, const Lanes& after) const {
-  const int since = memory_.batches_since_change();
-  float sum = 0.0f, largest = 0.0f;
+  PerKind<float> sums = {};
+  PerKind<int> batches = {};
+  float largest = 0.0f;
   for (int age = 0; age < memory_.num_batches(); ++age) {
     const int lane = memory_.lane_of(age);
-    sum += before[lane] - after[lane];
-    const bool of_change = since <= kChangeBatches && age < since;
-    const float more = of_change ? kLambda / static_cast<float>(age + 1) : 0.0f;
-    largest = std::max(largest, sum * (1.0f + more));
+    const TokenKind kind = memory_.kind_of(lane);
+    sums[kind] += memory_.batch_weight(lane) * (before[lane] - after[lane]);
+    ++batches[kind];
+    float sum = 0.0f;
+    for (const TokenKind k : kTokenKinds) {
+      const int since = memory_.batches_since_change(k);
+      const bool of_change = since <= kChangeBatches && batches[k] <= since && batches[k] > 0;
+      sum += sums[k] * (1.0f + (of_change ? kLambda / static_cast<float>(batches[k]) : 0.0f));
+    }
+    largest = std::max(largest, sum);
   }
   return largest;
 }
@@ -67,8 +74,8 @@ bool RegretPlanner::Cover() {
   return changed;
 }
 
-void RegretPlanner::OnBatch(std::span<const int32_t> counts, TokenKind kind) {
-  memory_.Add(counts, kind);
+void RegretPlanner::OnBatch(std::span<const int32_t> counts, TokenKind kind, float weight) {
+  memory_.Add(counts, kind, weight);
   search_.SortShared();
   const int lane = memory_.lane_of(0);
   history_in_force_[lane] = search_.LargestLoads(memory_.history())[lane];

@@ -11,8 +11,8 @@ namespace ballast {
 // Why a token goes through the layers. The two kinds use other experts and come in other portions:
 // a prompt brings thousands of tokens at once, generation one per sequence and step.
 enum class TokenKind {
-  kPrefill,  // one of several tokens of a prompt
-  kDecode,   // the only token of its sequence in the step
+  kPrefill,  // of a sequence that lacks several
+  kDecode,   // the one token that its sequence still lacks
 };
 inline constexpr int kNumTokenKinds = 2;
 inline constexpr TokenKind kTokenKinds[] = {TokenKind::kPrefill, TokenKind::kDecode};

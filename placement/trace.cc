@@ -1,10 +1,10 @@
 #include "placement/trace.h"
 
 #include <algorithm>
-#include <numeric>
 #include <cctype>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <utility>
 
 #include "absl/strings/numbers.h"
@@ -96,26 +96,32 @@ absl::Status CountIds(const NamedArray& phase, const Shape& shape, StepTrace* tr
 absl::Status CopyCounts(const NamedArray& phase, const Shape& shape, StepTrace* trace) {
   const int64_t step_size = shape.layers * shape.width;
   std::vector<int64_t> totals(static_cast<size_t>(shape.layers));  // of a step
+  const bool apart = shape.kinds > 1;
+  size_t sum_at = trace->counts.size(), kind_at = trace->kind_counts.size();
+  trace->counts.resize(sum_at + static_cast<size_t>(shape.length * step_size), 0);
+  if (apart) trace->kind_counts.resize(kind_at + static_cast<size_t>(shape.length * 2 * step_size));
   int64_t at = 0;
-  for (int64_t step = 0; step < shape.length; ++step) {
+  for (int64_t step = 0; step < shape.length; ++step, sum_at += static_cast<size_t>(step_size)) {
     std::fill(totals.begin(), totals.end(), 0);
-    const size_t begin = trace->counts.size();
-    trace->counts.resize(begin + static_cast<size_t>(step_size), 0);
-    for (int64_t i = 0; i < shape.kinds * step_size; ++i) {
-      const int64_t kind = i / step_size, layer = i % step_size / shape.width;
-      const int64_t count = phase.array.IntegerAt(at++);
-      if (count < 0 || count > kMostCopies - totals[layer]) {
-        return absl::InvalidArgumentError(
-            absl::StrCat(phase.name, ": step ", step,
-                         shape.kinds == 1 ? ""
-                         : kind == 0      ? " prefill"
-                                          : " decode",
-                         " layer ", layer, " expert ", i % shape.width, " has count ", count,
-                         ", allowed: 0 and more, less than 2^31 in all of a layer and step"));
+    for (int64_t kind = 0; kind < shape.kinds; ++kind) {
+      size_t to = sum_at;
+      for (int64_t layer = 0; layer < shape.layers; ++layer) {
+        for (int64_t e = 0; e < shape.width; ++e) {
+          const int64_t count = phase.array.IntegerAt(at++);
+          if (count < 0 || count > kMostCopies - totals[layer]) {
+            return absl::InvalidArgumentError(
+                absl::StrCat(phase.name, ": step ", step,
+                             !apart      ? ""
+                             : kind == 0 ? " prefill"
+                                         : " decode",
+                             " layer ", layer, " expert ", e, " has count ", count,
+                             ", allowed: 0 and more, less than 2^31 in all of a layer and step"));
+          }
+          totals[layer] += count;
+          trace->counts[to++] += static_cast<int32_t>(count);
+          if (apart) trace->kind_counts[kind_at++] = static_cast<int32_t>(count);
+        }
       }
-      totals[layer] += count;
-      trace->counts[begin + static_cast<size_t>(i % step_size)] += static_cast<int32_t>(count);
-      if (shape.kinds > 1) trace->kind_counts.push_back(static_cast<int32_t>(count));
     }
   }
   return absl::OkStatus();
@@ -176,10 +182,17 @@ std::span<const int32_t> StepTrace::layer(int64_t step_index, int32_t layer_inde
   return step(step_index).subspan(static_cast<size_t>(layer_index) * num_experts, num_experts);
 }
 
+int64_t StepTrace::TokensIn(std::span<const int32_t> of_layers) const {
+  int64_t most = 0;
+  for (size_t at = 0; at < of_layers.size(); at += static_cast<size_t>(num_experts)) {
+    const auto layer = of_layers.subspan(at, static_cast<size_t>(num_experts));
+    most = std::max(most, std::accumulate(layer.begin(), layer.end(), int64_t{0}));
+  }
+  return most / top_k;
+}
+
 int64_t StepTrace::tokens_of(int64_t index) const {
-  if (top_k == 0) return step_tokens;
-  const std::span<const int32_t> first = layer(index, 0);
-  return std::accumulate(first.begin(), first.end(), int64_t{0}) / top_k;
+  return top_k == 0 ? step_tokens : TokensIn(step(index));
 }
 
 StepCounts StepTrace::counts_of(int64_t index) const {
@@ -187,20 +200,28 @@ StepCounts StepTrace::counts_of(int64_t index) const {
     return StepCounts::Of(TokenKind::kPrefill, tokens_of(index), step(index));
   const size_t size = static_cast<size_t>(num_layers) * num_experts;
   StepCounts result;
-  PerKind<int64_t> copies = {};  // of the first layer
+  PerKind<int64_t> copies = {};  // of all layers
   for (TokenKind kind : kTokenKinds) {
     const size_t at = static_cast<size_t>(index) * kNumTokenKinds + static_cast<size_t>(kind);
     result.counts[kind] = std::span(kind_counts).subspan(at * size, size);
-    const auto first = result.counts[kind].first(static_cast<size_t>(num_experts));
-    copies[kind] = std::accumulate(first.begin(), first.end(), int64_t{0});
+    copies[kind] =
+        std::accumulate(result.counts[kind].begin(), result.counts[kind].end(), int64_t{0});
+    if (top_k > 0) result.num_tokens[kind] = TokensIn(result.counts[kind]);
   }
-  const int64_t all = std::accumulate(copies.begin(), copies.end(), int64_t{0});
-  for (TokenKind kind : kTokenKinds) {
-    if (copies[kind] == 0) continue;
-    result.num_tokens[kind] =
-        top_k > 0 ? copies[kind] / top_k
-                  : std::max<int64_t>(1, (step_tokens * copies[kind] + all / 2) / all);
+  if (top_k > 0) return result;
+  int64_t& prefill = result.num_tokens[TokenKind::kPrefill];
+  int64_t& decode = result.num_tokens[TokenKind::kDecode];
+  const int64_t of_prefill = copies[TokenKind::kPrefill], of_decode = copies[TokenKind::kDecode];
+  if (of_prefill == 0 || of_decode == 0) {
+    prefill = of_prefill > 0 ? step_tokens : 0;
+    decode = of_decode > 0 ? step_tokens : 0;
+    return result;
   }
+  const double share =
+      static_cast<double>(of_prefill) / static_cast<double>(of_prefill + of_decode);
+  prefill = std::clamp<int64_t>(std::llround(static_cast<double>(step_tokens) * share), 1,
+                                std::max<int64_t>(1, step_tokens - 1));
+  decode = std::max<int64_t>(1, step_tokens - prefill);
   return result;
 }
 
@@ -236,10 +257,11 @@ absl::StatusOr<StepTrace> CountSteps(std::span<const NamedArray> phases,
     const int64_t sums_and_kinds = shape.kinds == 1 ? 1 : 1 + shape.kinds;
     const int64_t step_size = int64_t{trace.num_layers} * trace.num_experts * sums_and_kinds;
     if (num_steps > kMostCounts / step_size - trace.num_steps()) {
-      return absl::InvalidArgumentError(absl::StrCat(
-          phase.name, ": ", num_steps, " steps (after ", trace.num_steps(), ") of ",
-          trace.num_layers, " layers and ", trace.num_experts, " experts, allowed: ", kMostCounts,
-          " counts in all; larger steps have fewer"));
+      return absl::InvalidArgumentError(
+          absl::StrCat(phase.name, ": ", num_steps, " steps (after ", trace.num_steps(), ") of ",
+                       trace.num_layers, " layers and ", trace.num_experts, " experts",
+                       shape.kinds == 1 ? "" : " for each kind and for both",
+                       ", allowed: ", kMostCounts, " counts in all; larger steps have fewer"));
     }
     BALLAST_RETURN_IF_ERROR(shape.ids ? CountIds(phase, shape, &trace)
                                       : CopyCounts(phase, shape, &trace));

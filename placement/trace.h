@@ -33,15 +33,20 @@ struct StepTrace {
   std::vector<int32_t> kind_counts = {};
 
   int64_t num_steps() const { return phase_offsets.empty() ? 0 : phase_offsets.back(); }
-  // Tokens of a step: step_tokens, or what the counts of its first layer say where top_k is known.
+  // Tokens of a step: step_tokens, or, where top_k is known, what the counts of the layer with the
+  // most copies say.
   int64_t tokens_of(int64_t index) const;
   // What the controller of a server would be given. Where top_k is not known the step's tokens
-  // divide over the kinds as its copies do, at least one to each that has copies.
+  // divide over the kinds as the copies of all layers do, at least one to each that has copies (so
+  // a step of both kinds has two at the least).
   StepCounts counts_of(int64_t index) const;
   // [layers * experts]
   std::span<const int32_t> step(int64_t index) const;
   // [experts]
   std::span<const int32_t> layer(int64_t step_index, int32_t layer_index) const;
+
+ private:
+  int64_t TokensIn(std::span<const int32_t> of_layers) const;
 };
 
 struct TraceOptions {

@@ -31,7 +31,7 @@ TrafficMemory::TrafficMemory(int32_t num_experts, int32_t num_ranks, float last_
 // Total-variation distance of the batch from its kind's faster mean, against what it usually is.
 bool TrafficMemory::Changed(std::span<const float> load, TokenKind kind) {
   OfKind& of = kinds_[kind];
-  if (!of.seen) return true;
+  if (of.since_change == 0) return true;
   const int mean = means_of(kind);
   float distance = 0.0f;
   for (size_t e = 0; e < load.size(); ++e) distance += std::abs(load[e] - scenarios_[e][mean]);
@@ -39,7 +39,7 @@ bool TrafficMemory::Changed(std::span<const float> load, TokenKind kind) {
   if (of.usual_distance >= 0.0f && distance > kChangeFactor * of.usual_distance) {
     // Right after a change this is a change too, but its distance is learnt as usual: batches may
     // only be noisier than they were.
-    if (of.just_changed) of.usual_distance += kDistanceRate * (distance - of.usual_distance);
+    if (of.since_change == 1) of.usual_distance += kDistanceRate * (distance - of.usual_distance);
     return true;
   }
   of.usual_distance = of.usual_distance < 0.0f
@@ -63,21 +63,27 @@ void TrafficMemory::Follow(TokenKind kind, bool changed) {
 }
 
 // Takes the batch into the history.
-void TrafficMemory::Remember(TokenKind kind) {
+void TrafficMemory::Remember(TokenKind kind, float weight) {
   newest_ = (newest_ + kLanes - 1) % kLanes;
   num_batches_ = std::min(num_batches_ + 1, kLanes);
   for (size_t e = 0; e < load_.size(); ++e) history_[e][newest_] = load_[e];
   kind_of_[newest_] = kind;
-  int of_first = 0;
-  for (int age = 0; age < num_batches_; ++age) of_first += kind_of_[lane_of(age)] == first_kind_;
-  first_share_ = static_cast<float>(of_first) / static_cast<float>(num_batches_);
+  batch_weight_[newest_] = weight;
+  float of_first = 0.0f, of_all = 0.0f;
+  for (int age = 0; age < num_batches_; ++age) {
+    const int lane = lane_of(age);
+    of_all += batch_weight_[lane];
+    if (kind_of_[lane] == first_kind_) of_first += batch_weight_[lane];
+  }
+  first_share_ = of_first / of_all;
 }
 
 // Fills the lanes of single batches and weighs all.
 void TrafficMemory::PickScenarios() {
-  const bool both = kinds_[TokenKind::kPrefill].seen && kinds_[TokenKind::kDecode].seen;
+  const bool both =
+      kinds_[TokenKind::kPrefill].since_change > 0 && kinds_[TokenKind::kDecode].since_change > 0;
   weights_ = Lanes{};
-  weights_[kLastBatch] = last_batch_weight_;
+  weights_[kLastBatch] = last_batch_weight_ * batch_weight_[newest_];
   weights_[kSlowMean] = 1.0f;
   for (int m = 0; m < 2; ++m) {
     weights_[kFirstMeans + m] = first_share_;
@@ -91,15 +97,15 @@ void TrafficMemory::PickScenarios() {
     for (size_t e = 0; e < load_.size(); ++e) {
       scenarios_[e][scenario] = speaks ? history_[e][lane] : 0.0f;
     }
-    if (speaks) weights_[scenario] = weight;
+    if (speaks) weights_[scenario] = weight * batch_weight_[lane];
     weight *= kBatchDecay;
   }
   weights_ *= 1.0f / Sum(weights_);
 }
 
-void TrafficMemory::Add(std::span<const int32_t> counts, TokenKind kind) {
+void TrafficMemory::Add(std::span<const int32_t> counts, TokenKind kind, float weight) {
   const int64_t total = std::accumulate(counts.begin(), counts.end(), int64_t{0});
-  BALLAST_CHECK(total > 0 && counts.size() == load_.size());
+  BALLAST_CHECK(total > 0 && counts.size() == load_.size() && weight > 0.0f);
   const float scale = static_cast<float>(num_ranks_) / static_cast<float>(total);
   for (size_t e = 0; e < counts.size(); ++e) load_[e] = static_cast<float>(counts[e]) * scale;
 
@@ -107,11 +113,9 @@ void TrafficMemory::Add(std::span<const int32_t> counts, TokenKind kind) {
   const bool changed = Changed(load_, kind);
   Follow(kind, changed);
   for (OfKind& of : kinds_) of.change_age = std::min(of.change_age + 1, kLanes);
-  kinds_[kind].seen = true;
-  kinds_[kind].just_changed = changed;
   if (changed) kinds_[kind].change_age = 0;
-  since_change_ = changed ? 1 : since_change_ + 1;
-  Remember(kind);
+  kinds_[kind].since_change = changed ? 1 : kinds_[kind].since_change + 1;
+  Remember(kind, weight);
   PickScenarios();
 }
 

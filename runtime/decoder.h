@@ -25,7 +25,7 @@ struct Batch {
   std::vector<int32_t> table_offset;  // [T] where the token's sequence starts in block_table
   std::vector<int32_t> block_table;   // blocks of the sequences, one after the other
   std::vector<int32_t> logit_rows;    // [N] rows whose logits are wanted
-  int32_t num_prefill = 0;            // the last rows: chunks of prompts, of two tokens and more
+  int32_t num_prefill = 0;            // the last rows: of sequences that lack several tokens
 
   int32_t num_tokens() const { return static_cast<int32_t>(token.size()); }
   void Clear();

@@ -42,7 +42,7 @@ class EplbPlanner : public LayerPlanner {
     }
   }
 
-  void OnBatch(std::span<const int32_t>, TokenKind) override {}
+  void OnBatch(std::span<const int32_t>, TokenKind, float) override {}
   std::optional<std::vector<int32_t>> Plan(const Input& input) override {
     absl::StatusOr<EplbResult> planned = Eplb(input.window, shape_);
     BALLAST_CHECK(planned.ok());  // a placement exists, so its shape has room for all experts

@@ -18,7 +18,7 @@ class FullLayerPlanner : public LayerPlanner {
     Adopt(context.initial.expert_of_slot(layer));
   }
 
-  void OnBatch(std::span<const int32_t>, TokenKind) override {}
+  void OnBatch(std::span<const int32_t>, TokenKind, float) override {}
   std::optional<std::vector<int32_t>> Plan(const Input& input) override {
     planner_.Plan(input.window, &plan_);
     return AlignRow(topology_, row_, plan_.expert_of_slot);

@@ -7,7 +7,7 @@ namespace {
 // Leaves every layer as it started.
 class StayPlanner : public LayerPlanner {
  public:
-  void OnBatch(std::span<const int32_t>, TokenKind) override {}
+  void OnBatch(std::span<const int32_t>, TokenKind, float) override {}
   std::optional<std::vector<int32_t>> Plan(const Input&) override { return std::nullopt; }
   void Adopt(std::span<const int32_t>) override {}
 };

@@ -1,4 +1,5 @@
-// What the compiler's flags must hold true (cmake/BallastTargets.cmake).
+// What the compiler's flags must hold true (cmake/BallastTargets.cmake). Without them this fails
+// where the compiler may use AVX-512.
 #include <catch2/catch.hpp>
 #include <cstdint>
 #include <vector>

@@ -108,6 +108,15 @@ std::string CheckTrace(const std::string& input, Random& random) {
   }
   for (int64_t index = 0; index < trace->num_steps(); ++index) {
     const StepCounts of = trace->counts_of(index);
+    for (TokenKind kind : kTokenKinds) {
+      const auto counts = of.counts[kind];
+      const bool any = std::any_of(counts.begin(), counts.end(), [](int32_t n) { return n > 0; });
+      // A step of one kind has its tokens whatever it copies.
+      const bool apart = !trace->kind_counts.empty();
+      if (of.num_tokens[kind] < any || (apart && !any && of.num_tokens[kind] > 0)) {
+        return absl::StrCat("kinds of ", of.num_tokens[kind], " tokens");
+      }
+    }
     for (size_t i = 0; i < step; ++i) {
       int64_t sum = 0;
       for (const auto& counts : of.counts) sum += counts.empty() ? 0 : counts[i];

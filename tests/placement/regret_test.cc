@@ -178,7 +178,7 @@ TEST_CASE("a plan that was not adopted leaves the planner as it was", "[placemen
   const Placement ring = Ring();
   RegretPlanner planner({.initial = ring, .rho = 0.03}, ring.expert_of_slot(0));
   const auto counts = Draw(SkewedShares(&random), 6144, &random);
-  planner.OnBatch(counts, TokenKind::kPrefill);
+  planner.OnBatch(counts, TokenKind::kPrefill, 1.0f);
   const auto once = planner.Plan({});
   REQUIRE(once.has_value());
   CHECK(planner.Plan({}) == once);
@@ -205,7 +205,7 @@ TEST_CASE("with coverage the hottest experts survive the loss of any rank",
   std::vector<int32_t> row(ring.expert_of_slot(0).begin(), ring.expert_of_slot(0).end());
   std::vector<double> seen(kExperts, 1.0);
   for (int batch = 0; batch < 40; ++batch) {
-    planner.OnBatch(Draw(share, 6144, &random), TokenKind::kPrefill);
+    planner.OnBatch(Draw(share, 6144, &random), TokenKind::kPrefill, 1.0f);
     if (const auto plan = planner.Plan({})) {
       row = *plan;
       planner.Adopt(row);
@@ -233,7 +233,7 @@ TEST_CASE("node-local copies stay where the expert is at home", "[placement][reg
   const auto share = SkewedShares(&random);
   int plans = 0;
   for (int batch = 0; batch < 20; ++batch) {
-    planner.OnBatch(Draw(share, 6144, &random), TokenKind::kPrefill);
+    planner.OnBatch(Draw(share, 6144, &random), TokenKind::kPrefill, 1.0f);
     const auto plan = planner.Plan({});
     if (!plan.has_value()) continue;
     ++plans;
@@ -256,13 +256,13 @@ TEST_CASE("noisier batches of the same traffic are no change of traffic",
   for (int batch = 0; batch < 200; ++batch) {
     memory.Add(Draw(share, 3072, &random),
                TokenKind::kPrefill);  // an eighth of the tokens: 2.8 times the noise
-    changes += memory.batches_since_change() == 1;
+    changes += memory.batches_since_change(TokenKind::kPrefill) == 1;
   }
   CHECK(changes <= 20);
   for (int batch = 0; batch < 20; ++batch)
     memory.Add(Draw(share, 3072, &random), TokenKind::kPrefill);
   memory.Add(Draw(SkewedShares(&random), 3072, &random), TokenKind::kPrefill);
-  CHECK(memory.batches_since_change() == 1);  // and a change still is one
+  CHECK(memory.batches_since_change(TokenKind::kPrefill) == 1);  // and a change still is one
 }
 
 TEST_CASE("a second copy on one rank counts as room", "[placement][regret]") {
@@ -270,7 +270,7 @@ TEST_CASE("a second copy on one rank counts as room", "[placement][regret]") {
   const Placement start =
       *Placement::Create(1, 4, Topology::Uniform(2, 3), {0, 1, kNoExpert, 2, 2, 3}, 0);
   RegretPlanner planner({.initial = start, .rho = 0.03}, start.expert_of_slot(0));
-  planner.OnBatch(std::vector<int32_t>{1000, 10, 10, 10}, TokenKind::kPrefill);
+  planner.OnBatch(std::vector<int32_t>{1000, 10, 10, 10}, TokenKind::kPrefill, 1.0f);
   const auto plan = planner.Plan({});
   REQUIRE(plan.has_value());
   CHECK(RanksOf(start, *plan, 0) == std::set<int32_t>{0, 1});

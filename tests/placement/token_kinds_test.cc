@@ -88,7 +88,7 @@ int ChangesSeen(const std::function<TokenKind(TokenKind)>& kind_of) {
   for (int batch = 0; batch < 240; ++batch) {
     const TokenKind kind = batch % 8 < 6 ? TokenKind::kDecode : TokenKind::kPrefill;
     memory.Add((kind == TokenKind::kDecode ? decode : prefill).Draw(), kind_of(kind));
-    changes += memory.batches_since_change() == 1;
+    changes += memory.batches_since_change(kind_of(kind)) == 1;
   }
   return changes;
 }
@@ -106,9 +106,9 @@ TEST_CASE("each kind has a usual noise of its own", "[placement][kinds]") {
   int changes = 0;
   for (int batch = 0; batch < 80; ++batch) {
     const bool is_prefill = batch % 2 == 0;
-    memory.Add(is_prefill ? prefill.Draw(4096) : decode.Draw(128),
-               is_prefill ? TokenKind::kPrefill : TokenKind::kDecode);
-    changes += memory.batches_since_change() == 1;
+    const TokenKind kind = is_prefill ? TokenKind::kPrefill : TokenKind::kDecode;
+    memory.Add(is_prefill ? prefill.Draw(4096) : decode.Draw(128), kind);
+    changes += memory.batches_since_change(kind) == 1;
   }
   CHECK(changes == 2);
   // Prefill that moves by less than the noise of decode is a change all the same.
@@ -116,7 +116,8 @@ TEST_CASE("each kind has a usual noise of its own", "[placement][kinds]") {
   const auto busiest = std::max_element(moved.begin(), moved.end());
   *busiest += 4096 * kTopK / 8;
   memory.Add(moved, TokenKind::kPrefill);
-  CHECK(memory.batches_since_change() == 1);
+  CHECK(memory.batches_since_change(TokenKind::kPrefill) == 1);
+  CHECK(memory.batches_since_change(TokenKind::kDecode) == 40);
 }
 
 TEST_CASE("each kind has means of its own that count by its share", "[placement][kinds]") {
@@ -157,13 +158,31 @@ TEST_CASE("each kind has means of its own that count by its share", "[placement]
   // Decode changes: what it was before says nothing any more, and prefill (ages 1, 5, 9) still
   // does.
   memory.Add(other.Draw(), TokenKind::kDecode);
-  CHECK(memory.batches_since_change() == 1);
+  CHECK(memory.batches_since_change(TokenKind::kDecode) == 1);
+  CHECK(memory.batches_since_change(TokenKind::kPrefill) == 8);
   for (int lane = 4; lane < 14; ++lane) {
     CAPTURE(lane);
     CHECK((memory.weights()[lane] > 0.0f) == ((lane - 3) % 4 == 1));
   }
   memory.Add(prefill.Draw(), TokenKind::kPrefill);
-  CHECK(memory.batches_since_change() == 2);
+  CHECK(memory.batches_since_change(TokenKind::kDecode) == 1);
+}
+
+TEST_CASE("batches count by their weight", "[placement][kinds]") {
+  Traffic prefill(18), decode(19);
+  TrafficMemory memory(kExperts, kRanks, 1.0f);
+  for (int step = 0; step < 20; ++step) {
+    memory.Add(prefill.Draw(960), TokenKind::kPrefill, 0.9375f);
+    memory.Add(decode.Draw(64), TokenKind::kDecode, 0.0625f);
+  }
+  const Lanes& weights = memory.weights();
+  // Prefill was seen first.
+  CHECK(weights[1] == Approx(0.9375 * weights[3]));
+  CHECK(weights[14] == Approx(0.0625 * weights[3]));
+  // The last batch is of decode, the one before of prefill.
+  CHECK(weights[0] == Approx(0.0625 * weights[3]));
+  CHECK(weights[4] == Approx(0.3 * 0.9375 * weights[3]));
+  CHECK(weights[5] == Approx(0.8 * weights[4] / 15.0));
 }
 
 // ---- the controller ----------------------------------------------------------------------------
@@ -215,6 +234,44 @@ TEST_CASE("kinds that alternate settle where they are told apart", "[placement][
   CAPTURE(separate.copies, separate.cost, joint.copies, joint.cost);
   CHECK(5 * separate.copies < joint.copies);
   CHECK(1.5 * (separate.cost - 1.0) < joint.cost - 1.0);
+}
+
+// Copies that regret makes for steps of both kinds, each stationary.
+int64_t CopiesOfMixedSteps(bool separate_kinds, int64_t prefill_tokens, int64_t decode_tokens,
+                           bool in_step) {
+  Traffic prefill(81), decode(82);
+  std::vector<int64_t> by_kind;
+  constexpr int64_t kSteps = 120;
+  for (int64_t step = 0; step < kSteps; ++step) {
+    for (const auto& counts : {prefill.Draw(prefill_tokens), decode.Draw(decode_tokens)}) {
+      by_kind.insert(by_kind.end(), counts.begin(), counts.end());
+    }
+  }
+  const NamedArray array = {"mixed",
+                            MakeNpyArray(NpyType::kI32, {kSteps, 2, 1, kExperts}, by_kind)};
+  const auto trace = CountSteps({&array, 1}, {.step_tokens = kStepTokens, .top_k = kTopK});
+  REQUIRE(trace.ok());
+  ReplayOptions options{
+      .topology = Topology::Uniform(kRanks, kSlots), .policies = {"regret"}, .rhos = {0.1}};
+  options.when = in_step ? PlanTime::kInStep : PlanTime::kAfterStep;
+  options.controller.min_steps_between = 0;
+  options.controller.separate_kinds = separate_kinds;
+  const auto result = Replay(*trace, options);
+  REQUIRE(result.ok());
+  return std::llround(result->figures[0].copies_per_layer_step * kSteps);
+}
+
+TEST_CASE("the noise of a few tokens in a step moves nothing", "[placement][kinds][replay]") {
+  const int64_t joint = CopiesOfMixedSteps(false, 1000, 24, /*in_step=*/false);
+  const int64_t separate = CopiesOfMixedSteps(true, 1000, 24, /*in_step=*/false);
+  CAPTURE(joint, separate);
+  CHECK(joint > 0);
+  CHECK(separate <= 3 * joint);
+}
+
+TEST_CASE("plans for the step under way see it whole", "[placement][kinds][replay]") {
+  CHECK(CopiesOfMixedSteps(true, 600, 424, /*in_step=*/true) ==
+        CopiesOfMixedSteps(false, 600, 424, /*in_step=*/true));
 }
 
 TEST_CASE("a long prompt does not flush what generation did", "[placement][kinds]") {

@@ -72,6 +72,18 @@ TEST_CASE("step counts by kind are kept apart and added up", "[placement][trace]
   REQUIRE(unknown.ok());
   REQUIRE(unknown->counts_of(0).num_tokens == PerKind<int64_t>{3, 7});
   REQUIRE(unknown->counts_of(1).num_tokens == PerKind<int64_t>{0, 10});
+  // At least one token to a kind that has copies, and never more than a step has.
+  const auto few = CountSteps({&phase, 1}, {.step_tokens = 2});
+  REQUIRE(few.ok());
+  REQUIRE(few->counts_of(0).num_tokens == PerKind<int64_t>{1, 1});
+  // Layers that copy nothing (dense ones) take no tokens away.
+  const NamedArray dense = Ids("a", {1, 2, 2, 2}, {0, 0, 3, 1, 0, 0, 8, 0}, NpyType::kI32);
+  for (const int32_t top_k : {0, 2}) {
+    const auto sparse = CountSteps({&dense, 1}, {.step_tokens = 6, .top_k = top_k});
+    REQUIRE(sparse.ok());
+    REQUIRE(sparse->counts_of(0).num_tokens == PerKind<int64_t>{2, 4});
+    REQUIRE(sparse->tokens_of(0) == 6);
+  }
   // What does not tell kinds apart is of one.
   const NamedArray sums = Ids("a", {1, 1, 3}, {1, 2, 3}, NpyType::kI64);
   const auto plain = CountSteps({&sums, 1}, {.step_tokens = 4});

@@ -8,7 +8,8 @@
 namespace ballast::testing {
 
 // The folder of the recorded traces; or null, and a line on stdout by which ctest knows that the
-// test was skipped (SKIP_REGULAR_EXPRESSION in cmake/BallastTargets.cmake).
+// test was skipped (SKIP_REGULAR_EXPRESSION in cmake/BallastTargets.cmake): the test must then
+// return at once, for nothing that comes after this line can fail it.
 inline const char* TracesFolder() {
   const char* folder = std::getenv("BALLAST_TRACES");
   if (folder == nullptr) std::cout << "BALLAST_TRACES is not set: skipped\n";
