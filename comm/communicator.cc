@@ -20,6 +20,7 @@ constexpr uint32_t kMagic = 0x4c4c4142;  // "BALL"
 constexpr size_t kHeaderRoom = kCacheLineBytes;
 static_assert(sizeof(MessageHeader) <= kHeaderRoom);
 constexpr int kPollsBeforeSleep = 20'000;
+constexpr int kPollsPerLook = 64;  // at the deadline and for interruptions
 
 // Gives the core away between polls: ranks may outnumber cores. After many fruitless polls it
 // sleeps.
@@ -32,8 +33,8 @@ void Relax(int polls) {
   }
 }
 
-// Keeps a buffer that a posted message may still touch until the process ends: never freed, never
-// reused.
+}  // namespace
+
 void KeepForGood(AlignedBuffer buffer) {
   static std::mutex mutex;
   static auto* const kept = new std::vector<AlignedBuffer>;
@@ -41,10 +42,8 @@ void KeepForGood(AlignedBuffer buffer) {
   kept->push_back(std::move(buffer));
 }
 
-}  // namespace
-
 Communicator::Communicator(Transport* transport, Options options)
-    : transport_(transport), options_(options) {
+    : transport_(transport), options_(std::move(options)) {
   gather_ = std::make_unique<Exchange>(this);
   gather_bytes_.resize(static_cast<size_t>(size()));
 }
@@ -87,7 +86,9 @@ Communicator::Exchange::Exchange(Communicator* communicator)
       recv_(static_cast<size_t>(communicator->size())),
       received_(static_cast<size_t>(communicator->size())) {}
 
-Communicator::Exchange::~Exchange() { Abandon(); }
+Communicator::Exchange::~Exchange() {
+  Abandon();
+}
 
 void Communicator::Exchange::Abandon() {
   for (const Pending& pending : pending_) {
@@ -117,8 +118,8 @@ absl::Status Communicator::Exchange::Post(int64_t epoch, std::span<const size_t>
     received_[p] = {};
     if (peer == self || recv_capacity[p] == 0) continue;
     recv_[p].EnsureSize(kHeaderRoom + recv_capacity[p]);
-    auto handle = comm.transport_->PostRecv(
-        peer, kTagCollective, {recv_[p].data(), kHeaderRoom + recv_capacity[p]});
+    auto handle = comm.transport_->PostRecv(peer, kTagCollective,
+                                            {recv_[p].data(), kHeaderRoom + recv_capacity[p]});
     if (!handle.ok()) return comm.Fail(handle.status());
     pending_.push_back({peer, true, *handle});
   }
@@ -140,6 +141,25 @@ absl::Status Communicator::Exchange::Post(int64_t epoch, std::span<const size_t>
     pending_.push_back({peer, false, *handle});
   }
   return absl::OkStatus();
+}
+
+// Whether to go on waiting.
+absl::Status Communicator::Exchange::LookAround(int64_t deadline) {
+  Communicator& comm = *communicator_;
+  if (comm.options_.interrupted) {
+    const absl::Status interrupted = comm.options_.interrupted();
+    if (!interrupted.ok()) return comm.Fail(interrupted);
+  }
+  if (NowNs() <= deadline) return absl::OkStatus();
+  std::string missing;
+  for (const Pending& pending : pending_) {
+    absl::StrAppend(&missing, missing.empty() ? "" : ", ", pending.is_recv ? "from " : "to ",
+                    pending.peer);
+    comm.missing_.push_back(pending.peer);
+  }
+  return comm.Fail(absl::DeadlineExceededError(
+      absl::StrCat("rank ", comm.rank(), " waited ", comm.options_.deadline_ms, " ms in exchange ",
+                   sequence_, "; messages missing: ", missing)));
 }
 
 absl::Status Communicator::Exchange::Wait() {
@@ -171,24 +191,15 @@ absl::Status Communicator::Exchange::Wait() {
       std::memcpy(&header, recv_[p].data(), sizeof header);
       if (received < kHeaderRoom || header.magic != kMagic || header.sequence != sequence_ ||
           header.epoch != epoch_ || header.payload_bytes + kHeaderRoom != received) {
-        return comm.Fail(absl::InternalError(absl::StrCat(
-            "rank ", comm.rank(), " at epoch ", epoch_, ", exchange ", sequence_,
-            " got a message of ", received, " bytes from rank ", pending.peer, " at epoch ",
-            header.epoch, ", exchange ", header.sequence)));
+        return comm.Fail(absl::InternalError(
+            absl::StrCat("rank ", comm.rank(), " at epoch ", epoch_, ", exchange ", sequence_,
+                         " got a message of ", received, " bytes from rank ", pending.peer,
+                         " at epoch ", header.epoch, ", exchange ", header.sequence)));
       }
       received_[p] = {recv_[p].data() + kHeaderRoom, header.payload_bytes};
     }
     if (pending_.empty()) break;
-    if (polls % 64 == 63 && NowNs() > deadline) {
-      std::string missing;
-      for (const Pending& pending : pending_) {
-        absl::StrAppend(&missing, missing.empty() ? "" : ", ", pending.is_recv ? "from " : "to ",
-                        pending.peer);
-      }
-      return comm.Fail(absl::DeadlineExceededError(
-          absl::StrCat("rank ", comm.rank(), " waited ", comm.options_.deadline_ms,
-                       " ms in exchange ", sequence_, "; messages missing: ", missing)));
-    }
+    if (polls % kPollsPerLook == kPollsPerLook - 1) BALLAST_RETURN_IF_ERROR(LookAround(deadline));
     Relax(polls);
   }
   comm.wait_ns_ += NowNs() - begin;

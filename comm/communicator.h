@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
 #include <vector>
@@ -35,6 +36,8 @@ class Communicator {
  public:
   struct Options {
     int64_t deadline_ms = 60'000;  // of every wait
+    // Asked now and then during a wait; an error ends the wait with it. Empty: never.
+    std::function<absl::Status()> interrupted = {};
   };
   Communicator(Transport* transport, Options options);
   ~Communicator();
@@ -45,7 +48,7 @@ class Communicator {
   // Every rank's `mine` to everyone, in rank order.
   // SHAPES all [size() * mine.size()]
   // ERRORS kDeadlineExceeded names the ranks that did not answer; kInternal: another epoch or
-  //        sequence number, with both values and the rank
+  //        sequence number, with both values and the rank; what `interrupted` says
   absl::Status AllGather(int64_t epoch, std::span<const std::byte> mine, std::span<std::byte> all);
 
   // A variable exchange in two phases, so that work fits between them:
@@ -73,6 +76,7 @@ class Communicator {
     friend class Communicator;
     // Gives up the buffers that posted messages may still touch.
     void Abandon();
+    absl::Status LookAround(int64_t deadline);
     struct Pending {
       int peer;
       bool is_recv;
@@ -86,6 +90,8 @@ class Communicator {
     uint64_t sequence_ = 0;
   };
 
+  // Ranks that the last wait missed when its deadline passed.
+  const std::vector<int>& missing() const { return missing_; }
   // Time, and CPU time, that this rank has spent in Wait and AllGather since the start.
   int64_t wait_ns() const { return wait_ns_; }
   int64_t wait_cpu_ns() const { return wait_cpu_ns_; }
@@ -97,6 +103,7 @@ class Communicator {
   Transport* transport_;
   Options options_;
   absl::Status dead_;  // OK while alive
+  std::vector<int> missing_;
   uint64_t sequence_ = 0;
   int64_t wait_ns_ = 0;
   int64_t wait_cpu_ns_ = 0;

@@ -97,6 +97,10 @@ ControlChannel::~ControlChannel() {
   close(fd_);
 }
 
+void ControlChannel::Shutdown() {
+  shutdown(fd_, SHUT_RDWR);
+}
+
 absl::StatusOr<std::pair<std::unique_ptr<ControlChannel>, std::unique_ptr<ControlChannel>>>
 ControlChannel::MakePair() {
   int fds[2];

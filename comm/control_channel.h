@@ -51,6 +51,9 @@ class ControlChannel {
   // Blocks until something can be received (true), or `timeout_ms` have passed (false).
   absl::StatusOr<bool> WaitReadable(int timeout_ms);
 
+  // Ends the connection both ways: both ends then find the peer gone. THREADS any.
+  void Shutdown();
+
   int fd() const { return fd_; }
 
  private:

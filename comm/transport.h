@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "base/aligned_buffer.h"
 
 namespace ballast {
 
@@ -35,6 +36,10 @@ class Transport {
   // ERRORS kDataLoss: the message is longer than the room for it
   virtual absl::StatusOr<bool> Test(Handle handle, size_t* received) = 0;
 };
+
+// Keeps a buffer that a posted message may still touch until the process ends: never freed, never
+// reused. THREADS any.
+void KeepForGood(AlignedBuffer buffer);
 
 // Ranks that are threads of one process.
 class LocalFabric {

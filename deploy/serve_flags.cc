@@ -1,8 +1,8 @@
 #include <CLI/CLI.hpp>
 #include <memory>
 
-#include "absl/strings/str_join.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "deploy/commands.h"
 #include "deploy/serve.h"
 #include "placement/policy.h"
@@ -72,6 +72,16 @@ void AddEngineFlags(CLI::App* app, ServeFlags* f) {
       ->group(group);
   app->add_option("--step-timeout-ms", f->step_timeout_ms, "Deadline of every wait for other ranks")
       ->check(CLI::Range(int64_t{100}, int64_t{86'400'000}))
+      ->group(group);
+  app->add_option("--on-loss", f->on_loss,
+                  "When a rank other than 0 is lost: continue without it (needs mpirun "
+                  "--enable-recovery), or stop")
+      ->check(CLI::IsMember({"continue", "stop"}))
+      ->group(group);
+  app->add_option(
+         "--rank-timeout-ms", f->rank_timeout_ms,
+         "A rank that says nothing for so long is lost; 0: only when its connection breaks")
+      ->check(CLI::Range(int64_t{0}, int64_t{86'400'000}))
       ->group(group);
   app->add_option("--step-log", f->step_log, "File that gets one JSON line per step")->group(group);
 }

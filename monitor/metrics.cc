@@ -46,6 +46,8 @@ const Histogram::BucketBoundaries kStepBuckets = {.0005, .001, .002, .005, .01, 
 const Histogram::BucketBoundaries kStallBuckets = {.00001, .00003, .0001, .0003, .001, .003,
                                                    .01,    .03,    .1,    .3,    1};
 
+const Histogram::BucketBoundaries kPauseBuckets = {.001, .003, .01, .03, .1, .3, 1, 3, 10, 30};
+
 // The second number of /proc/self/statm: pages in memory.
 double ResidentBytes() {
   std::ifstream statm("/proc/self/statm");
@@ -174,11 +176,18 @@ struct RankMetrics::State {
   Gauge* queue_depth;
   Gauge* sequences;
   Gauge* kv_bytes;
+  Counter* regroupings;
+  Counter* reloads;
+  Histogram* pause_seconds;
+  Gauge* ranks_serving;
+  Counter* requests_moved;
+  std::vector<Gauge*> last_copies;  // by rank of the job
 
  private:
   void AddInfo(const RankMetricsOptions& options, Builder* build);
   void AddExperts(const RankMetricsOptions& options, Builder* build);
   void AddServing(Builder* build);
+  void AddGroup(const RankMetricsOptions& options, Builder* build);
 };
 
 RankMetrics::State::State(const RankMetricsOptions& options) : pull(options.rank) {
@@ -186,6 +195,7 @@ RankMetrics::State::State(const RankMetricsOptions& options) : pull(options.rank
   AddInfo(options, &build);
   AddExperts(options, &build);
   AddServing(&build);
+  AddGroup(options, &build);
 }
 
 void RankMetrics::State::AddInfo(const RankMetricsOptions& options, Builder* build) {
@@ -250,6 +260,25 @@ void RankMetrics::State::AddServing(Builder* build) {
   kv_bytes = build->OneGauge("ballast_kv_bytes_used", "Bytes of the key-value cache in use");
 }
 
+void RankMetrics::State::AddGroup(const RankMetricsOptions& options, Builder* build) {
+  regroupings = build->OneCounter("ballast_regroupings_total",
+                                  "Times that other ranks than before went on serving");
+  reloads = build->OneCounter("ballast_expert_reloads_total",
+                              "Experts whose last copy was lost, read from the checkpoint");
+  pause_seconds =
+      build->OneHistogram("ballast_regroup_pause_seconds",
+                          "Time without a step while the ranks regrouped", kPauseBuckets);
+  ranks_serving = build->OneGauge("ballast_ranks_serving", "Ranks that serve; on the leader");
+  ranks_serving->Set(options.num_ranks);
+  requests_moved = build->OneCounter("ballast_requests_moved_total",
+                                     "Requests that went on at another rank; on the leader");
+  auto& holders = build->Gauges("ballast_expert_last_copies",
+                                "Experts, over all layers, that a rank alone holds; on the leader");
+  for (int32_t r = 0; r < options.num_ranks; ++r) {
+    last_copies.push_back(&holders.Add({{"holder", absl::StrCat(r)}}));
+  }
+}
+
 absl::StatusOr<std::unique_ptr<RankMetrics>> RankMetrics::Create(
     const RankMetricsOptions& options) {
   try {
@@ -294,6 +323,27 @@ void RankMetrics::OnRebalance(RebalanceResult result, RebalanceTrigger trigger) 
 
 void RankMetrics::SetHotExperts(std::vector<HotExpert> experts) {
   state_->pull.SetHotExperts(std::make_shared<const HotTable>(std::move(experts)));
+}
+
+void RankMetrics::OnRegrouped(int64_t reloads, double pause_seconds) {
+  state_->regroupings->Increment();
+  state_->reloads->Increment(ToDouble(reloads));
+  state_->pause_seconds->Observe(pause_seconds);
+}
+
+void RankMetrics::SetRanksServing(int64_t ranks) {
+  state_->ranks_serving->Set(ToDouble(ranks));
+}
+
+void RankMetrics::OnRequestsMoved(int64_t requests) {
+  state_->requests_moved->Increment(ToDouble(requests));
+}
+
+void RankMetrics::SetLastCopies(std::span<const int64_t> last_copies) {
+  BALLAST_CHECK(last_copies.size() == state_->last_copies.size());
+  for (size_t r = 0; r < last_copies.size(); ++r) {
+    state_->last_copies[r]->Set(ToDouble(last_copies[r]));
+  }
 }
 
 void RankMetrics::OnRequest(RequestResult result) {

@@ -22,6 +22,7 @@ struct RankMetricsOptions {
   int32_t num_layers = 0;  // MoE layers
   int32_t num_experts = 0;
   int32_t top_k = 0;
+  int32_t num_ranks = 1;  // of the job
 };
 
 // One finished step of this rank.
@@ -65,6 +66,15 @@ class RankMetrics {
   void OnRebalance(RebalanceResult result, RebalanceTrigger trigger);
   // The hottest experts, on the leader only; replaces the table of the last call.
   void SetHotExperts(std::vector<HotExpert> experts);
+
+  // The ranks have regrouped: experts that were read from the checkpoint, and how long this rank
+  // ran no step.
+  void OnRegrouped(int64_t reloads, double pause_seconds);
+  // On the leader only: ranks that serve, requests that went on at another rank since the last
+  // call, and for each rank of the job how many experts of all layers it alone holds.
+  void SetRanksServing(int64_t ranks);
+  void OnRequestsMoved(int64_t requests);
+  void SetLastCopies(std::span<const int64_t> last_copies);
 
   void OnRequest(RequestResult result);
   void OnTokensGenerated(int64_t tokens);

@@ -6,6 +6,7 @@
 
 #include "base/check.h"
 #include "base/status.h"
+#include "placement/regroup.h"
 #include "placement/split_exact.h"
 
 namespace ballast {
@@ -93,7 +94,8 @@ Controller::Controller(ControllerOptions options, Placement initial, std::unique
       policy_(std::move(policy)),
       window_sums_(static_cast<size_t>(placement_.num_layers()) * placement_.num_experts(), 0),
       joint_(separate_kinds_ ? 0 : window_sums_.size(), 0),
-      credit_(options_.copy_burst) {
+      credit_(options_.copy_burst),
+      last_plan_id_(options_.last_plan_id) {
   for (Batch& batch : batches_) batch.counts.resize(window_sums_.size(), 0);
   const PolicyContext context{.initial = placement_,
                               .num_groups = options_.num_groups,
@@ -232,6 +234,12 @@ std::optional<MigrationPlan> Controller::Decide(int64_t step, bool force, Decisi
     return std::nullopt;
   }
   if (over) ForgetWindows();
+  *why = Decision::kPlanned;
+  return Start(std::move(rows), step);
+}
+
+// Takes the way to `rows`.
+MigrationPlan Controller::Start(std::vector<Placement::LayerRow> rows, int64_t step) {
   absl::StatusOr<MigrationPlan> plan =
       MakeMigrationPlan(placement_, std::move(rows), last_plan_id_ + 1);
   BALLAST_CHECK(plan.ok());  // a policy's rows are valid
@@ -240,8 +248,41 @@ std::optional<MigrationPlan> Controller::Decide(int64_t step, bool force, Decisi
   last_plan_id_ = plan->plan_id;
   last_start_ = step;
   target_ = *std::move(target);
-  *why = Decision::kPlanned;
   return *std::move(plan);
+}
+
+std::optional<MigrationPlan> Controller::Vacate(int64_t step, int32_t rank) {
+  BALLAST_CHECK(!in_flight());
+  const Topology& topology = placement_.topology();
+  std::vector<GroupMember> others;
+  for (int32_t r = 0; r < topology.num_ranks(); ++r) {
+    if (r != rank) others.push_back({.old_rank = r});
+  }
+  const absl::StatusOr<Regrouped> without = Regroup(placement_, others, placement_.epoch() + 1);
+  BALLAST_CHECK(without.ok());
+  if (without->more_slots_per_rank > 0) return std::nullopt;
+  std::vector<int32_t> incoming(others.size(), 0);
+  std::vector<Placement::LayerRow> rows;
+  for (size_t i = 0; i < without->reloads.size();) {
+    const int32_t layer = without->reloads[i].layer;
+    std::vector<int32_t> with_layer = incoming;
+    for (; i < without->reloads.size() && without->reloads[i].layer == layer; ++i) {
+      ++with_layer[without->reloads[i].rank];
+    }
+    const int32_t most = *std::max_element(with_layer.begin(), with_layer.end());
+    if (options_.max_incoming_per_rank > 0 && most > options_.max_incoming_per_rank) break;
+    incoming = with_layer;
+    const auto now = placement_.expert_of_slot(layer);
+    const auto then = without->placement.expert_of_slot(layer);
+    Placement::LayerRow row{layer, {now.begin(), now.end()}};
+    // The slots of the others are the same but for those of the rank between them.
+    const int32_t begin = topology.slot_offsets[rank], end = topology.slot_offsets[rank + 1];
+    std::copy(then.begin(), then.begin() + begin, row.expert_of_slot.begin());
+    std::copy(then.begin() + begin, then.end(), row.expert_of_slot.begin() + end);
+    rows.push_back(std::move(row));
+  }
+  if (rows.empty()) return std::nullopt;
+  return Start(std::move(rows), step);
 }
 
 void Controller::ForgetWindows() {

@@ -34,6 +34,7 @@ struct ControllerOptions {
   double min_gain = 0.02;          // smallest fall of imbalance (max/mean) that is worth moving for
   int32_t max_incoming_per_rank = 0;  // copies that one plan may bring to a rank; 0: no limit
   int32_t backoff_steps = 256;        // after an aborted plan; for force_every_steps too
+  int64_t last_plan_id = 0;           // plans are numbered from the next one
   double copy_burst = 0.0;  // most copies that may go unused and be made later; 0: no budget
 };
 
@@ -107,12 +108,18 @@ class Controller {
   // any token was counted.
   std::optional<MigrationPlan> Decide(int64_t step, bool force, Decision* why);
 
+  // A plan that gives other ranks copies of what only `rank` holds, as much as
+  // max_incoming_per_rank allows at a time; nothing where that is nothing, or where the others have
+  // no room. REQUIRES none in flight, another rank
+  std::optional<MigrationPlan> Vacate(int64_t step, int32_t rank);
+
   // REQUIRES plan_id is the plan in flight.
   void OnCommitted(int64_t plan_id, int64_t step);
   void OnAborted(int64_t plan_id, int64_t step);
 
   const Placement& placement() const { return placement_; }  // the placement in force
   bool in_flight() const { return target_.has_value(); }
+  int64_t last_plan_id() const { return last_plan_id_; }
 
   // Tokens in the windows of both kinds.
   int64_t window_tokens() const;
@@ -149,6 +156,7 @@ class Controller {
   std::vector<Candidate> WantedRows(bool forced, bool* policy_stays);
   void MeasureGains(std::vector<Candidate>* wanted) const;
   std::vector<Placement::LayerRow> WithinLimits(std::vector<Candidate> candidates);
+  MigrationPlan Start(std::vector<Placement::LayerRow> rows, int64_t step);
   double Imbalance(const LayerHosts& hosts, std::span<const int64_t> load) const;
 
   ControllerOptions options_;

@@ -16,7 +16,11 @@ enum class FrameKind : uint8_t {
   kStop,
   kEvents,
   kRankStatus,
-  kRouting
+  kRouting,
+  kHalt,
+  kResume,
+  kHalted,
+  kTrouble
 };
 
 template <class... Ts>
@@ -61,8 +65,44 @@ absl::StatusOr<EventsFrame> GetEvents(ByteReader& in) {
     const auto finish = in.Get<uint8_t>();
     if (finish > static_cast<uint8_t>(FinishReason::kFailed)) return Malformed("finish reason");
     event.finish = static_cast<FinishReason>(finish);
+    event.index = in.Get<int32_t>();
     frame.events.push_back(event);
   }
+  return frame;
+}
+
+void PutResume(const ResumeFrame& frame, ByteWriter& out) {
+  out.Put(frame.generation);
+  out.Put(static_cast<uint32_t>(frame.members.size()));
+  for (const ResumeFrame::Member& member : frame.members) {
+    out.Put(member.rank);
+    out.Put(member.old_rank);
+    out.Put(member.slots);
+    out.Put(member.node);
+  }
+  out.Put(frame.commit_plan_id);
+  out.Put(frame.step);
+  out.Put(frame.epoch);
+  out.PutArray(frame.placement);
+}
+
+ResumeFrame GetResume(ByteReader& in) {
+  ResumeFrame frame;
+  frame.generation = in.Get<int64_t>();
+  const auto count = in.Get<uint32_t>();
+  // The count is not believed: the loop ends with the bytes.
+  for (uint32_t i = 0; i < count && in.ok(); ++i) {
+    ResumeFrame::Member member;
+    member.rank = in.Get<int32_t>();
+    member.old_rank = in.Get<int32_t>();
+    member.slots = in.Get<int32_t>();
+    member.node = in.Get<int32_t>();
+    frame.members.push_back(member);
+  }
+  frame.commit_plan_id = in.Get<int64_t>();
+  frame.step = in.Get<int64_t>();
+  frame.epoch = in.Get<int64_t>();
+  frame.placement = in.GetArray<std::byte>();
   return frame;
 }
 
@@ -84,7 +124,19 @@ std::vector<std::byte> Serialize(const LeaderFrame& frame) {
                           out.Put(FrameKind::kPlan);
                           out.PutArray(body.plan);
                         },
-                        [&](const StopFrame&) { out.Put(FrameKind::kStop); }},
+                        [&](const StopFrame& body) {
+                          out.Put(FrameKind::kStop);
+                          out.Put(static_cast<uint8_t>(body.complete));
+                        },
+                        [&](const HaltFrame& body) {
+                          out.Put(FrameKind::kHalt);
+                          out.Put(body.generation);
+                          out.Put(static_cast<uint8_t>(body.want_placement));
+                        },
+                        [&](const ResumeFrame& body) {
+                          out.Put(FrameKind::kResume);
+                          PutResume(body, out);
+                        }},
              frame.body);
   return out.Take();
 }
@@ -98,6 +150,7 @@ std::vector<std::byte> Serialize(const RankFrame& frame) {
                             out.Put(event.request_id);
                             out.Put(event.token);
                             out.Put(event.finish);
+                            out.Put(event.index);
                           }
                         },
                         [&](const RankStatusFrame& body) {
@@ -113,6 +166,20 @@ std::vector<std::byte> Serialize(const RankFrame& frame) {
                           out.Put(body.step_end);
                           out.Put(body.first);
                           out.PutArray(body.ids);
+                        },
+                        [&](const HaltedFrame& body) {
+                          out.Put(FrameKind::kHalted);
+                          out.Put(body.generation);
+                          out.Put(body.step);
+                          out.Put(body.epoch);
+                          out.Put(body.staged_plan_id);
+                          out.PutArray(body.placement);
+                          out.PutArray(body.staged_placement);
+                        },
+                        [&](const TroubleFrame& body) {
+                          out.Put(FrameKind::kTrouble);
+                          out.Put(body.generation);
+                          out.PutArray(body.missing);
                         }},
              frame.body);
   return out.Take();
@@ -135,8 +202,23 @@ absl::StatusOr<LeaderFrame> ParseLeaderFrame(std::span<const std::byte> bytes) {
     case FrameKind::kPlan:
       frame.body = PlanFrame{in.GetArray<std::byte>()};
       break;
-    case FrameKind::kStop:
-      frame.body = StopFrame{};
+    case FrameKind::kStop: {
+      const auto complete = in.Get<uint8_t>();
+      if (complete > 1) return Malformed("stop frame");
+      frame.body = StopFrame{complete == 1};
+      break;
+    }
+    case FrameKind::kHalt: {
+      HaltFrame body;
+      body.generation = in.Get<int64_t>();
+      const auto want = in.Get<uint8_t>();
+      if (want > 1) return Malformed("halt frame");
+      body.want_placement = want == 1;
+      frame.body = body;
+      break;
+    }
+    case FrameKind::kResume:
+      frame.body = GetResume(in);
       break;
     default:
       return Malformed("kind from the leader");
@@ -168,6 +250,24 @@ absl::StatusOr<RankFrame> ParseRankFrame(std::span<const std::byte> bytes) {
       body.step_end = in.Get<int64_t>();
       body.first = in.Get<int64_t>();
       body.ids = in.GetArray<std::byte>();
+      frame.body = std::move(body);
+      break;
+    }
+    case FrameKind::kHalted: {
+      HaltedFrame body;
+      body.generation = in.Get<int64_t>();
+      body.step = in.Get<int64_t>();
+      body.epoch = in.Get<int64_t>();
+      body.staged_plan_id = in.Get<int64_t>();
+      body.placement = in.GetArray<std::byte>();
+      body.staged_placement = in.GetArray<std::byte>();
+      frame.body = std::move(body);
+      break;
+    }
+    case FrameKind::kTrouble: {
+      TroubleFrame body;
+      body.generation = in.Get<int64_t>();
+      body.missing = in.GetArray<int32_t>();
       frame.body = std::move(body);
       break;
     }

@@ -27,11 +27,38 @@ struct WakeFrame {};
 struct PlanFrame {
   std::vector<std::byte> plan;  // a serialized MigrationPlan, for all ranks
 };
-struct StopFrame {};  // finish nothing more; leave the step loop
+// Finish nothing more; leave the step loop.
+struct StopFrame {
+  bool complete = true;  // no rank was lost: all can end MPI together
+};
+
+// Other ranks than before will serve (group_leader.h): abandon the step, and report.
+struct HaltFrame {
+  int64_t generation = 0;       // of the group that is coming
+  bool want_placement = false;  // for ranks that come: they do not have it
+};
+// The new group is complete. What it makes of the placement, each member works out itself
+// (placement/regroup.h).
+struct ResumeFrame {
+  struct Member {
+    int32_t rank = 0;       // of the job
+    int32_t old_rank = -1;  // in the group before; -1: it comes
+    int32_t slots = 0;      // of a rank that comes
+    int32_t node = 0;
+    bool operator==(const Member&) const = default;
+  };
+  int64_t generation = 0;
+  std::vector<Member> members;       // ascending; a rank that is not among them waits
+  int64_t commit_plan_id = 0;        // the staged plan that counts; 0: none
+  int64_t step = 0;                  // the last one that any of them began
+  int64_t epoch = 0;                 // of the placement that all have before they regroup
+  std::vector<std::byte> placement;  // that placement as JSON, for ranks that come; else empty
+};
 
 struct LeaderFrame {
   uint64_t wake_seq = 0;
-  std::variant<SubmitFrame, CancelFrame, WakeFrame, PlanFrame, StopFrame> body;
+  std::variant<SubmitFrame, CancelFrame, WakeFrame, PlanFrame, StopFrame, HaltFrame, ResumeFrame>
+      body;
 };
 
 // Rank to leader.
@@ -49,8 +76,22 @@ struct RoutingFrame {
   int64_t step_begin = 0, step_end = 0, first = 0;
   std::vector<std::byte> ids;
 };
+// Where a rank stands that was told to halt.
+struct HaltedFrame {
+  int64_t generation = 0;
+  int64_t step = 0;            // the last one it began
+  int64_t epoch = 0;           // of its placement in force
+  int64_t staged_plan_id = 0;  // the plan it has staged and voted for; 0: none
+  // If they were asked for: the placement in force, and after the staged plan, as JSON.
+  std::vector<std::byte> placement, staged_placement;
+};
+// A rank cannot go on, and why: it waits to be told to halt.
+struct TroubleFrame {
+  int64_t generation = 0;
+  std::vector<int32_t> missing;  // ranks of the job that it waited for in vain
+};
 struct RankFrame {
-  std::variant<EventsFrame, RankStatusFrame, RoutingFrame> body;
+  std::variant<EventsFrame, RankStatusFrame, RoutingFrame, HaltedFrame, TroubleFrame> body;
 };
 
 std::vector<std::byte> Serialize(const LeaderFrame& frame);

@@ -42,8 +42,7 @@ Decoder::~Decoder() = default;
 
 absl::StatusOr<std::unique_ptr<Decoder>> Decoder::Create(const Checkpoint& checkpoint,
                                                          const Options& options,
-                                                         const KernelSet& kernels,
-                                                         Communicator* communicator) {
+                                                         const KernelSet& kernels) {
   const ModelConfig& config = checkpoint.config();
   std::unique_ptr<Decoder> decoder(new Decoder(config, options, kernels));
   BALLAST_RETURN_IF_ERROR(decoder->MakeProducts());
@@ -52,7 +51,7 @@ absl::StatusOr<std::unique_ptr<Decoder>> Decoder::Create(const Checkpoint& check
                                                                .expert_inter = config.expert_inter,
                                                                .dtype = options.dtype,
                                                                .split = options.split},
-                                                              kernels, communicator));
+                                                              kernels));
   BALLAST_ASSIGN_OR_RETURN(decoder->embedding_, checkpoint.LoadFloats("model.embed_tokens.weight"));
   BALLAST_ASSIGN_OR_RETURN(decoder->final_norm_, checkpoint.LoadFloats("model.norm.weight"));
   BALLAST_RETURN_IF_ERROR(checkpoint.LoadMatrix(

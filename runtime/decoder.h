@@ -41,9 +41,11 @@ class Decoder {
   };
   static absl::StatusOr<std::unique_ptr<Decoder>> Create(const Checkpoint& checkpoint,
                                                          const Options& options,
-                                                         const KernelSet& kernels,
-                                                         Communicator* communicator);
+                                                         const KernelSet& kernels);
   ~Decoder();
+
+  // The ranks that it works with from now on. REQUIRES before the first Forward
+  void Connect(Communicator* communicator) { moe_->Connect(communicator); }
 
   // Bytes of one packed expert, and the filling of one.
   size_t expert_bytes() const { return moe_->expert_mlp().packed_bytes(); }

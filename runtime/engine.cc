@@ -5,11 +5,10 @@
 
 #include <algorithm>
 #include <chrono>
-#include <type_traits>
+#include <utility>
 #include <variant>
 
 #include "base/clock.h"
-#include "base/log.h"
 #include "base/status.h"
 #include "runtime/control_frames.h"
 
@@ -53,102 +52,154 @@ absl::Status CheckSizes(const EngineOptions& options, const ModelConfig& config)
 
 }  // namespace
 
-// What every rank tells all others at the opening of a step.
-struct Engine::Header {
-  int64_t step;
-  uint64_t wake_seq;
-  int64_t vote_plan_id;
-  int64_t last_plan_id;     // the newest plan that has reached the rank
-  int64_t command_plan_id;  // leader
-  int64_t last_cpu_us;      // of the step before, outside waits
-  uint32_t record_ids;      // leader: the recording that wants this step's ids; 0: none
-  int32_t num_tokens;
-  int32_t num_prefill;  // of these
-  Vote vote;
-  Command command;  // leader
-  uint8_t stop;     // leader
-  uint8_t busy;
-};
+Engine::Engine(const EngineOptions& options, const Checkpoint& checkpoint, const KernelSet& kernels,
+               Transport* transport, ControlChannel* channel, EngineObserver* observer)
+    : options_(options),
+      checkpoint_(checkpoint),
+      kernels_(kernels),
+      base_transport_(transport),
+      channel_(channel),
+      observer_(observer) {}
 
-Engine::Engine() = default;
 Engine::~Engine() = default;
 
 absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(
     const EngineOptions& options, const Checkpoint& checkpoint, const KernelSet& kernels,
-    const Placement& initial, Transport* transport, Communicator* communicator,
-    ControlChannel* channel, EngineObserver* observer) {
-  static_assert(std::is_trivially_copyable_v<Header>);
+    const Placement& initial, Transport* transport, ControlChannel* channel,
+    EngineObserver* observer) {
   const ModelConfig& config = checkpoint.config();
-  std::unique_ptr<Engine> engine(new Engine);
-  engine->options_ = options;
-  engine->rank_ = communicator->rank();
-  engine->comm_ = communicator;
-  engine->channel_ = channel;
-  engine->observer_ = observer;
-  BALLAST_ASSIGN_OR_RETURN(
-      engine->decoder_,
-      Decoder::Create(checkpoint, {options.dtype, options.split}, kernels, communicator));
+  std::unique_ptr<Engine> engine(
+      new Engine(options, checkpoint, kernels, transport, channel, observer));
   BALLAST_RETURN_IF_ERROR(CheckSizes(options, config));
+  BALLAST_ASSIGN_OR_RETURN(engine->decoder_,
+                           Decoder::Create(checkpoint, {options.dtype, options.split}, kernels));
   engine->cache_ = std::make_unique<KvCache>(config, options.dtype, options.kv_bytes);
   Scheduler::Options scheduler = options.scheduler;
   scheduler.context_tokens = config.context_tokens;
   scheduler.eos_tokens = config.eos_tokens;
   scheduler.vocab_size = config.vocab_size;
   engine->scheduler_ = std::make_unique<Scheduler>(scheduler, engine->cache_.get());
-
-  const int32_t slots = initial.topology().slots_on(engine->rank_);
-  int32_t most_slots = 0;
-  for (int32_t r = 0; r < communicator->size(); ++r) {
-    most_slots = std::max(most_slots, initial.topology().slots_on(r));
-  }
-  engine->store_ = std::make_unique<ExpertStore>(
-      ExpertStore::Options{
-          .rank = engine->rank_,
-          .num_layers = config.num_moe_layers(),
-          .num_experts = config.gate.num_experts,
-          .block_bytes = engine->decoder_->expert_bytes(),
-          .resident_blocks = slots * config.num_moe_layers(),
-          .staging_blocks = options.staging_experts > 0 ? options.staging_experts : most_slots,
-          .chunk_bytes = options.chunk_bytes},
-      transport);
-  for (int32_t layer = 0; layer < config.num_moe_layers(); ++layer) {
-    for (int32_t e = 0; e < config.gate.num_experts; ++e) {
-      if (!initial.Hosts(layer, e, engine->rank_)) continue;
-      BALLAST_RETURN_IF_ERROR(engine->decoder_->LoadExpert(
-          checkpoint, layer, e, engine->store_->Allocate(layer, e).data()));
-      engine->store_->Seal(layer, e);
-    }
-  }
-  Rebalancer::Options rebalancer = options.rebalancer;
-  rebalancer.rank = engine->rank_;
-  engine->rebalancer_ = std::make_unique<Rebalancer>(rebalancer, engine->store_.get(), initial);
-  engine->headers_.resize(static_cast<size_t>(communicator->size()));
-  engine->rank_tokens_.resize(engine->headers_.size());
-  engine->capture_ =
-      std::make_unique<IdsCapture>(engine->rank_, config.num_moe_layers(), config.gate.top_k,
-                                   TraceRecorder::IdBytes(config.gate.num_experts));
+  Group group;
+  group.member = transport->rank();
+  for (int32_t r = 0; r < transport->size(); ++r) group.ranks.push_back(r);
+  engine->MakeStore(initial);
+  BALLAST_RETURN_IF_ERROR(engine->JoinGroup(std::move(group), /*last_step=*/0));
   return engine;
 }
 
+void Engine::MakeStore(const Placement& initial) {
+  const ModelConfig& config = checkpoint_.config();
+  const int32_t rank = base_transport_->rank();
+  int32_t most_slots = 0;
+  for (int32_t r = 0; r < base_transport_->size(); ++r) {
+    most_slots = std::max(most_slots, initial.topology().slots_on(r));
+  }
+  store_ = std::make_unique<ExpertStore>(
+      ExpertStore::Options{
+          .rank = rank,
+          .num_layers = config.num_moe_layers(),
+          .num_experts = config.gate.num_experts,
+          .block_bytes = decoder_->expert_bytes(),
+          .resident_blocks = initial.topology().slots_on(rank) * config.num_moe_layers(),
+          .staging_blocks = options_.staging_experts > 0 ? options_.staging_experts : most_slots,
+          .chunk_bytes = options_.chunk_bytes},
+      base_transport_);
+  Rebalancer::Options rebalancer = options_.rebalancer;
+  rebalancer.rank = rank;
+  rebalancer_ = std::make_unique<Rebalancer>(
+      rebalancer, store_.get(), initial, [this](const Placement& placement) {
+        table_ = std::make_unique<DispatchTable>(placement, group_.member, *store_, table_.get());
+      });
+}
+
+// Reads the experts that `placement` gives to this rank and that it has not got.
+absl::Status Engine::LoadMissing(const Placement& placement) {
+  for (int32_t layer = 0; layer < placement.num_layers(); ++layer) {
+    for (int32_t e = 0; e < placement.num_experts(); ++e) {
+      if (!placement.Hosts(layer, e, store_->rank()) || store_->Parameters(layer, e) != nullptr) {
+        continue;
+      }
+      BALLAST_RETURN_IF_ERROR(
+          decoder_->LoadExpert(checkpoint_, layer, e, store_->Allocate(layer, e).data()));
+      store_->Seal(layer, e);
+    }
+  }
+  return absl::OkStatus();
+}
+
+// Makes everything that belongs to one generation, under the placement in force.
+absl::Status Engine::JoinGroup(Group group, int64_t last_step) {
+  const Placement& placement = rebalancer_->placement();
+  auto transport =
+      std::make_unique<MemberTransport>(base_transport_, group.ranks, group.generation);
+  auto comm = std::make_unique<Communicator>(
+      transport.get(), Communicator::Options{.deadline_ms = options_.step_timeout_ms,
+                                             .interrupted = [this]() -> absl::Status {
+                                               BALLAST_RETURN_IF_ERROR(TakeFrames());
+                                               if (group_inbox_.empty()) return absl::OkStatus();
+                                               return absl::AbortedError("told to halt");
+                                             }});
+  decoder_->Connect(comm.get());
+  store_->Regroup(group.member, transport.get(), placement);
+  comm_ = std::move(comm);
+  transport_ = std::move(transport);
+  group_ = std::move(group);
+  protocol_ = std::make_unique<StepProtocol>(group_.member, last_step, rebalancer_.get());
+  headers_.assign(group_.ranks.size(), {});
+  rank_tokens_.assign(group_.ranks.size(), 0);
+  const ModelConfig& config = checkpoint_.config();
+  capture_ = std::make_unique<IdsCapture>(group_.member, config.num_moe_layers(), config.gate.top_k,
+                                          TraceRecorder::IdBytes(config.gate.num_experts));
+  record_open_ = false;
+  BALLAST_RETURN_IF_ERROR(LoadMissing(placement));
+  table_ = std::make_unique<DispatchTable>(placement, group_.member, *store_, nullptr);
+  return absl::OkStatus();
+}
+
 absl::Status Engine::Run() {
+  std::thread alive;
+  if (options_.alive_period_ms > 0) alive = std::thread(&Engine::TellAlive, this);
+  absl::Status status = RunSteps();
+  while (stopping_ == StopKind::kNone) {
+    status = group_inbox_.empty() ? TellTrouble(status) : absl::OkStatus();
+    if (status.ok()) status = Regroup();
+    if (!status.ok()) break;
+    if (stopping_ == StopKind::kNone) status = RunSteps();
+  }
+  ended_ = true;
+  if (alive.joinable()) alive.join();
+  return status;
+}
+
+absl::Status Engine::RunSteps() {
   while (true) {
     BALLAST_RETURN_IF_ERROR(ReadFrames());
     const Batch& batch = scheduler_->BuildBatch();
     BALLAST_RETURN_IF_ERROR(Open(batch));
-    if (stopping_) return SendEvents();
-    const bool work = std::any_of(headers_.begin(), headers_.end(),
-                                  [](const Header& h) { return h.num_tokens > 0; });
-    BALLAST_RETURN_IF_ERROR(work ? RunStep(batch) : Rest());
+    if (stopping_ != StopKind::kNone) return SendEvents();
+    BALLAST_RETURN_IF_ERROR(opening_.run ? RunStep(batch) : Rest());
     BALLAST_RETURN_IF_ERROR(SendEvents());
-    if (work && capture_->active()) BALLAST_RETURN_IF_ERROR(SendIds());
+    if (opening_.run && capture_->active()) BALLAST_RETURN_IF_ERROR(SendIds());
   }
 }
 
-absl::Status Engine::ReadFrames() {
+absl::Status Engine::TakeFrames() {
   while (true) {
     BALLAST_ASSIGN_OR_RETURN(auto bytes, channel_->TryReceive());
     if (!bytes.has_value()) return absl::OkStatus();
     BALLAST_ASSIGN_OR_RETURN(LeaderFrame frame, ParseLeaderFrame(*bytes));
+    const bool of_group = std::holds_alternative<HaltFrame>(frame.body) ||
+                          std::holds_alternative<ResumeFrame>(frame.body);
+    (of_group ? group_inbox_ : inbox_).push_back(std::move(frame));
+  }
+}
+
+absl::Status Engine::ReadFrames() {
+  BALLAST_RETURN_IF_ERROR(TakeFrames());
+  if (!group_inbox_.empty()) return absl::AbortedError("told to halt");
+  while (!inbox_.empty()) {
+    LeaderFrame frame = std::move(inbox_.front());
+    inbox_.pop_front();
     wake_seq_ = frame.wake_seq;
     if (auto* submit = std::get_if<SubmitFrame>(&frame.body)) {
       scheduler_->Add(std::move(submit->request), &events_);
@@ -157,68 +208,35 @@ absl::Status Engine::ReadFrames() {
     } else if (auto* plan_frame = std::get_if<PlanFrame>(&frame.body)) {
       BALLAST_ASSIGN_OR_RETURN(MigrationPlan plan, MigrationPlan::Deserialize(plan_frame->plan));
       rebalancer_->OnPlan(std::move(plan));
-    } else if (std::holds_alternative<StopFrame>(frame.body)) {
-      stop_ = true;
+    } else if (const auto* stop = std::get_if<StopFrame>(&frame.body)) {
+      stop_ = stop->complete ? StopKind::kComplete : StopKind::kIncomplete;
     }
-  }
-}
-
-absl::Status Engine::Open(const Batch& batch) {
-  const PlanVote vote = rebalancer_->vote();
-  Header mine{};
-  mine.step = ++step_;
-  mine.wake_seq = wake_seq_;
-  mine.vote_plan_id = vote.plan_id;
-  mine.vote = vote.vote;
-  mine.last_plan_id = rebalancer_->last_plan_id();
-  mine.last_cpu_us = last_cpu_us_;
-  mine.num_tokens = batch.num_tokens();
-  mine.num_prefill = batch.num_prefill;
-  mine.busy = rebalancer_->busy();
-  if (rank_ == kLeader) {
-    mine.command_plan_id = next_command_.plan_id;
-    mine.command = next_command_.command;
-    mine.stop = stop_;
-    if (options_.recorder != nullptr) mine.record_ids = options_.recorder->ids_recording();
-    next_command_ = {};
-  }
-  BALLAST_RETURN_IF_ERROR(comm_->AllGather(rebalancer_->placement().epoch(),
-                                           std::as_bytes(std::span(&mine, 1)),
-                                           std::as_writable_bytes(std::span(headers_))));
-  Report();
-  for (int r = 0; r < comm_->size(); ++r) {
-    if (headers_[r].step != step_) {
-      return absl::InternalError(absl::StrCat("rank ", r, " opens step ", headers_[r].step,
-                                              ", rank ", rank_, " step ", step_));
-    }
-  }
-  if (aborted_.has_value()) ReportAbort();
-  const Header& leader = headers_[kLeader];
-  stopping_ = leader.stop != 0;
-  BALLAST_ASSIGN_OR_RETURN(const Rebalancer::Outcome outcome,
-                           rebalancer_->Execute({leader.command_plan_id, leader.command}));
-  if (outcome.done == Command::kFlip) {
-    copies_committed_ += outcome.copies;
-    stall_ns_ += outcome.stall_ns;
-    observer_->OnPlanEnded(outcome, rebalancer_->placement());
-  } else if (outcome.done == Command::kAbort) {
-    aborted_ = outcome;
-  } else if (rank_ == kLeader) {
-    std::vector<PlanVote> votes;
-    for (const Header& h : headers_) votes.push_back({h.vote_plan_id, h.vote});
-    next_command_ = rebalancer_->Judge(votes, NowNs());
   }
   return absl::OkStatus();
 }
 
-// An aborted plan has ended when every rank has received it and has nothing of it under way any
-// more. Until then the controller must not send another: its messages would meet those of the old.
-void Engine::ReportAbort() {
-  for (const Header& h : headers_) {
-    if (h.busy != 0 || h.last_plan_id < aborted_->plan_id) return;
+absl::Status Engine::Open(const Batch& batch) {
+  StepProtocol::Wish wish{.num_tokens = batch.num_tokens(),
+                          .num_prefill = batch.num_prefill,
+                          .wake_seq = wake_seq_,
+                          .last_cpu_us = last_cpu_us_,
+                          .stop = stop_};
+  if (options_.recorder != nullptr) wish.record_ids = options_.recorder->ids_recording();
+  const StepHeader mine = protocol_->Begin(wish);
+  BALLAST_RETURN_IF_ERROR(comm_->AllGather(rebalancer_->placement().epoch(),
+                                           std::as_bytes(std::span(&mine, 1)),
+                                           std::as_writable_bytes(std::span(headers_))));
+  Report();
+  BALLAST_ASSIGN_OR_RETURN(opening_, protocol_->Open(headers_, NowNs()));
+  stopping_ = opening_.stop;
+  if (opening_.ended.has_value()) {
+    if (opening_.ended->done == Command::kFlip) {
+      copies_committed_ += opening_.ended->copies;
+      stall_ns_ += opening_.ended->stall_ns;
+    }
+    observer_->OnPlanEnded(*opening_.ended, rebalancer_->placement());
   }
-  observer_->OnPlanEnded(*aborted_, rebalancer_->placement());
-  aborted_.reset();
+  return absl::OkStatus();
 }
 
 absl::Status Engine::RunStep(const Batch& batch) {
@@ -235,18 +253,17 @@ absl::Status Engine::RunStep(const Batch& batch) {
     }
     return absl::OkStatus();
   };
-  BALLAST_ASSIGN_OR_RETURN(const auto logits,
-                           decoder_->Forward(batch, cache_.get(), rebalancer_->table(),
-                                             between_layers, &record_.layers));
+  BALLAST_ASSIGN_OR_RETURN(const auto logits, decoder_->Forward(batch, cache_.get(), table_.get(),
+                                                                between_layers, &record_.layers));
   scheduler_->Finish(logits, &events_);
 
   last_cpu_us_ = (ThreadCpuNs() - cpu_began - (comm_->wait_cpu_ns() - waited)) / 1000;
-  record_.step = step_;
+  record_.step = protocol_->step();
   record_.end_unix_us = UnixUs();
   record_.wall_us = (NowNs() - began) / 1000;
   record_.epoch = rebalancer_->placement().epoch();
   record_.num_tokens = {};
-  for (const Header& h : headers_) {
+  for (const StepHeader& h : headers_) {
     record_.num_tokens[TokenKind::kPrefill] += h.num_prefill;
     record_.num_tokens[TokenKind::kDecode] += h.num_tokens - h.num_prefill;
   }
@@ -257,6 +274,7 @@ absl::Status Engine::RunStep(const Batch& batch) {
   record_.running = scheduler_->num_running();
   record_.waiting = scheduler_->num_waiting();
   record_.kv_bytes_used = cache_->bytes_used();
+  ShowLoad();
   record_.tokens_generated =
       std::count_if(events_.begin() + static_cast<std::ptrdiff_t>(events_before), events_.end(),
                     [](const TokenEvent& e) { return e.token >= 0; });
@@ -266,30 +284,46 @@ absl::Status Engine::RunStep(const Batch& batch) {
   return absl::OkStatus();
 }
 
+// For the thread that tells the leader.
+void Engine::ShowLoad() {
+  running_ = scheduler_->num_running();
+  waiting_ = scheduler_->num_waiting();
+  kv_bytes_used_ = cache_->bytes_used();
+}
+
+void Engine::TellAlive() {
+  constexpr int64_t kGlanceMs = 10;
+  for (int64_t passed = 0; !ended_; passed += kGlanceMs) {
+    if (passed >= options_.alive_period_ms) {
+      // If the leader is gone the step thread will notice.
+      channel_->Send(Serialize(RankFrame{RankStatusFrame{running_, waiting_, kv_bytes_used_}}))
+          .IgnoreError();
+      passed = 0;
+    }
+    std::this_thread::sleep_for(std::chrono::milliseconds(kGlanceMs));
+  }
+}
+
 void Engine::Report() {
   if (!record_open_) return;
   record_.cpu_us.clear();
-  for (const Header& h : headers_) record_.cpu_us.push_back(h.last_cpu_us);
+  for (const StepHeader& h : headers_) record_.cpu_us.push_back(h.last_cpu_us);
   record_open_ = false;
   observer_->OnStep(record_);
 }
 
 absl::Status Engine::Rest() {
   last_cpu_us_ = 0;
+  ShowLoad();
   observer_->OnRest(scheduler_->num_running(), scheduler_->num_waiting(), cache_->bytes_used());
   if (rebalancer_->busy()) rebalancer_->Slice();
-  bool busy = next_command_.command != Command::kNone || aborted_.has_value(), same_wake = true;
-  for (const Header& h : headers_) {
-    busy = busy || h.busy != 0;
-    same_wake = same_wake && h.wake_seq == headers_[0].wake_seq;
-  }
-  if (busy || rebalancer_->busy()) {
+  if (opening_.busy || rebalancer_->busy()) {
     const timespec pause{0, kTransferPauseNs};
     nanosleep(&pause, nullptr);
     return absl::OkStatus();
   }
   // Somebody has read a frame that others have not: they have work to do in a moment.
-  if (!same_wake) return absl::OkStatus();
+  if (!opening_.same_wake) return absl::OkStatus();
   BALLAST_RETURN_IF_ERROR(SendEvents());
   return channel_->WaitReadable(kIdleWaitMs).status();
 }

@@ -51,30 +51,36 @@ uint64_t BlockChecksum(std::span<const std::byte> block) {
 }
 
 ExpertStore::ExpertStore(Options options, Transport* transport)
-    : options_(options),
-      transport_(transport),
-      block_stride_(RoundUp(options.block_bytes, kCacheLineBytes)) {
-  const int32_t blocks = options.resident_blocks + options.staging_blocks;
-  memory_ = AlignedBuffer(static_cast<size_t>(blocks) * block_stride_);
-  for (int32_t b = blocks - 1; b >= 0; --b) free_blocks_.push_back(b);
+    : options_(options), transport_(transport) {
+  AddBlocks(options.resident_blocks + options.staging_blocks);
   const size_t experts = static_cast<size_t>(options.num_layers) * options.num_experts;
   block_of_expert_.assign(experts, -1);
   sealed_checksum_.assign(experts, 0);
-  for (int peer = 0; peer < transport->size(); ++peer) {
-    for (auto* flows : {&sends_, &receives_}) {
-      flows->push_back(std::make_unique<Flow>());
-      flows->back()->peer = peer;
-      if (peer != transport->rank()) {
-        flows->back()->buffer = AlignedBuffer(kCacheLineBytes + options.chunk_bytes);
-      }
-    }
-  }
+  MakeFlows();
 }
 
 ExpertStore::~ExpertStore() = default;
 
-std::byte* ExpertStore::Block(int32_t block) const {
-  return const_cast<std::byte*>(memory_.data()) + static_cast<size_t>(block) * block_stride_;
+void ExpertStore::AddBlocks(int32_t count) {
+  const size_t stride = RoundUp(options_.block_bytes, kCacheLineBytes);
+  memory_.emplace_back(static_cast<size_t>(count) * stride);
+  const int32_t first = static_cast<int32_t>(blocks_.size());
+  for (int32_t i = 0; i < count; ++i) blocks_.push_back(memory_.back().data() + i * stride);
+  for (int32_t i = count - 1; i >= 0; --i) free_blocks_.push_back(first + i);
+}
+
+void ExpertStore::MakeFlows() {
+  sends_.clear();
+  receives_.clear();
+  for (int peer = 0; peer < transport_->size(); ++peer) {
+    for (auto* flows : {&sends_, &receives_}) {
+      flows->push_back(std::make_unique<Flow>());
+      flows->back()->peer = peer;
+      if (peer != transport_->rank()) {
+        flows->back()->buffer = AlignedBuffer(kCacheLineBytes + options_.chunk_bytes);
+      }
+    }
+  }
 }
 
 int32_t ExpertStore::TakeBlock() {
@@ -298,13 +304,51 @@ void ExpertStore::Discard() {
     draining_ = true;  // peers still send what the plan says; Poll takes it in and then comes back
     return;
   }
+  Abandon();
+}
+
+void ExpertStore::Abandon() {
+  if (!plan_.has_value()) return;
   draining_ = false;
   for (const Staged& staged : staged_) free_blocks_.push_back(staged.block);
   staged_.clear();
   for (auto* flows : {&sends_, &receives_}) {
-    for (auto& flow : *flows) flow->items.clear(), flow->next = 0;
+    for (auto& flow : *flows) {
+      if (flow->posted) KeepForGood(std::move(flow->buffer));
+      auto next = std::make_unique<Flow>();
+      next->peer = flow->peer;
+      next->buffer = flow->posted && flow->peer != transport_->rank()
+                         ? AlignedBuffer(kCacheLineBytes + options_.chunk_bytes)
+                         : std::move(flow->buffer);
+      flow = std::move(next);
+    }
   }
   plan_.reset();
+}
+
+void ExpertStore::Regroup(int32_t rank, Transport* transport, const Placement& placement) {
+  BALLAST_CHECK(!plan_.has_value());
+  options_.rank = rank;
+  transport_ = transport;
+  MakeFlows();
+  int32_t wanted = 0;
+  for (int32_t layer = 0; layer < options_.num_layers; ++layer) {
+    for (int32_t e = 0; e < options_.num_experts; ++e) {
+      int32_t& block = block_of_expert_[At(layer, e)];
+      const bool hosts = placement.Hosts(layer, e, rank);
+      if (block >= 0 && !hosts) {
+        free_blocks_.push_back(block);
+        block = -1;
+      }
+      wanted += hosts && block < 0;
+    }
+  }
+  const int32_t resident = placement.topology().slots_on(rank) * options_.num_layers;
+  const int32_t total = resident + options_.staging_blocks;
+  if (total > static_cast<int32_t>(blocks_.size())) {
+    AddBlocks(total - static_cast<int32_t>(blocks_.size()));
+  }
+  BALLAST_CHECK(wanted <= static_cast<int32_t>(free_blocks_.size()));
 }
 
 }  // namespace ballast

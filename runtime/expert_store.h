@@ -13,6 +13,7 @@
 #include "comm/transport.h"
 #include "placement/migration_plan.h"
 #include "placement/placement.h"
+#include "runtime/copy_store.h"
 
 namespace ballast {
 
@@ -30,7 +31,7 @@ namespace ballast {
 // read, derived layouts included.
 // THREADS one (the step thread). COLLECTIVE in effect: all ranks stage the same plans in the same
 // order.
-class ExpertStore {
+class ExpertStore : public CopyStore {
  public:
   struct Options {
     int32_t rank = 0;
@@ -42,7 +43,7 @@ class ExpertStore {
     size_t chunk_bytes = 256 << 10;
   };
   ExpertStore(Options options, Transport* transport);
-  ~ExpertStore();
+  ~ExpertStore() override;
 
   // Start-up: a block for the expert, to be filled by the caller, then sealed with Seal.
   std::span<std::byte> Allocate(int32_t layer, int32_t expert);
@@ -51,45 +52,47 @@ class ExpertStore {
   // The packed parameters, or nullptr where this rank does not hold the expert.
   const std::byte* Parameters(int32_t layer, int32_t expert) const;
 
-  // Starts to carry out `plan`; `current` is the placement in force.
   // ERRORS kFailedPrecondition: a plan is being staged, or an abandoned one still has messages
-  // under
-  //        way; kResourceExhausted: the plan brings more experts to some rank than staging_blocks
-  //        (every rank finds the same, so all refuse together)
-  absl::Status Stage(const MigrationPlan& plan, const Placement& current);
-
-  // Moves at most about `byte_budget` bytes each way. True once everything has arrived, has been
-  // sent, and is verified.
+  //        under way; kResourceExhausted: the plan brings more experts to some rank than
+  //        staging_blocks (every rank finds the same, so all refuse together)
+  absl::Status Stage(const MigrationPlan& plan, const Placement& current) override;
   // ERRORS kDataLoss: a checksum does not match, with layer, expert and source; the plan is then
   //        never said to be staged
-  absl::StatusOr<bool> Poll(size_t byte_budget);
+  absl::StatusOr<bool> Poll(size_t byte_budget) override;
+  void Commit(const Placement& target) override;
+  void Discard() override;
+  void Abandon() override;
+  bool staging() const override { return plan_.has_value(); }
+  bool draining() const override { return draining_; }
+  size_t block_bytes() const override { return options_.block_bytes; }
+
+  // Other ranks than before go on: this one as `rank`, over `transport`. Copies that `placement`
+  // does not give to it are dropped, and there is room for all it gives. REQUIRES not staging()
+  void Regroup(int32_t rank, Transport* transport, const Placement& placement);
 
   // Checksum of an expert's block as it is in memory now. REQUIRES Parameters(layer, expert).
   uint64_t Checksum(int32_t layer, int32_t expert) const;
   // The checksum it had when it was packed.
   uint64_t SealedChecksum(int32_t layer, int32_t expert) const;
 
-  // Puts the staged plan in force on this rank. REQUIRES Poll said true.
-  void Commit(const Placement& target);
-  // Gives the staged plan up; the table stays as it is. Messages under way are finished by Poll.
-  void Discard();
-
-  size_t block_bytes() const { return options_.block_bytes; }
-  bool staging() const { return plan_.has_value(); }
-  // Messages of a discarded plan are still under way.
-  bool draining() const { return draining_; }
+  int32_t rank() const { return options_.rank; }
   int64_t bytes_received() const { return bytes_received_; }
   int64_t copies_received() const { return copies_received_; }
 
  private:
   struct ChunkHeader;
-  struct Staged { int32_t layer, expert, block; uint64_t checksum; };
+  struct Staged {
+    int32_t layer, expert, block;
+    uint64_t checksum;
+  };
   struct Flow;  // chunks to or from one peer
 
   size_t At(int32_t layer, int32_t expert) const {
     return static_cast<size_t>(layer) * options_.num_experts + expert;
   }
-  std::byte* Block(int32_t block) const;
+  std::byte* Block(int32_t block) const { return blocks_[block]; }
+  void AddBlocks(int32_t count);
+  void MakeFlows();
   int32_t TakeBlock();
   absl::StatusOr<size_t> AdvanceSend(Flow* flow, size_t budget);
   absl::StatusOr<size_t> AdvanceReceive(Flow* flow, size_t budget);
@@ -99,13 +102,13 @@ class ExpertStore {
 
   Options options_;
   Transport* transport_;
-  AlignedBuffer memory_;
-  size_t block_stride_;
-  std::vector<int32_t> free_blocks_;        // lowest last
-  std::vector<int32_t> block_of_expert_;    // [num_layers * num_experts], -1: not here
-  std::vector<uint64_t> sealed_checksum_;   // [num_layers * num_experts]
+  std::vector<AlignedBuffer> memory_;
+  std::vector<std::byte*> blocks_;         // in memory_
+  std::vector<int32_t> free_blocks_;       // lowest last
+  std::vector<int32_t> block_of_expert_;   // [num_layers * num_experts], -1: not here
+  std::vector<uint64_t> sealed_checksum_;  // [num_layers * num_experts]
   std::optional<MigrationPlan> plan_;
-  std::vector<Staged> staged_;              // experts coming in with plan_
+  std::vector<Staged> staged_;                           // experts coming in with plan_
   std::vector<std::unique_ptr<Flow>> sends_, receives_;  // per peer
   bool draining_ = false;
   bool failed_ = false;  // some of plan_ has arrived wrong: it can only be discarded

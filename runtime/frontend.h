@@ -11,11 +11,10 @@
 #include "comm/control_channel.h"
 #include "runtime/control_frames.h"
 #include "runtime/generation.h"
+#include "runtime/group_leader.h"
+#include "runtime/request_book.h"
 
 namespace ballast {
-
-// How a request came to an end, as the counters know it.
-enum class RequestEnd { kFinished, kCancelled, kDeadline, kFailed, kRejected };
 
 struct FrontendOptions {
   int32_t max_pending = 1024;            // requests admitted and not finished; more are refused
@@ -26,29 +25,37 @@ struct FrontendOptions {
   std::function<void(RequestEnd)> on_end = {};
   // Told what the gates of a rank chose, from the I/O thread: must not block. Empty: nobody.
   std::function<void(int rank, const RoutingFrame&)> on_routing = {};
+  // Go on without ranks that are lost, but for rank 0. False: any loss ends the service.
+  bool survive_losses = false;
+  // A rank that has said nothing for so long, once it has begun to, is lost (ranks say something
+  // every kAlivePeriodMs); 0: only a broken channel tells.
+  int64_t silence_ms = 0;
+  GroupLeader::Options group = {};
+  // What each rank brings when it comes back (group_leader.h). Empty: nothing, one node.
+  std::vector<int32_t> slots = {}, node = {};
+  // Told, under the front end's lock, of each rank that is lost while the others go on, and of
+  // requests that went on at another rank.
+  std::function<void(int rank, const absl::Status&)> on_lost = {};
+  std::function<void(int64_t requests)> on_moved = {};
 };
 
-// Receives the tokens of one request. Called from the front end's I/O thread: must not block.
-class TokenSink {
- public:
-  virtual ~TokenSink() = default;
-  virtual void OnEvent(const TokenEvent& event) = 0;  // the last one has finish != kNone
-};
+inline constexpr int64_t kAlivePeriodMs = 200;
 
 struct FrontendStats {
   int64_t accepted = 0, finished = 0, cancelled = 0, rejected = 0, failed = 0, deadline = 0;
   int32_t pending = 0, waiting = 0, running = 0;
   int64_t tokens_generated = 0;
+  int64_t moved = 0;  // requests that went on at another rank
 };
 
-// The leader's side of the control channels: gives each request to the rank with the least work
-// (fewest prompt and generated tokens that pending requests may still need; ties to the lowest
-// rank), carries tokens back, enforces deadlines, and tells all ranks to wake (control_frames.h).
+// The leader's side of the control channels: gives requests to ranks (request_book.h), carries
+// tokens back, enforces deadlines, and tells all ranks to wake (control_frames.h). When a rank is
+// lost it has the others regroup (group_leader.h) and gives them the requests of the lost one.
 // THREADS every public function from any thread. One I/O thread of its own.
 class Frontend {
  public:
-  // `channels[r]` leads to rank r. `on_failure` is called once, from the I/O thread, when a channel
-  // breaks; every pending request has then been finished with kFailed.
+  // `channels[r]` leads to rank r. `on_failure` is called once, from the I/O thread, when a rank is
+  // lost and the others cannot go on; every pending request has then been finished with kFailed.
   static absl::StatusOr<std::unique_ptr<Frontend>> Create(
       FrontendOptions options, std::vector<std::unique_ptr<ControlChannel>> channels,
       std::function<void(int rank, absl::Status)> on_failure);
@@ -68,6 +75,17 @@ class Frontend {
   void Cancel(uint64_t request_id, FinishReason reason = FinishReason::kCancelled);
   // A migration plan for all ranks.
   absl::Status BroadcastPlan(std::vector<std::byte> plan);
+  // The rank gets no more requests: it is about to leave.
+  // ERRORS kInvalidArgument: rank 0, or out of range; kFailedPrecondition: it is lost, or does not
+  //        serve; kUnavailable: stopped or failed
+  absl::Status BeginLeaving(int rank);
+  // It serves no more until Return: the others regroup without it, and go on with its requests. It
+  // keeps its connection. ERRORS as BeginLeaving; Return: kFailedPrecondition where it serves
+  absl::Status Leave(int rank);
+  absl::Status Return(int rank);
+  // Of each rank of the job. While the ranks regroup, what they will be.
+  enum class RankState { kServes, kLeaving, kLeft, kLost };
+  std::vector<RankState> rank_states() const;
 
   // Admits nothing more; waits until every request has ended or `timeout_ms` have passed (the rest
   // end with kCancelled); then tells all ranks to stop.

@@ -36,6 +36,7 @@ struct TokenEvent {
   uint64_t request_id = 0;
   int32_t token = -1;
   FinishReason finish = FinishReason::kNone;
+  int32_t index = 0;  // of the token among those generated
 };
 
 }  // namespace ballast

@@ -200,6 +200,7 @@ class HttpServer::State {
   void Route(HttpConnection& connection);
   void Complete(HttpConnection& connection);
   void Models(HttpConnection& connection);
+  void Healthy(HttpConnection& connection);
   void Ready(HttpConnection& connection);
   void Operate(HttpConnection& connection);
   uint64_t NextRandom() { return RandomBits(random_seed_, random_counter_++); }
@@ -288,37 +289,43 @@ void HttpServer::State::Route(HttpConnection& connection) {
   struct Endpoint {
     const char* path;
     const char* method;
-    void (State::*serve)(HttpConnection&);  // nullptr: `placement`
-    bool exists;
+    void (State::*serve)(HttpConnection&);
   };
-  const bool rebalances = backend_.rebalance != nullptr, records = backend_.record != nullptr;
-  const Endpoint endpoints[] = {
-      {"/v1/completions", "POST", &State::Complete, true},
-      {"/v1/models", "GET", &State::Models, true},
-      {"/healthz", "GET", nullptr, true},
-      {"/readyz", "GET", &State::Ready, true},
-      {"/v1/placement", "GET", nullptr, backend_.placement != nullptr},
-      {"/v1/rebalance", "POST", &State::Operate, rebalances},
-      {"/v1/record/start", "POST", &State::Operate, records},
-      {"/v1/record/stop", "POST", &State::Operate, records},
-      {"/v1/record/status", "POST", &State::Operate, records},
-      {"/v1/record/dump", "POST", &State::Operate, records}};
-  for (const Endpoint& endpoint : endpoints) {
-    if (!endpoint.exists || connection.path() != endpoint.path) continue;
-    if (connection.method() != endpoint.method) {
-      return connection.Reply(405,
-                              ErrorJson(absl::InvalidArgumentError(
-                                  absl::StrCat("method: ", connection.method(), " ", endpoint.path,
-                                               "; allowed is ", endpoint.method))),
-                              absl::StrCat("Allow: ", endpoint.method, "\r\n"));
-    }
-    if (endpoint.serve != nullptr) return (this->*endpoint.serve)(connection);
-    const HttpReply reply = connection.path() == "/healthz" ? HttpReply{200, R"({"status":"ok"})"}
-                                                            : backend_.placement();
-    return connection.Reply(reply.status, reply.body);
+  constexpr Endpoint kEndpoints[] = {{"/v1/completions", "POST", &State::Complete},
+                                     {"/v1/models", "GET", &State::Models},
+                                     {"/healthz", "GET", &State::Healthy},
+                                     {"/readyz", "GET", &State::Ready}};
+  const std::string& path = connection.path();
+  std::string allowed;
+  for (const Endpoint& endpoint : kEndpoints) {
+    if (path != endpoint.path) continue;
+    if (connection.method() == endpoint.method) return (this->*endpoint.serve)(connection);
+    allowed = endpoint.method;
   }
-  connection.Reply(404, ErrorJson(absl::InvalidArgumentError(
-                            absl::StrCat("path: ", connection.path(), " does not exist"))));
+  if (const auto get = backend_.get.find(path); get != backend_.get.end()) {
+    if (connection.method() == "GET") {
+      const HttpReply reply = get->second();
+      return connection.ReplyAs(reply.type, reply.status, reply.body);
+    }
+    allowed = "GET";
+  }
+  if (backend_.post.contains(path)) {
+    if (connection.method() == "POST") return Operate(connection);
+    allowed = "POST";
+  }
+  if (allowed.empty()) {
+    return connection.Reply(
+        404,
+        ErrorJson(absl::InvalidArgumentError(absl::StrCat("path: ", path, " does not exist"))));
+  }
+  connection.Reply(405,
+                   ErrorJson(absl::InvalidArgumentError(absl::StrCat(
+                       "method: ", connection.method(), " ", path, "; allowed is ", allowed))),
+                   absl::StrCat("Allow: ", allowed, "\r\n"));
+}
+
+void HttpServer::State::Healthy(HttpConnection& connection) {
+  connection.Reply(200, R"({"status":"ok"})");
 }
 
 void HttpServer::State::Complete(HttpConnection& connection) {
@@ -370,9 +377,7 @@ void HttpServer::State::Operate(HttpConnection& connection) {
   }
   const absl::StatusOr<std::string> body = connection.ReadBody(options_.max_body_bytes);
   if (!body.ok()) return ReplyError(connection, body.status());
-  const HttpReply reply = path == "/v1/rebalance"
-                              ? backend_.rebalance(*body)
-                              : backend_.record(path.substr(path.rfind('/') + 1), *body);
+  const HttpReply reply = backend_.post.at(path)(*body);
   connection.ReplyAs(reply.type, reply.status, reply.body);
 }
 

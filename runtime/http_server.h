@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <functional>
+#include <map>
 #include <memory>
 #include <string>
 
@@ -26,21 +27,20 @@ struct HttpReply {
 };
 
 // What stands behind the server. The functions are called from many threads at a time and have to
-// outlive the server; an empty one makes its endpoint a 404.
+// outlive the server.
 struct HttpBackend {
   Frontend* frontend = nullptr;  // outlives the server
   Tokenizer tokenizer = Tokenizer::None();
   std::string model_name = {};
-  std::function<bool()> is_ready = {};                               // empty: always
-  std::function<HttpReply()> placement = {};                         // GET /v1/placement
-  std::function<HttpReply(const std::string& body)> rebalance = {};  // POST /v1/rebalance
-  // POST /v1/record/<action>: start, stop, status, dump
-  std::function<HttpReply(const std::string& action, const std::string& body)> record = {};
+  std::function<bool()> is_ready = {};  // empty: always
+  // What answers GET of other paths, and POST of those that operators use: these are for the
+  // server's own machine only.
+  std::map<std::string, std::function<HttpReply()>> get = {};
+  std::map<std::string, std::function<HttpReply(const std::string& body)>> post = {};
 };
 
-// The HTTP side: POST /v1/completions, GET /v1/models, GET /healthz, GET /readyz, GET
-// /v1/placement, POST /v1/rebalance and /v1/record/... (both from this machine only). Errors have
-// OpenAI's form.
+// The HTTP side: POST /v1/completions, GET /v1/models, GET /healthz, GET /readyz, and what the
+// backend adds. Errors have OpenAI's form.
 //
 // A client that goes away frees its sequence, also between tokens and while it waits for a whole
 // answer. A few threads are kept for the endpoints that answer at once: completions beyond

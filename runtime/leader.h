@@ -31,15 +31,18 @@ class Leader : public EngineObserver {
  public:
   struct Options {
     ControllerOptions controller;
-    std::string step_log;         // a file that gets one JSON line per step; empty: none
-    int32_t hot_experts = 8;      // per layer, in the metrics; 0: none
+    int32_t num_ranks = 0;    // of the job; filled in
+    std::string step_log;     // a file that gets one JSON line per step; empty: none
+    int32_t hot_experts = 8;  // per layer, in the metrics; 0: none
     int64_t hot_experts_every_tokens = 4096;
     TraceRecorder* recorder = nullptr;  // gets the counts of every step; may be null
     // Bytes per second, over all ranks, that plans may copy; 0: no limit. What is not used adds up
     // to one second's, or to the slots of a layer where these are more.
     double copy_bytes_per_second = 0.0;
-    int64_t copy_bytes = 1;                     // of one copy
-    std::function<int64_t()> now_ns = NowNs;    // any monotonic clock
+    int64_t copy_bytes = 1;                   // of one copy
+    std::function<int64_t()> now_ns = NowNs;  // any monotonic clock
+    // Has a rank of the job leave, once nothing of the placement is on it alone.
+    std::function<void(int32_t rank)> leave = {};
   };
   // `send_plan` gives a serialized plan to every rank. `metrics` belongs to rank 0.
   // ERRORS kInvalidArgument: the controller's options; the step log cannot be written
@@ -54,8 +57,15 @@ class Leader : public EngineObserver {
     rank_observer_.OnRest(running, waiting, kv_bytes_used);
   }
 
-  // The placement in force as JSON: Placement::ToJson plus "replicas", [layer][expert] slots.
+  void OnRegrouped(const Regrouping& regrouping, const Placement& in_force) override;
+
+  // The placement in force as JSON: Placement::ToJson plus "replicas", [layer][expert] slots;
+  // "ranks", the ranks of the job by rank of the placement; and "reloads_if_lost", for each of them
+  // how many (layer, expert) pairs it alone holds.
   std::string PlacementJson() const;
+  // Moves what only this rank of the job holds to others, in the background, then has it leave
+  // (Options::leave). Returns at once.
+  void Vacate(int32_t rank);
   // Plans now, whatever there is to gain, and says what came of it:
   //   {"planned":true,"plan_id":n,"copies":n} or {"planned":false,"reason":".."}
   std::string Rebalance();
@@ -65,10 +75,18 @@ class Leader : public EngineObserver {
     Rebalancer::Outcome outcome;
     Placement in_force;
   };
+  struct Regrouped {
+    Regrouping how;
+    Placement in_force;
+  };
   struct Forced {
     std::promise<std::string> answer;
   };
-  using Event = std::variant<StepRecord, PlanEnded, Forced>;
+  struct Vacating {
+    int32_t rank = 0;  // of the job
+    int32_t attempts = 0;
+  };
+  using Event = std::variant<StepRecord, PlanEnded, Regrouped, Forced, Vacating>;
 
   Leader(const Options& options, const Placement& initial, RankObserver rank_observer,
          RankMetrics* metrics, std::function<absl::Status(std::vector<std::byte>)> send_plan);
@@ -76,7 +94,14 @@ class Leader : public EngineObserver {
   void Loop();
   void Handle(const StepRecord& record);
   void Handle(const PlanEnded& ended);
+  void Handle(const Regrouped& regrouped);
   void Handle(Forced& forced);
+  void Handle(const Vacating& vacating) { vacating_.push_back(vacating); }
+  void AdvanceVacating();
+  void PublishLastCopies(const Placement& placement);
+  bool Send(const MigrationPlan& plan);
+  absl::Status MakeController(ControllerOptions options, const Placement& placement,
+                              int64_t last_plan_id);
   void GrantCopies();
   RebalanceTrigger TriggerOf(bool force) const;
   std::optional<MigrationPlan> Plan(bool force, Decision* why);
@@ -84,7 +109,7 @@ class Leader : public EngineObserver {
   void PublishHotExperts();
 
   const Options options_;
-  RankObserver rank_observer_;                  // step thread
+  RankObserver rank_observer_;  // step thread
   RankMetrics* metrics_;
   std::function<absl::Status(std::vector<std::byte>)> send_plan_;
   // State of the controller's thread.
@@ -93,7 +118,9 @@ class Leader : public EngineObserver {
   int64_t step_ = 0;
   bool may_plan_ = true;
   int64_t tokens_since_hot_ = 0;
-  int64_t granted_ns_ = 0;  // until when copies were granted
+  std::vector<int32_t> ranks_in_force_;  // of the job, by rank of the controller's placement
+  std::deque<Vacating> vacating_;        // one after the other; no other plans meanwhile
+  int64_t granted_ns_ = 0;               // until when copies were granted
   RebalanceTrigger trigger_ = RebalanceTrigger::kThreshold;  // of the plan in flight
   std::FILE* log_ = nullptr;
   // State below is protected by mutex_.
@@ -101,7 +128,8 @@ class Leader : public EngineObserver {
   std::condition_variable wake_;
   std::deque<Event> events_;
   bool stop_ = false;
-  Placement placement_;                         // in force, for PlacementJson
+  Placement placement_;         // in force, for PlacementJson
+  std::vector<int32_t> ranks_;  // of the job, by rank of placement_
   std::thread thread_;
 };
 

@@ -27,26 +27,15 @@ DispatchTable::DispatchTable(const Placement& placement, int32_t rank, const Exp
   }
 }
 
-MoeExecutor::MoeExecutor(const Options& options, const KernelSet& kernels,
-                         Communicator* communicator)
+MoeExecutor::MoeExecutor(const Options& options, const KernelSet& kernels)
     : options_(options),
       kernels_(kernels),
-      comm_(communicator),
       row_bytes_(static_cast<size_t>(options.hidden) * SizeOf(options.dtype)),
-      histogram_(kNumTokenKinds * static_cast<size_t>(options.gate.num_experts)),
-      gathered_(histogram_.size() * static_cast<size_t>(communicator->size())),
-      by_source_(gathered_.size() / kNumTokenKinds),
-      dispatch_(communicator),
-      return_(communicator),
-      send_bytes_(static_cast<size_t>(communicator->size())),
-      recv_bytes_(static_cast<size_t>(communicator->size())),
-      out_(static_cast<size_t>(communicator->size())),
-      in_(static_cast<size_t>(communicator->size())) {}
+      histogram_(kNumTokenKinds * static_cast<size_t>(options.gate.num_experts)) {}
 
 absl::StatusOr<std::unique_ptr<MoeExecutor>> MoeExecutor::Create(const Options& options,
-                                                                 const KernelSet& kernels,
-                                                                 Communicator* communicator) {
-  std::unique_ptr<MoeExecutor> executor(new MoeExecutor(options, kernels, communicator));
+                                                                 const KernelSet& kernels) {
+  std::unique_ptr<MoeExecutor> executor(new MoeExecutor(options, kernels));
   // The gate is computed in fp32 whatever the activations are: a near-tie decides between experts.
   BALLAST_ASSIGN_OR_RETURN(
       executor->gate_matmul_,
@@ -57,12 +46,25 @@ absl::StatusOr<std::unique_ptr<MoeExecutor>> MoeExecutor::Create(const Options& 
   return executor;
 }
 
+void MoeExecutor::Connect(Communicator* communicator) {
+  comm_ = communicator;
+  dispatch_.emplace(communicator);
+  return_.emplace(communicator);
+  const size_t ranks = static_cast<size_t>(communicator->size());
+  gathered_.assign(histogram_.size() * ranks, 0);
+  by_source_.assign(gathered_.size() / kNumTokenKinds, 0);
+  send_bytes_.assign(ranks, 0);
+  recv_bytes_.assign(ranks, 0);
+  out_.assign(ranks, {});
+  in_.assign(ranks, {});
+}
+
 absl::Status MoeExecutor::Run(DispatchTable* table, const Args& args) {
   BALLAST_RETURN_IF_ERROR(RunGate(args));
   BALLAST_RETURN_IF_ERROR(SplitBatch(table, args));
   BALLAST_RETURN_IF_ERROR(Dispatch(*table, args));
   if (args.while_waiting) BALLAST_RETURN_IF_ERROR(args.while_waiting());
-  BALLAST_RETURN_IF_ERROR(dispatch_.Wait());
+  BALLAST_RETURN_IF_ERROR(dispatch_->Wait());
   BALLAST_RETURN_IF_ERROR(RunExperts(table->layer(args.layer)));
   return Return(table->epoch(), args);
 }
@@ -130,7 +132,7 @@ absl::Status MoeExecutor::Dispatch(const DispatchTable& table, const Args& args)
   for (size_t r = 0; r < out_.size(); ++r) {
     send_bytes_[r] =
         route_.message[r].num_copies > 0 ? route_.message[r].bytes(row_bytes_) : 0;
-    out_[r] = dispatch_.SendBuffer(static_cast<int>(r), send_bytes_[r]);
+    out_[r] = dispatch_->SendBuffer(static_cast<int>(r), send_bytes_[r]);
     // The split says how many copies come from r; a row for each is the most that can come along.
     DispatchMessage most;
     most.num_copies = static_cast<uint32_t>(part_.receive[r]);
@@ -146,11 +148,11 @@ absl::Status MoeExecutor::Dispatch(const DispatchTable& table, const Args& args)
                  .row_bytes = row_bytes_,
                  .out = out_},
                 nullptr);
-  return dispatch_.Post(table.epoch(), send_bytes_, recv_bytes_);
+  return dispatch_->Post(table.epoch(), send_bytes_, recv_bytes_);
 }
 
 absl::Status MoeExecutor::RunExperts(const DispatchTable::Layer& layer) {
-  for (size_t r = 0; r < in_.size(); ++r) in_[r] = dispatch_.Received(static_cast<int>(r));
+  for (size_t r = 0; r < in_.size(); ++r) in_[r] = dispatch_->Received(static_cast<int>(r));
   const int32_t num_groups = static_cast<int32_t>(layer.parameters.size());
   BALLAST_RETURN_IF_ERROR(kernels_.group({.received = in_,
                                           .group_of_expert = layer.group_of_expert,
@@ -183,13 +185,13 @@ absl::Status MoeExecutor::Return(int64_t epoch, const Args& args) {
                            .y = grouped_y_.as<float>(),
                            .width = options_.hidden,
                            .type = options_.dtype,
-                           .out = return_.SendBuffer(static_cast<int>(r), send_bytes_[r])},
+                           .out = return_->SendBuffer(static_cast<int>(r), send_bytes_[r])},
                           nullptr);
   }
-  BALLAST_RETURN_IF_ERROR(return_.Post(epoch, send_bytes_, recv_bytes_));
-  BALLAST_RETURN_IF_ERROR(return_.Wait());
+  BALLAST_RETURN_IF_ERROR(return_->Post(epoch, send_bytes_, recv_bytes_));
+  BALLAST_RETURN_IF_ERROR(return_->Wait());
   for (size_t r = 0; r < in_.size(); ++r) {
-    in_[r] = return_.Received(static_cast<int>(r));
+    in_[r] = return_->Received(static_cast<int>(r));
     if (in_[r].size() != recv_bytes_[r]) {
       return absl::InternalError(absl::StrCat("combine: rank ", r, " returned ", in_[r].size(),
                                               " bytes, expected ", recv_bytes_[r]));

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -69,8 +70,9 @@ class MoeExecutor {
     SplitMode split = SplitMode::kExact;
   };
   static absl::StatusOr<std::unique_ptr<MoeExecutor>> Create(const Options& options,
-                                                             const KernelSet& kernels,
-                                                             Communicator* communicator);
+                                                             const KernelSet& kernels);
+  // The ranks that it works with from now on. REQUIRES before the first Run
+  void Connect(Communicator* communicator);
 
   // y = base + sum over k of weight[k] * expert(x). The last num_prefill rows are prefill, those
   // before them decode: they are counted apart and else treated alike.
@@ -95,7 +97,7 @@ class MoeExecutor {
   GatedMlp& expert_mlp() { return *expert_mlp_; }
 
  private:
-  MoeExecutor(const Options& options, const KernelSet& kernels, Communicator* communicator);
+  MoeExecutor(const Options& options, const KernelSet& kernels);
   absl::Status RunGate(const Args& args);
   void FoldCounts(LayerCounts* out);
   absl::Status SplitBatch(DispatchTable* table, const Args& args);
@@ -105,7 +107,7 @@ class MoeExecutor {
 
   Options options_;
   const KernelSet& kernels_;
-  Communicator* comm_;
+  Communicator* comm_ = nullptr;
   std::unique_ptr<Matmul> gate_matmul_;
   std::unique_ptr<GatedMlp> expert_mlp_;
   size_t row_bytes_;
@@ -119,7 +121,7 @@ class MoeExecutor {
   std::vector<int32_t> by_source_;  // [R, E] kinds added up: what is split
   std::vector<float> weights_;
   AlignedBuffer logits_, grouped_x_, grouped_y_;
-  Communicator::Exchange dispatch_, return_;
+  std::optional<Communicator::Exchange> dispatch_, return_;
   std::vector<size_t> send_bytes_, recv_bytes_;
   std::vector<std::span<std::byte>> out_;
   std::vector<std::span<const std::byte>> in_;

@@ -30,6 +30,13 @@ void RankObserver::OnRest(int32_t running, int32_t waiting, int64_t kv_bytes_use
   metrics_->SetKvBytesUsed(kv_bytes_used);
 }
 
+void RankObserver::OnRegrouped(const Regrouping& regrouping, const Placement& in_force) {
+  rank_ = regrouping.group.member;
+  window_ = LoadWindow(in_force.num_layers(), in_force.topology().num_ranks());
+  metrics_->SetPlacementEpoch(in_force.epoch());
+  metrics_->OnRegrouped(regrouping.reloads, static_cast<double>(regrouping.pause_ns) * 1e-9);
+}
+
 void RankObserver::OnPlanEnded(const Rebalancer::Outcome& outcome, const Placement& in_force) {
   metrics_->SetPlacementEpoch(in_force.epoch());
   const bool applied = outcome.done == Command::kFlip;

@@ -18,9 +18,10 @@ class RankObserver : public EngineObserver {
   void OnStep(const StepRecord& record) override;
   void OnPlanEnded(const Rebalancer::Outcome& outcome, const Placement& in_force) override;
   void OnRest(int32_t running, int32_t waiting, int64_t kv_bytes_used) override;
+  void OnRegrouped(const Regrouping& regrouping, const Placement& in_force) override;
 
  private:
-  int32_t rank_;
+  int32_t rank_;  // in the group
   RankMetrics* metrics_;
   LoadWindow window_;
   std::vector<int64_t> layer_copies_;

@@ -9,13 +9,21 @@
 
 namespace ballast {
 
-Rebalancer::Rebalancer(const Options& options, ExpertStore* store, Placement initial)
-    : options_(options), store_(store), placement_(std::move(initial)) {
-  table_ = std::make_unique<DispatchTable>(placement_, options_.rank, *store_, nullptr);
+Rebalancer::Rebalancer(const Options& options, CopyStore* store, Placement initial,
+                       std::function<void(const Placement&)> on_flip)
+    : options_(options),
+      store_(store),
+      placement_(std::move(initial)),
+      on_flip_(std::move(on_flip)) {}
+
+std::optional<Placement> Rebalancer::staged_placement() const {
+  return vote_ == Vote::kStaged ? target_ : std::nullopt;
 }
 
 void Rebalancer::OnPlan(MigrationPlan plan) {
   last_plan_id_ = plan.plan_id;
+  // Made before the ranks regrouped: nobody carries it out, and nobody waits for it.
+  if (plan.base_epoch < placement_.epoch()) return;
   // What is wrong with a plan is wrong on every rank: then none of them stages any of it.
   auto target = plan.Apply(placement_);
   absl::Status status = target.status();
@@ -73,9 +81,7 @@ absl::StatusOr<Rebalancer::Outcome> Rebalancer::Execute(PlanCommand command) {
       return absl::InternalError(absl::StrCat("rank ", options_.rank, " was told to flip plan ",
                                               command.plan_id, ", which it has not staged"));
     }
-    store_->Commit(*target_);
-    placement_ = *std::move(target_);
-    table_ = std::make_unique<DispatchTable>(placement_, options_.rank, *store_, table_.get());
+    Commit();
   } else {
     aborted_through_ = std::max(aborted_through_, command.plan_id);
     if (have_it) store_->Discard();
@@ -87,6 +93,37 @@ absl::StatusOr<Rebalancer::Outcome> Rebalancer::Execute(PlanCommand command) {
   }
   outcome.stall_ns = NowNs() - began;
   return outcome;
+}
+
+void Rebalancer::Commit() {
+  store_->Commit(*target_);
+  placement_ = *std::move(target_);
+  if (on_flip_) on_flip_(placement_);
+}
+
+absl::StatusOr<Regrouped> Rebalancer::Regroup(int64_t commit_plan_id, int64_t epoch,
+                                              std::span<const GroupMember> members, int32_t rank) {
+  if (placement_.epoch() < epoch) {
+    if (vote_ != Vote::kStaged || plan_->plan_id != commit_plan_id) {
+      return absl::InternalError(absl::StrCat("rank ", options_.rank, " is at epoch ",
+                                              placement_.epoch(), " and has not staged plan ",
+                                              commit_plan_id, ", which leads to epoch ", epoch));
+    }
+    Commit();
+  } else {
+    store_->Abandon();
+  }
+  if (placement_.epoch() != epoch) {
+    return absl::InternalError(absl::StrCat("rank ", options_.rank, " is at epoch ",
+                                            placement_.epoch(), ", the others are at ", epoch));
+  }
+  plan_.reset();
+  target_.reset();
+  vote_ = Vote::kNone;
+  BALLAST_ASSIGN_OR_RETURN(Regrouped regrouped, ballast::Regroup(placement_, members, epoch + 1));
+  placement_ = regrouped.placement;
+  options_.rank = rank;
+  return regrouped;
 }
 
 }  // namespace ballast

@@ -3,23 +3,23 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <memory>
+#include <functional>
 #include <optional>
 #include <span>
 
-#include "absl/status/status.h"
+#include "absl/status/statusor.h"
 #include "placement/migration_plan.h"
 #include "placement/placement.h"
-#include "runtime/expert_store.h"
-#include "runtime/moe_layer.h"
+#include "placement/regroup.h"
+#include "runtime/copy_store.h"
 
 namespace ballast {
 
 // A rank's word on the plan it was told to stage.
 enum class Vote : uint8_t {
-  kNone,     // no plan, or none yet
+  kNone,  // no plan, or none yet
   kStaging,
-  kStaged,   // everything is here and verified
+  kStaged,  // everything is here and verified
   kFailed,
 };
 
@@ -40,19 +40,23 @@ struct PlanCommand {
 // at the step at which the leader says so, or abort and stay.
 //
 // The votes and the leader's command travel in the step header, which every rank gets whole; so all
-// ranks flip at the same step, and a placement is in force on all of them or on none.
+// ranks flip at the same step, and a placement is in force on all of them or on none. Where ranks
+// are lost between the command and its execution, Regroup brings the others together again.
 // THREADS one (the step thread).
 class Rebalancer {
  public:
   struct Options {
     int32_t rank = 0;
-    size_t slice_bytes = 1 << 20;      // most bytes that one slice moves each way
-    int64_t plan_deadline_ms = 30'000; // from the leader's receipt of a plan to its flip
+    size_t slice_bytes = 1 << 20;       // most bytes that one slice moves each way
+    int64_t plan_deadline_ms = 30'000;  // from the leader's receipt of a plan to its flip
   };
-  Rebalancer(const Options& options, ExpertStore* store, Placement initial);
+  // `on_flip` (may be empty) is called when a plan is in force in the store: tables are to change.
+  Rebalancer(const Options& options, CopyStore* store, Placement initial,
+             std::function<void(const Placement&)> on_flip = {});
 
   const Placement& placement() const { return placement_; }
-  DispatchTable* table() { return table_.get(); }
+  // After the staged plan, if it is staged.
+  std::optional<Placement> staged_placement() const;
 
   // A plan from the leader: starts to stage it. What is wrong with it becomes the vote.
   void OnPlan(MigrationPlan plan);
@@ -75,15 +79,26 @@ class Rebalancer {
     int32_t copies = 0;      // experts that entered a rank by the plan, over all ranks
     int32_t own_copies = 0;  // of these, on this rank
     int64_t own_bytes = 0;   // of their parameters
-    int64_t stall_ns = 0;  // time that the step thread was held up
+    int64_t stall_ns = 0;    // time that the step thread was held up
   };
   absl::StatusOr<Outcome> Execute(PlanCommand command);
 
+  // This rank comes to a group that has `placement` in force. REQUIRES no plan is staged
+  void Adopt(Placement placement) { placement_ = std::move(placement); }
+  // Other ranks go on than before, this one as `rank`. First `commit_plan_id` (0: none) is put in
+  // force if it is not yet, or what is staged is given up; then the placement is regrouped under
+  // the epoch after that. The caller brings the store into line with it.
+  // ERRORS kInternal: the plan is neither in force nor staged here, or `epoch` is not reached
+  absl::StatusOr<Regrouped> Regroup(int64_t commit_plan_id, int64_t epoch,
+                                    std::span<const GroupMember> members, int32_t rank);
+
  private:
+  void Commit();
+
   Options options_;
-  ExpertStore* store_;
+  CopyStore* store_;
   Placement placement_;
-  std::unique_ptr<DispatchTable> table_;
+  std::function<void(const Placement&)> on_flip_;
   std::optional<MigrationPlan> plan_;
   std::optional<Placement> target_;
   Vote vote_ = Vote::kNone;

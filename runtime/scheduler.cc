@@ -54,6 +54,12 @@ void Scheduler::Cancel(uint64_t request_id, std::vector<TokenEvent>* events) {
   events->push_back({request_id, -1, FinishReason::kCancelled});
 }
 
+void Scheduler::Clear() {
+  waiting_.clear();
+  for (const Sequence& sequence : running_) cache_->Give(sequence.blocks);
+  running_.clear();
+}
+
 void Scheduler::Admit() {
   while (!waiting_.empty() && num_running() < options_.max_seqs) {
     const int32_t blocks = BlocksFor(MostTokens(waiting_.front()));
@@ -152,7 +158,8 @@ bool Scheduler::Extend(Sequence* sequence, std::span<const float> logits,
   }
   sequence->tokens.push_back(token);
   const bool full = static_cast<int32_t>(sequence->tokens.size()) >= MostTokens(request);
-  events->push_back({request.id, token, full ? FinishReason::kLength : FinishReason::kNone});
+  events->push_back({request.id, token, full ? FinishReason::kLength : FinishReason::kNone,
+                     static_cast<int32_t>(position - static_cast<int64_t>(request.prompt.size()))});
   return full;
 }
 

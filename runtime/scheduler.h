@@ -39,6 +39,9 @@ class Scheduler {
   // Ends the request, if it is here, with kCancelled.
   void Cancel(uint64_t request_id, std::vector<TokenEvent>* events);
 
+  // Forgets every request, without a word.
+  void Clear();
+
   // The next step's tokens; the batch may be empty.
   const Batch& BuildBatch();
 

@@ -83,7 +83,7 @@ absl::Status CheckExchange(Communicator* comm) {
 }
 
 absl::Status CheckOrder(Transport* transport) {
-  constexpr int kMessages = 20, kOtherTag = 9;
+  constexpr int kMessages = 20, kOtherTag = 3;
   const int me = transport->rank(), size = transport->size();
   if (size == 1) return absl::OkStatus();
   const int next = (me + 1) % size, before = (me + size - 1) % size;

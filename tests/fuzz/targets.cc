@@ -230,7 +230,14 @@ std::vector<std::string> LeaderFrameSeeds() {
   const std::vector<LeaderFrame> frames = {{1, SubmitFrame{request}},
                                            {2, CancelFrame{7}},
                                            {3, PlanFrame{std::vector<std::byte>(9)}},
-                                           {4, StopFrame{}}};
+                                           {4, StopFrame{}},
+                                           {5, HaltFrame{3, true}},
+                                           {6, ResumeFrame{.generation = 3,
+                                                           .members = {{0, 0, 0, 0}, {2, -1, 9, 1}},
+                                                           .commit_plan_id = 8,
+                                                           .step = 1'000,
+                                                           .epoch = 12,
+                                                           .placement = {std::byte{'x'}}}}};
   std::vector<std::string> seeds;
   for (const LeaderFrame& frame : frames) seeds.push_back(BytesToText(Serialize(frame)));
   return seeds;
@@ -240,7 +247,14 @@ std::vector<std::string> RankFrameSeeds() {
   const std::vector<RankFrame> frames = {
       {EventsFrame{{{1, 65, FinishReason::kNone}, {2, -1, FinishReason::kStop}}}},
       {RankStatusFrame{3, 4, 5}},
-      {RoutingFrame{2, 100, 108, 103, std::vector<std::byte>(6)}}};
+      {RoutingFrame{2, 100, 108, 103, std::vector<std::byte>(6)}},
+      {HaltedFrame{.generation = 3,
+                   .step = 999,
+                   .epoch = 11,
+                   .staged_plan_id = 8,
+                   .placement = {std::byte{'p'}},
+                   .staged_placement = {std::byte{'q'}}}},
+      {TroubleFrame{.generation = 2, .missing = {1, 4}}}};
   std::vector<std::string> seeds;
   for (const RankFrame& frame : frames) seeds.push_back(BytesToText(Serialize(frame)));
   return seeds;

@@ -22,13 +22,27 @@ std::vector<LeaderFrame> LeaderFrames() {
           {2, CancelFrame{7}},
           {3, WakeFrame{}},
           {4, PlanFrame{std::vector<std::byte>(5, std::byte{9})}},
-          {5, StopFrame{}}};
+          {5, StopFrame{}},
+          {6, HaltFrame{3, true}},
+          {7, ResumeFrame{.generation = 3,
+                          .members = {{0, 0, 0, 0}, {2, 1, 0, 0}, {3, -1, 9, 1}},
+                          .commit_plan_id = 8,
+                          .step = 1'000,
+                          .epoch = 12,
+                          .placement = std::vector<std::byte>(4, std::byte{'x'})}}};
 }
 
 std::vector<RankFrame> RankFrames() {
   return {{EventsFrame{{{1, 65, FinishReason::kNone}, {2, -1, FinishReason::kStop}}}},
           {RankStatusFrame{3, 4, 1'000'000'000'000}},
-          {RoutingFrame{2, 100, 108, 103, std::vector<std::byte>(6, std::byte{4})}}};
+          {RoutingFrame{2, 100, 108, 103, std::vector<std::byte>(6, std::byte{4})}},
+          {HaltedFrame{.generation = 3,
+                       .step = 999,
+                       .epoch = 11,
+                       .staged_plan_id = 8,
+                       .placement = std::vector<std::byte>(2, std::byte{'p'}),
+                       .staged_placement = std::vector<std::byte>(3, std::byte{'q'})}},
+          {TroubleFrame{.generation = 2, .missing = {1, 4}}}};
 }
 
 TEST_CASE("leader frames survive the wire", "[runtime][unit]") {

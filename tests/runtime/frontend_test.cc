@@ -286,6 +286,68 @@ TEST_CASE("a broken channel fails every request and is reported once", "[runtime
   REQUIRE(failure.calls == 1);
 }
 
+FrontendOptions Surviving() {
+  FrontendOptions options = kOptions;
+  options.survive_losses = true;
+  return options;
+}
+
+TEST_CASE("requests of a lost rank go on at the others and get every token once",
+          "[runtime][unit]") {
+  FakeRanks ranks({.num_ranks = 3});
+  Failure failure;
+  const auto frontend = Start(ranks, Surviving(), &failure);
+  std::vector<std::shared_ptr<Recorder>> sinks;
+  for (int i = 0; i < 6; ++i) {
+    sinks.push_back(std::make_shared<Recorder>());
+    auto request = Request(3, 50);
+    request.sampling.seed = static_cast<uint64_t>(i);
+    REQUIRE(frontend->Submit(request, sinks.back()).ok());
+  }
+  REQUIRE(Eventually([&] { return sinks[1]->tokens().size() > 5; }));
+  ranks.Kill(1);
+  for (int i = 0; i < 6; ++i) {
+    const auto& sink = sinks[static_cast<size_t>(i)];
+    REQUIRE(sink->Finish() == FinishReason::kLength);
+    auto request = Request(3, 50);
+    request.sampling.seed = static_cast<uint64_t>(i);
+    const std::vector<int32_t> tokens = sink->tokens();
+    REQUIRE(tokens.size() == 50);
+    for (int k = 0; k < 50; ++k) REQUIRE(tokens[k] == FakeRanks::ReplyToken(request, k));
+    REQUIRE_FALSE(sink->after_end());
+  }
+  REQUIRE(frontend->stats().moved == 2);
+  REQUIRE(frontend->accepting());
+  REQUIRE(failure.calls == 0);
+  // The next loss leaves rank 0 alone; its own loss is the end.
+  ranks.Kill(2);
+  const auto last = std::make_shared<Recorder>();
+  REQUIRE(Eventually([&] { return frontend->rank_states()[2] == Frontend::RankState::kLost; }));
+  REQUIRE(frontend->Submit(Request(1, 5), last).ok());
+  REQUIRE(last->Finish() == FinishReason::kLength);
+  ranks.Kill(0);
+  REQUIRE(Eventually([&] { return failure.calls == 1; }));
+  REQUIRE(failure.rank == 0);
+}
+
+TEST_CASE("a rank that is silent for too long is lost", "[runtime][unit]") {
+  FakeRanks ranks({.num_ranks = 2, .step = std::chrono::milliseconds(20)});
+  FrontendOptions options = Surviving();
+  options.silence_ms = 300;
+  const auto frontend = Start(ranks, options);
+  std::this_thread::sleep_for(std::chrono::milliseconds(500));
+  // They have not begun to speak.
+  using State = Frontend::RankState;
+  REQUIRE(frontend->rank_states() == std::vector<State>{State::kServes, State::kServes});
+  const auto first = std::make_shared<Recorder>(), second = std::make_shared<Recorder>();
+  REQUIRE(frontend->Submit(Request(1, 50), first).ok());  // keeps rank 0 busy for a second
+  REQUIRE(frontend->Submit(Request(1, 2), second).ok());
+  REQUIRE(second->Finish() == FinishReason::kLength);
+  REQUIRE(Eventually([&] { return frontend->rank_states()[1] == State::kLost; }));
+  REQUIRE(first->Finish() == FinishReason::kLength);
+  REQUIRE(first->tokens().size() == 50);
+}
+
 TEST_CASE("destruction ends what is pending", "[runtime][unit]") {
   FakeRanks ranks({.num_ranks = 1});
   ranks.Hold(true);

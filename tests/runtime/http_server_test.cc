@@ -33,14 +33,13 @@ struct Served {
                                     .tokenizer = tokenizer,
                                     .model_name = "demo",
                                     .is_ready = [this] { return ready.load(); },
-                                    .placement =
-                                        [] {
-                                          return HttpReply{200, R"({"epoch":3})"};
-                                        },
-                                    .rebalance =
-                                        [](const std::string& body) {
-                                          return HttpReply{202, json{{"got", body}}.dump()};
-                                        }});
+                                    .get = {{"/v1/placement",
+                                             [] {
+                                               return HttpReply{200, R"({"epoch":3})"};
+                                             }}},
+                                    .post = {{"/v1/rebalance", [](const std::string& body) {
+                                                return HttpReply{202, json{{"got", body}}.dump()};
+                                              }}}});
     REQUIRE(started.ok());
     server = std::move(*started);
   }

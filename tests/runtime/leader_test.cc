@@ -22,7 +22,8 @@ class Bench {
                                         .model = "tiny",
                                         .num_layers = 1,
                                         .num_experts = kExperts,
-                                        .top_k = 1});
+                                        .top_k = 1,
+                                        .num_ranks = kRanks});
     REQUIRE(metrics.ok());
     metrics_ = *std::move(metrics);
     Leader::Options options;

@@ -159,7 +159,8 @@ class RankRun {
                                                              .expert_inter = in_.inter,
                                                              .dtype = options_.dtype,
                                                              .split = options_.split},
-                                                            *options_.kernels, comm_));
+                                                            *options_.kernels));
+    executor_->Connect(comm_);
     router_.packed = AlignedBuffer(executor_->gate_matmul().packed_bytes());
     BALLAST_RETURN_IF_ERROR(
         executor_->gate_matmul().Pack(in_.router.data(), DType::kF32, router_.packed.data()));

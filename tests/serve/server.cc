@@ -275,6 +275,15 @@ std::vector<int64_t> Server::ResidentBytes() const {
   return bytes;
 }
 
+pid_t Server::RankPid(int rank) const {
+  const std::string wanted = "OMPI_COMM_WORLD_RANK=" + std::to_string(rank);
+  for (const pid_t child : process_->Children()) {
+    const std::string environment = ReadText("/proc/" + std::to_string(child) + "/environ");
+    if (environment.find(wanted + std::string(1, 0)) != std::string::npos) return child;
+  }
+  return -1;
+}
+
 std::optional<int> Server::Stop() {
   kill(leader_pid_, SIGTERM);
   return process_->Wait(kStopTimeoutMs);

@@ -101,6 +101,7 @@ class Server {
   int port() const { return port_; }
   const std::vector<int>& metrics_ports() const { return metrics_ports_; }
   pid_t leader_pid() const { return leader_pid_; }
+  pid_t RankPid(int rank) const;
   Process& mpirun() { return *process_; }
   std::string Log() const { return ReadText(dir_ / "log"); }
 

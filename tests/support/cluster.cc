@@ -54,6 +54,47 @@ class NoObserver : public EngineObserver {
   void OnStep(const StepRecord&) override {}
   void OnPlanEnded(const Rebalancer::Outcome&, const Placement&) override {}
   void OnRest(int32_t, int32_t, int64_t) override {}
+  void OnRegrouped(const Regrouping&, const Placement&) override {}
+};
+
+// A transport whose rank can die at any message: from then on nothing of it is sent or received,
+// and its connection to the leader is gone.
+class MortalTransport : public Transport {
+ public:
+  MortalTransport(std::unique_ptr<Transport> base, ControlChannel* channel)
+      : base_(std::move(base)), channel_(channel) {}
+
+  void DieAfter(int64_t messages) { left_ = messages; }
+
+  int rank() const override { return base_->rank(); }
+  int size() const override { return base_->size(); }
+  absl::StatusOr<Handle> PostSend(int peer, int tag, std::span<const std::byte> bytes) override {
+    BALLAST_RETURN_IF_ERROR(Live(1));
+    return base_->PostSend(peer, tag, bytes);
+  }
+  absl::StatusOr<Handle> PostRecv(int peer, int tag, std::span<std::byte> bytes) override {
+    BALLAST_RETURN_IF_ERROR(Live(1));
+    return base_->PostRecv(peer, tag, bytes);
+  }
+  absl::StatusOr<bool> Test(Handle handle, size_t* received) override {
+    BALLAST_RETURN_IF_ERROR(Live(0));
+    return base_->Test(handle, received);
+  }
+
+ private:
+  absl::Status Live(int64_t messages) {
+    const int64_t left = left_.load();
+    if (left > messages) {
+      if (left != kImmortal) left_.fetch_sub(messages);
+      return absl::OkStatus();
+    }
+    channel_->Shutdown();
+    return absl::UnavailableError("killed");
+  }
+  static constexpr int64_t kImmortal = int64_t{1} << 62;
+  std::unique_ptr<Transport> base_;
+  ControlChannel* channel_;
+  std::atomic<int64_t> left_ = kImmortal;
 };
 
 }  // namespace
@@ -77,13 +118,19 @@ struct Cluster::Counter : EngineObserver {
   void OnRest(int32_t running, int32_t waiting, int64_t kv_bytes_used) override {
     cluster->leader_->OnRest(running, waiting, kv_bytes_used);
   }
+  void OnRegrouped(const Regrouping& regrouping, const Placement& in_force) override {
+    ++cluster->regroupings_;
+    cluster->reloads_ += regrouping.reloads;
+    cluster->epoch_ = in_force.epoch();
+    cluster->leader_->OnRegrouped(regrouping, in_force);
+    cluster->num_members_ = regrouping.group.ranks.size();
+  }
   Cluster* cluster;
 };
 
 struct Cluster::Rank {
-  std::unique_ptr<Transport> transport;
-  std::unique_ptr<Communicator> communicator;
   std::unique_ptr<ControlChannel> channel;
+  std::unique_ptr<MortalTransport> transport;
   std::unique_ptr<EngineObserver> observer;
   std::unique_ptr<Engine> engine;
   absl::Status status;
@@ -103,24 +150,23 @@ absl::Status Cluster::Prepare(const ClusterOptions& options) {
   const ModelConfig& config = checkpoint_->config();
   const int n = options.num_ranks;
   const int32_t share = (config.gate.num_experts + n - 1) / n;
-  const int32_t slots = options.slots_per_rank > 0
-                            ? options.slots_per_rank
-                            : std::min(share + 2, config.gate.num_experts);
+  const int32_t slots = options.slots_per_rank > 0 ? options.slots_per_rank
+                                                   : std::min(share + 2, config.gate.num_experts);
   BALLAST_ASSIGN_OR_RETURN(const auto policy, MakePolicy(options.policy));
   BALLAST_ASSIGN_OR_RETURN(
       const Placement placement,
       Placement::Contiguous(config.num_moe_layers(), config.gate.num_experts,
                             Topology::Uniform(n, slots), policy->fills_spare_slots_at_start()));
   fabric_ = std::make_unique<LocalFabric>(n);
+  num_members_ = static_cast<size_t>(n);
   std::vector<std::unique_ptr<ControlChannel>> leader_ends;
   for (int r = 0; r < n; ++r) {
     BALLAST_ASSIGN_OR_RETURN(auto pair, ControlChannel::MakePair());
     leader_ends.push_back(std::move(pair.first));
     auto rank = std::make_unique<Rank>();
     rank->channel = std::move(pair.second);
-    rank->transport = fabric_->MakeTransport(r);
-    rank->communicator =
-        std::make_unique<Communicator>(rank->transport.get(), Communicator::Options{});
+    rank->transport =
+        std::make_unique<MortalTransport>(fabric_->MakeTransport(r), rank->channel.get());
     ranks_.push_back(std::move(rank));
   }
   const auto on_routing = [recorder = options.recorder](int rank, const RoutingFrame& f) {
@@ -130,7 +176,9 @@ absl::Status Cluster::Prepare(const ClusterOptions& options) {
   BALLAST_ASSIGN_OR_RETURN(
       frontend_, Frontend::Create({.context_tokens = config.context_tokens,
                                    .vocab_size = config.vocab_size,
-                                   .on_routing = on_routing},
+                                   .on_routing = on_routing,
+                                   .survive_losses = options.survive_losses,
+                                   .slots = std::vector<int32_t>(static_cast<size_t>(n), slots)},
                                   std::move(leader_ends), [](int, absl::Status) {}));
   BALLAST_RETURN_IF_ERROR(StartLeader(options, placement));
   return MakeEngines(options, placement);
@@ -138,16 +186,16 @@ absl::Status Cluster::Prepare(const ClusterOptions& options) {
 
 absl::Status Cluster::StartLeader(const ClusterOptions& options, const Placement& placement) {
   const ModelConfig& config = checkpoint_->config();
-  BALLAST_ASSIGN_OR_RETURN(metrics_,
-                           RankMetrics::Create({.rank = 0,
-                                                .node = "test",
-                                                .backend = "cpu",
-                                                .version = "test",
-                                                .commit = "",
-                                                .model = "tiny",
-                                                .num_layers = config.num_moe_layers(),
-                                                .num_experts = config.gate.num_experts,
-                                                .top_k = config.gate.top_k}));
+  BALLAST_ASSIGN_OR_RETURN(metrics_, RankMetrics::Create({.rank = 0,
+                                                          .node = "test",
+                                                          .backend = "cpu",
+                                                          .version = "test",
+                                                          .commit = "",
+                                                          .model = "tiny",
+                                                          .num_layers = config.num_moe_layers(),
+                                                          .num_experts = config.gate.num_experts,
+                                                          .top_k = config.gate.top_k,
+                                                          .num_ranks = options.num_ranks}));
   Leader::Options leader;
   leader.controller.policy = options.policy;
   leader.controller.num_groups = config.gate.num_groups;
@@ -155,6 +203,7 @@ absl::Status Cluster::StartLeader(const ClusterOptions& options, const Placement
   leader.controller.min_gain = options.min_gain;
   leader.controller.force_every_steps = options.rebalance_every;
   leader.recorder = options.recorder;
+  leader.leave = [this](int32_t rank) { frontend_->Leave(rank).IgnoreError(); };
   leader.controller.max_incoming_per_rank = placement.topology().slots_on(0);
   BALLAST_ASSIGN_OR_RETURN(
       leader_,
@@ -177,6 +226,7 @@ absl::Status Cluster::MakeEngines(const ClusterOptions& options, const Placement
   engine.rebalancer.slice_bytes = options.slice_bytes;
   engine.rebalancer.plan_deadline_ms = options.plan_deadline_ms;
   engine.chunk_bytes = options.chunk_bytes;
+  engine.step_timeout_ms = options.step_timeout_ms;
   const KernelSet& kernels = options.kernels != nullptr ? *options.kernels : PlainKernels();
   for (size_t r = 0; r < ranks_.size(); ++r) {
     Rank& rank = *ranks_[r];
@@ -189,26 +239,42 @@ absl::Status Cluster::MakeEngines(const ClusterOptions& options, const Placement
     }
     BALLAST_ASSIGN_OR_RETURN(
         rank.engine, Engine::Create(engine, *checkpoint_, kernels, placement, rank.transport.get(),
-                                    rank.communicator.get(), rank.channel.get(),
-                                    rank.observer.get()));
+                                    rank.channel.get(), rank.observer.get()));
   }
   return absl::OkStatus();
 }
 
-Cluster::~Cluster() { Stop(); }
+Cluster::~Cluster() {
+  Stop();
+}
 
 absl::StatusOr<std::vector<Reply>> Cluster::Generate(std::vector<GenerationRequest> requests) {
   auto collector = std::make_shared<Collector>(requests.size());
   for (size_t i = 0; i < requests.size(); ++i) {
-    BALLAST_RETURN_IF_ERROR(frontend_
-                                ->Submit(std::move(requests[i]),
-                                         std::make_shared<CollectorSink>(collector, i))
-                                .status());
+    BALLAST_RETURN_IF_ERROR(
+        frontend_->Submit(std::move(requests[i]), std::make_shared<CollectorSink>(collector, i))
+            .status());
   }
   if (!collector->Wait(std::chrono::seconds(240))) {
     return absl::DeadlineExceededError("requests without an end");
   }
   return collector->replies();
+}
+
+void Cluster::Kill(int rank, int64_t after_messages) {
+  ranks_[rank]->transport->DieAfter(after_messages);
+  if (after_messages < 0) ranks_[rank]->channel->Shutdown();
+}
+
+bool Cluster::AwaitMembers(size_t count) {
+  for (int i = 0; i < 30'000 && num_members_ != count; ++i) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  return num_members_ == count;
+}
+
+const ExpertStore& Cluster::store(int rank) const {
+  return ranks_[rank]->engine->store();
 }
 
 std::vector<absl::Status> Cluster::Stop() {

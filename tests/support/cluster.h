@@ -34,6 +34,8 @@ struct ClusterOptions {
   size_t chunk_bytes = 4 << 10, slice_bytes = 16 << 10;
   int64_t plan_deadline_ms = 30'000;
   TraceRecorder* recorder = nullptr;  // of the leader; may be null
+  bool survive_losses = false;
+  int64_t step_timeout_ms = 60'000;
 };
 
 // What came back of one request.
@@ -52,6 +54,12 @@ class Cluster {
   // Submits all requests at once and waits for all replies, in order of the requests.
   absl::StatusOr<std::vector<Reply>> Generate(std::vector<GenerationRequest> requests);
 
+  // The rank dies, as by a signal: after so many more messages that it posts (-1: now), and without
+  // a word. It may not be rank 0.
+  void Kill(int rank, int64_t after_messages = -1);
+  // Waits until `count` ranks serve, under a group of their own.
+  bool AwaitMembers(size_t count);
+
   // Drains, stops and joins. What the ranks' step loops returned.
   std::vector<absl::Status> Stop();
 
@@ -63,6 +71,11 @@ class Cluster {
   int64_t flips() const { return flips_; }
   int64_t aborts() const { return aborts_; }
   int64_t steps() const { return steps_; }
+  // Regroupings that rank 0 has been through, and experts that they read from the checkpoint.
+  int64_t regroupings() const { return regroupings_; }
+  int64_t reloads() const { return reloads_; }
+  // REQUIRES stopped
+  const ExpertStore& store(int rank) const;
   // Of all ranks in all steps.
   int64_t prefill_tokens() const { return prefill_tokens_; }
   int64_t decode_tokens() const { return decode_tokens_; }
@@ -83,6 +96,8 @@ class Cluster {
   std::vector<std::unique_ptr<Rank>> ranks_;
   std::vector<std::thread> threads_;
   std::atomic<int64_t> epoch_ = 0, copies_ = 0, flips_ = 0, aborts_ = 0, steps_ = 0;
+  std::atomic<int64_t> regroupings_ = 0, reloads_ = 0;
+  std::atomic<size_t> num_members_ = 0;
   std::atomic<int64_t> prefill_tokens_ = 0, decode_tokens_ = 0;
 };
 

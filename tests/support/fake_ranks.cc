@@ -64,6 +64,11 @@ bool FakeRanks::Listen(Rank& rank, std::map<uint64_t, GenerationRequest>& active
     } else if (const auto* cancel = std::get_if<CancelFrame>(&frame->body)) {
       active.erase(cancel->request_id);
     }
+    if (const auto* halt = std::get_if<HaltFrame>(&frame->body)) {
+      HaltedFrame halted;
+      halted.generation = halt->generation;
+      rank.channel->Send(Serialize(RankFrame{halted})).IgnoreError();
+    }
     const bool stop = std::holds_alternative<StopFrame>(frame->body);
     const std::lock_guard lock(mutex_);
     rank.heard.frames.push_back(std::move(*frame));
@@ -82,7 +87,7 @@ void FakeRanks::Run(Rank& rank) {
       GenerationRequest& request = it->second;
       TokenEvent event{request.id,
                        options_.reply(request, static_cast<int>(request.generated.size())),
-                       FinishReason::kNone};
+                       FinishReason::kNone, static_cast<int32_t>(request.generated.size())};
       if (event.token < 0) event.finish = FinishReason::kStop;
       request.generated.push_back(event.token);
       if (event.token >= 0 &&

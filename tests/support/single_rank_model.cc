@@ -15,8 +15,9 @@ absl::StatusOr<std::unique_ptr<SingleRankModel>> SingleRankModel::Load(const std
       std::make_unique<Communicator>(model->transport_.get(), Communicator::Options{});
   BALLAST_ASSIGN_OR_RETURN(model->checkpoint_, Checkpoint::Open(folder));
   const ModelConfig& config = model->checkpoint_->config();
-  BALLAST_ASSIGN_OR_RETURN(model->decoder_, Decoder::Create(*model->checkpoint_, {.dtype = dtype},
-                                                            kernels, model->communicator_.get()));
+  BALLAST_ASSIGN_OR_RETURN(model->decoder_,
+                           Decoder::Create(*model->checkpoint_, {.dtype = dtype}, kernels));
+  model->decoder_->Connect(model->communicator_.get());
   const int32_t experts = config.gate.num_experts, layers = config.num_moe_layers();
   const int64_t blocks = (config.context_tokens + kKvBlockTokens - 1) / kKvBlockTokens;
   model->cache_ =

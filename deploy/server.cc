@@ -1,0 +1,168 @@
+#include "deploy/server.h"
+
+#include <sched.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <fstream>
+#include <future>
+
+#include "base/log.h"
+#include "base/status.h"
+#include "deploy/commands.h"
+#include "placement/policy.h"
+
+namespace ballast {
+namespace {
+
+// The cores that this process may run on, and where.
+struct CoreSet {
+  int32_t node = 0;
+  cpu_set_t cores = {};
+};
+
+}  // namespace
+
+sigset_t StopSignals() {
+  sigset_t signals;
+  sigemptyset(&signals);
+  sigaddset(&signals, SIGTERM);
+  sigaddset(&signals, SIGINT);
+  return signals;
+}
+
+absl::Status Server::Prepare() {
+  BALLAST_ASSIGN_OR_RETURN(checkpoint_, Checkpoint::Open(flags_.model));
+  BALLAST_ASSIGN_OR_RETURN(Tokenizer tokenizer, Tokenizer::Load(flags_.model));
+  tokenizer_ = std::move(tokenizer);
+  BALLAST_RETURN_IF_ERROR(ChooseTypes());
+  if (is_leader() && !flags_.ready_file.empty() && !std::ofstream(flags_.ready_file + ".new")) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--ready-file: cannot write ", flags_.ready_file));
+  }
+  BALLAST_RETURN_IF_ERROR(MakePlacement());
+  return StartMetrics();
+}
+
+absl::Status Server::ChooseTypes() {
+  BALLAST_ASSIGN_OR_RETURN(split_, ParseSplitMode(flags_.split));
+  if (split_ == SplitMode::kCost) {
+    return absl::InvalidArgumentError(
+        "--split is cost, allowed in serve: exact, price, even, roundrobin, hash; all ranks would "
+        "need the same constants, so cost is for replay and bench");
+  }
+  kernels_ = &DefaultCpuKernels();
+  if (flags_.dtype == "auto") {
+    dtype_ = cpu::OneDnnHasBFloat16() ? DType::kBF16 : DType::kF32;
+  } else {
+    dtype_ = flags_.dtype == "bf16" ? DType::kBF16 : DType::kF32;
+  }
+  if (dtype_ == DType::kBF16 && !cpu::OneDnnHasBFloat16()) kernels_ = &PlainKernels();
+  return absl::OkStatus();
+}
+
+// The cores that this rank may use, divided by the ranks that may use them too.
+absl::Status Server::ChooseThreads() {
+  CoreSet mine{.node = mpi_->node()};
+  sched_getaffinity(0, sizeof mine.cores, &mine.cores);
+  std::vector<CoreSet> all(static_cast<size_t>(mpi_->size()));
+  BALLAST_RETURN_IF_ERROR(communicator_->AllGather(placement_->epoch(),
+                                                   std::as_bytes(std::span(&mine, 1)),
+                                                   std::as_writable_bytes(std::span(all))));
+  int sharing = 0;
+  for (CoreSet& other : all) {
+    cpu_set_t common;
+    CPU_AND(&common, &mine.cores, &other.cores);
+    sharing += other.node == mine.node && CPU_COUNT(&common) > 0;
+  }
+  const int fair = CPU_COUNT(&mine.cores) / std::max(1, sharing);
+  cpu::SetMatmulThreads(flags_.threads > 0 ? flags_.threads : std::max(1, fair));
+  return absl::OkStatus();
+}
+
+absl::Status Server::MakePlacement() {
+  const GateRule& gate = checkpoint_->config().gate;
+  const int32_t ranks = mpi_->size();
+  const int32_t share = (gate.num_experts + ranks - 1) / ranks;
+  const int32_t slots =
+      flags_.slots_per_rank > 0 ? flags_.slots_per_rank : std::min(share + 2, gate.num_experts);
+  if (int64_t{slots} * ranks < gate.num_experts) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--slots-per-rank is ", slots, ": ", ranks, " ranks then hold ", slots * ranks,
+                     " experts, the model has ", gate.num_experts, "; allowed: at least ", share));
+  }
+  Topology topology = Topology::Uniform(ranks, slots);
+  topology.node_of_rank = mpi_->node_of_rank();
+  BALLAST_ASSIGN_OR_RETURN(const auto policy, MakePolicy(flags_.policy));
+  BALLAST_RETURN_IF_ERROR(
+      CheckRules(flags_.policy, policy->rules_kept(), flags_.rules, topology, gate.num_experts));
+  BALLAST_ASSIGN_OR_RETURN(
+      placement_,
+      Placement::Contiguous(checkpoint_->config().num_moe_layers(), gate.num_experts, topology,
+                            policy->fills_spare_slots_at_start(), flags_.rules.node_local));
+  return absl::OkStatus();
+}
+
+absl::Status Server::StartMetrics() {
+  const ModelConfig& config = checkpoint_->config();
+  char host[256] = "unknown";
+  gethostname(host, sizeof host - 1);
+  BALLAST_ASSIGN_OR_RETURN(metrics_, RankMetrics::Create({.rank = mpi_->rank(),
+                                                          .node = host,
+                                                          .backend = kernels_->name,
+                                                          .version = BALLAST_VERSION,
+                                                          .commit = BALLAST_COMMIT,
+                                                          .model = config.name,
+                                                          .num_layers = config.num_moe_layers(),
+                                                          .num_experts = config.gate.num_experts,
+                                                          .top_k = config.gate.top_k,
+                                                          .num_ranks = mpi_->size()}));
+  if (flags_.no_metrics) return absl::OkStatus();
+  const int port = flags_.metrics_port == 0 ? 0 : flags_.metrics_port + mpi_->local_rank();
+  auto exporter = MetricsExporter::Start({.host = flags_.host, .port = port},
+                                         [this] { return metrics_->Render(); });
+  if (!exporter.ok()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--metrics-port: ", std::string(exporter.status().message())));
+  }
+  exporter_ = *std::move(exporter);
+  return absl::OkStatus();
+}
+
+// All ranks go on, or all return the failure of one of them.
+absl::Status Server::Agree(absl::Status mine, const char* what) {
+  const int failed = mpi_->Highest(mine.ok() ? -1 : mpi_->size() - mpi_->rank());
+  if (failed < 0) return absl::OkStatus();
+  // The lowest rank that failed speaks, and all end with its code.
+  speaks_ = mpi_->size() - failed == mpi_->rank();
+  const int code = mpi_->Highest(speaks_ ? static_cast<int>(mine.code()) : 0);
+  if (speaks_) return mine;
+  return absl::Status(static_cast<absl::StatusCode>(code),
+                      absl::StrCat(what, " failed on another rank"));
+}
+
+// The leader alone heeds the signals, which are blocked everywhere: the others stop when it says
+// so.
+void Server::AwaitSignal() {
+  const sigset_t signals = StopSignals();
+  int signal = 0;
+  sigwait(&signals, &signal);
+  LogInfo("serve", "told to stop: finishing what was admitted");
+  auto drained =
+      std::async(std::launch::async, [this] { frontend_->DrainAndStop(flags_.drain_timeout_ms); });
+  const timespec poll{0, 100'000'000};
+  while (drained.wait_for(std::chrono::seconds(0)) != std::future_status::ready) {
+    if (sigtimedwait(&signals, nullptr, &poll) < 0) continue;
+    LogWarning("serve", "told twice: leaving at once");
+    _exit(kExitRetry);
+  }
+}
+
+void Server::Stop() {
+  if (signal_thread_.joinable()) signal_thread_.join();
+  http_.reset();
+  if (is_leader()) LogInfo("serve", "stopped");
+}
+
+}  // namespace ballast

@@ -1,0 +1,96 @@
+#ifndef BALLAST_DEPLOY_SERVER_H_
+#define BALLAST_DEPLOY_SERVER_H_
+
+#include <signal.h>
+
+#include <atomic>
+#include <functional>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "comm/communicator.h"
+#include "comm/control_channel.h"
+#include "comm/mpi_transport.h"
+#include "deploy/serve.h"
+#include "monitor/exporter.h"
+#include "monitor/metrics.h"
+#include "monitor/trace_recorder.h"
+#include "runtime/engine.h"
+#include "runtime/frontend.h"
+#include "runtime/http_server.h"
+#include "runtime/leader.h"
+#include "runtime/rank_observer.h"
+#include "runtime/tokenizer.h"
+
+namespace ballast {
+
+// SIGTERM and SIGINT.
+sigset_t StopSignals();
+
+// One rank of the server, from start to stop. Members are destroyed in reverse order: HTTP first,
+// then what it calls.
+class Server {
+ public:
+  Server(const ServeFlags& flags, MpiRuntime* mpi) : flags_(flags), mpi_(mpi) {}
+
+  // Everything that can fail on this rank alone: flags, checkpoint, metrics.
+  absl::Status Prepare();
+  // COLLECTIVE: control channels, parameters, HTTP. Announces that the server is ready.
+  absl::Status Start();
+  // COLLECTIVE: serves until told to stop.
+  absl::Status Run() { return engine_->Run(); }
+  void Stop();
+  // Whether this rank is the one to say why Start failed.
+  bool speaks() const { return speaks_; }
+  // Whether all ranks of the job have come to its end.
+  bool complete() const { return engine_->complete(); }
+
+ private:
+  bool is_leader() const { return mpi_->rank() == 0; }
+  absl::Status ChooseTypes();
+  absl::Status ChooseThreads();
+  absl::Status MakePlacement();
+  absl::Status StartMetrics();
+  absl::Status ConnectControl();
+  absl::Status StartLeader();
+  absl::Status StartEngine();
+  absl::Status StartHttp();
+  absl::Status Announce();
+  std::map<std::string, std::function<HttpReply(const std::string&)>> OperatorEndpoints();
+  std::vector<int32_t> SlotsOfRanks() const;
+  void OnLost(int rank, const absl::Status& why);
+  absl::Status Agree(absl::Status mine, const char* what);
+  void AwaitSignal();
+
+  const ServeFlags flags_;
+  MpiRuntime* mpi_;
+  std::unique_ptr<Checkpoint> checkpoint_;
+  std::optional<Tokenizer> tokenizer_;
+  const KernelSet* kernels_ = nullptr;
+  DType dtype_ = DType::kF32;
+  SplitMode split_ = SplitMode::kExact;
+  std::optional<Placement> placement_;
+  std::unique_ptr<RankMetrics> metrics_;
+  std::unique_ptr<MetricsExporter> exporter_;
+  std::unique_ptr<TraceRecorder> recorder_;  // of the leader
+  std::unique_ptr<Transport> transport_;
+  std::unique_ptr<Communicator> communicator_;
+  std::unique_ptr<ControlChannel> channel_;
+  std::unique_ptr<Frontend> frontend_;
+  std::unique_ptr<Leader> leader_;
+  std::unique_ptr<RankObserver> observer_;
+  std::unique_ptr<Engine> engine_;
+  std::unique_ptr<HttpServer> http_;
+  std::thread signal_thread_;
+  std::atomic<bool> ready_{false};
+  bool speaks_ = true;
+};
+
+}  // namespace ballast
+
+#endif  // BALLAST_DEPLOY_SERVER_H_

@@ -1,0 +1,276 @@
+// How the ranks of a server find each other and what each of them starts.
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <fstream>
+#include <future>
+#include <nlohmann/json.hpp>
+#include <random>
+
+#include "base/clock.h"
+#include "base/log.h"
+#include "base/status.h"
+#include "deploy/commands.h"
+#include "deploy/server.h"
+#include "kernels/gated_mlp.h"
+#include "runtime/ranks_api.h"
+#include "runtime/record_api.h"
+
+namespace ballast {
+namespace {
+
+constexpr int kStartTimeoutMs = 60'000;
+
+// A request past its deadline counts as failed.
+RequestResult ResultOf(RequestEnd end) {
+  switch (end) {
+    case RequestEnd::kFinished:
+      return RequestResult::kOk;
+    case RequestEnd::kCancelled:
+      return RequestResult::kCancelled;
+    case RequestEnd::kRejected:
+      return RequestResult::kRejected;
+    default:
+      return RequestResult::kFailed;
+  }
+}
+
+// A rank is lost, and the others cannot go on. The requests have been told; their answers get a
+// moment.
+void EndJob(int rank, const absl::Status& status) {
+  LogError("frontend", absl::StrCat("lost rank ", rank, ": ", std::string(status.message()),
+                                    "; ending the job"));
+  std::this_thread::sleep_for(std::chrono::milliseconds(500));
+  std::fflush(nullptr);
+  _exit(kExitRetry);
+}
+
+}  // namespace
+
+absl::Status Server::Start() {
+  transport_ = mpi_->MakeTransport();
+  communicator_ = std::make_unique<Communicator>(
+      transport_.get(), Communicator::Options{.deadline_ms = flags_.step_timeout_ms});
+  BALLAST_RETURN_IF_ERROR(ChooseThreads());
+  BALLAST_RETURN_IF_ERROR(Agree(ConnectControl(), "connecting the ranks"));
+  BALLAST_RETURN_IF_ERROR(Agree(is_leader() ? StartLeader() : absl::OkStatus(), "the controller"));
+  BALLAST_RETURN_IF_ERROR(Agree(StartEngine(), "loading the model"));
+  BALLAST_RETURN_IF_ERROR(Agree(is_leader() ? StartHttp() : absl::OkStatus(), "the HTTP server"));
+  return Announce();
+}
+
+absl::Status Server::ConnectControl() {
+  const bool one_node = std::ranges::all_of(mpi_->node_of_rank(), [](int32_t n) { return n == 0; });
+  std::unique_ptr<ControlListener> listener;
+  nlohmann::json address;
+  if (is_leader()) {
+    auto created = ControlListener::Create(one_node ? "127.0.0.1" : "0.0.0.0");
+    if (created.ok()) {
+      listener = *std::move(created);
+      char host[256] = "127.0.0.1";
+      if (!one_node) gethostname(host, sizeof host - 1);
+      std::random_device entropy;
+      const uint64_t token = (uint64_t{entropy()} << 32) | entropy();
+      address = {{"host", flags_.control_host.empty() ? host : flags_.control_host},
+                 {"port", listener->port()},
+                 {"token", token}};
+    } else {
+      address = {{"error", std::string(created.status().message())}};
+    }
+  }
+  std::string text = address.dump();
+  BALLAST_RETURN_IF_ERROR(mpi_->Broadcast(&text));
+  address = nlohmann::json::parse(text);
+  if (address.contains("error")) {
+    return absl::UnavailableError(address["error"].get<std::string>());
+  }
+  // The leader's own rank connects like every other one.
+  auto connected = std::async(std::launch::async, [&] {
+    return ConnectToLeader(address["host"].get<std::string>(), address["port"].get<int>(),
+                           address["token"].get<uint64_t>(), mpi_->rank(), kStartTimeoutMs);
+  });
+  if (is_leader()) {
+    auto channels =
+        listener->AcceptRanks(mpi_->size(), address["token"].get<uint64_t>(), kStartTimeoutMs);
+    BALLAST_RETURN_IF_ERROR(channels.status());
+    const ModelConfig& config = checkpoint_->config();
+    recorder_ =
+        std::make_unique<TraceRecorder>(TraceRecorder::Shape{.num_ranks = mpi_->size(),
+                                                             .num_layers = config.num_moe_layers(),
+                                                             .num_experts = config.gate.num_experts,
+                                                             .top_k = config.gate.top_k});
+    BALLAST_ASSIGN_OR_RETURN(
+        frontend_,
+        Frontend::Create(
+            {.max_pending = flags_.max_queue,
+             .request_timeout_ms = flags_.request_timeout_ms,
+             .context_tokens = config.context_tokens,
+             .vocab_size = config.vocab_size,
+             .on_end = [this](RequestEnd end) { metrics_->OnRequest(ResultOf(end)); },
+             .on_routing =
+                 [this](int rank, const RoutingFrame& f) {
+                   recorder_->AddIds(rank, {f.recording, f.step_begin, f.step_end, f.first, f.ids});
+                 },
+             .survive_losses = flags_.on_loss == "continue",
+             .silence_ms = flags_.rank_timeout_ms,
+             .group = {.report_deadline_ns = flags_.step_timeout_ms * 1'000'000},
+             .slots = SlotsOfRanks(),
+             .node = mpi_->node_of_rank(),
+             .on_lost = [this](int rank, const absl::Status& why) { OnLost(rank, why); },
+             .on_moved = [this](int64_t n) { metrics_->OnRequestsMoved(n); }},
+            *std::move(channels), EndJob));
+  }
+  BALLAST_ASSIGN_OR_RETURN(channel_, connected.get());
+  return absl::OkStatus();
+}
+
+// Under the front end's lock: nothing that takes long.
+void Server::OnLost(int rank, const absl::Status& why) {
+  LogWarning("frontend", absl::StrCat("lost rank ", rank, ": ", std::string(why.message()),
+                                      "; the others go on without it"));
+}
+
+std::vector<int32_t> Server::SlotsOfRanks() const {
+  std::vector<int32_t> slots;
+  for (int32_t r = 0; r < mpi_->size(); ++r) slots.push_back(placement_->topology().slots_on(r));
+  return slots;
+}
+
+absl::Status Server::StartLeader() {
+  const ModelConfig& config = checkpoint_->config();
+  Leader::Options options;
+  options.controller.policy = flags_.policy;
+  options.controller.num_groups = config.gate.num_groups;
+  options.controller.separate_kinds = flags_.windows == "separate";
+  options.controller.window_tokens = flags_.window_tokens;
+  options.controller.batch_tokens = flags_.batch_tokens;
+  options.controller.rho = flags_.rho;
+  options.controller.min_gain = flags_.min_gain;
+  options.controller.rules = flags_.rules;
+  options.controller.min_steps_between = flags_.min_steps_between;
+  options.controller.force_every_steps = flags_.rebalance_every;
+  int32_t most_slots = 0;
+  for (int32_t r = 0; r < mpi_->size(); ++r) {
+    most_slots = std::max(most_slots, placement_->topology().slots_on(r));
+  }
+  options.controller.max_incoming_per_rank = most_slots;
+  BALLAST_ASSIGN_OR_RETURN(const auto expert,
+                           GatedMlp::Create(*kernels_, config.hidden, config.expert_inter, dtype_));
+  options.copy_bytes = static_cast<int64_t>(expert->packed_bytes());
+  options.copy_bytes_per_second = flags_.copy_budget_mb * 1e6;
+  options.step_log = flags_.step_log;
+  options.recorder = recorder_.get();
+  options.leave = [this](int32_t rank) {
+    const absl::Status left = frontend_->Leave(rank);
+    if (!left.ok()) LogWarning("serve", std::string(left.message()));
+  };
+  RankObserver observer(0, mpi_->size(), config.num_moe_layers(), metrics_.get());
+  BALLAST_ASSIGN_OR_RETURN(leader_,
+                           Leader::Create(options, *placement_, std::move(observer), metrics_.get(),
+                                          [this](std::vector<std::byte> plan) {
+                                            return frontend_->BroadcastPlan(std::move(plan));
+                                          }));
+  return absl::OkStatus();
+}
+
+absl::Status Server::StartEngine() {
+  const ModelConfig& config = checkpoint_->config();
+  EngineOptions options;
+  options.dtype = dtype_;
+  options.split = split_;
+  options.kv_bytes = static_cast<int64_t>(flags_.kv_bytes);
+  options.scheduler.max_seqs = flags_.max_seqs;
+  options.scheduler.max_batch_tokens = flags_.max_batch_tokens;
+  options.scheduler.prefill_chunk = flags_.prefill_chunk;
+  options.rebalancer.slice_bytes = flags_.migration_slice_bytes;
+  options.rebalancer.plan_deadline_ms = flags_.plan_timeout_ms;
+  options.chunk_bytes = flags_.migration_chunk_bytes;
+  options.step_timeout_ms = flags_.step_timeout_ms;
+  options.halt_timeout_ms = 2 * flags_.step_timeout_ms;
+  options.alive_period_ms = kAlivePeriodMs;
+  options.recorder = recorder_.get();
+  EngineObserver* observer = leader_.get();
+  if (!is_leader()) {
+    observer_ = std::make_unique<RankObserver>(mpi_->rank(), mpi_->size(), config.num_moe_layers(),
+                                               metrics_.get());
+    observer = observer_.get();
+  }
+  BALLAST_ASSIGN_OR_RETURN(engine_, Engine::Create(options, *checkpoint_, *kernels_, *placement_,
+                                                   transport_.get(), channel_.get(), observer));
+  return absl::OkStatus();
+}
+
+std::map<std::string, std::function<HttpReply(const std::string&)>> Server::OperatorEndpoints() {
+  std::map<std::string, std::function<HttpReply(const std::string&)>> endpoints = {
+      {"/v1/rebalance",
+       [this](const std::string&) {
+         return HttpReply{200, leader_->Rebalance()};
+       }},
+      {"/v1/drain",
+       [this](const std::string& body) {
+         return AnswerDrain(
+             frontend_.get(), [this](int rank) { leader_->Vacate(rank); }, body);
+       }},
+      {"/v1/undrain",
+       [this](const std::string& body) { return AnswerUndrain(frontend_.get(), body); }}};
+  for (const char* action : {"start", "stop", "status", "dump"}) {
+    endpoints[absl::StrCat("/v1/record/", action)] = [this, action](const std::string& body) {
+      return AnswerRecord(recorder_.get(), action, body);
+    };
+  }
+  return endpoints;
+}
+
+absl::Status Server::StartHttp() {
+  auto http = HttpServer::Start(
+      // A thread per admitted request, and some for the endpoints that answer at once.
+      {.host = flags_.host, .port = flags_.port, .threads = flags_.max_queue + 8},
+      {.frontend = frontend_.get(),
+       .tokenizer = *tokenizer_,
+       .model_name = checkpoint_->config().name,
+       .is_ready = [this] { return ready_.load() && frontend_->accepting(); },
+       .get = {{"/v1/placement",
+                [this] {
+                  return HttpReply{200, leader_->PlacementJson()};
+                }},
+               {"/v1/ranks", [this] { return AnswerRanks(*frontend_); }}},
+       .post = OperatorEndpoints()});
+  if (!http.ok()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--port: ", std::string(http.status().message())));
+  }
+  http_ = *std::move(http);
+  signal_thread_ = std::thread(&Server::AwaitSignal, this);
+  return absl::OkStatus();
+}
+
+absl::Status Server::Announce() {
+  const int32_t mine = exporter_ != nullptr ? exporter_->port() : 0;
+  std::vector<int32_t> metrics_ports(static_cast<size_t>(mpi_->size()));
+  BALLAST_RETURN_IF_ERROR(
+      communicator_->AllGather(placement_->epoch(), std::as_bytes(std::span(&mine, 1)),
+                               std::as_writable_bytes(std::span(metrics_ports))));
+  if (!is_leader()) return absl::OkStatus();
+  LogInfo("serve",
+          absl::StrCat("model ", checkpoint_->config().name, " in ", NameOf(dtype_), " on ",
+                       mpi_->size(), " ranks (", kernels_->name, ", ", mpi_->library_version(),
+                       "), ", placement_->topology().slots_on(0), " slots per rank, policy ",
+                       flags_.policy, ", split ", flags_.split));
+  LogInfo("serve", absl::StrCat("ready: http://", flags_.host, ":", http_->port()));
+  ready_ = true;
+  if (flags_.ready_file.empty()) return absl::OkStatus();
+  const nlohmann::json ready = {{"pid", getpid()},
+                                {"host", flags_.host},
+                                {"port", http_->port()},
+                                {"metrics_ports", metrics_ports}};
+  const std::string unfinished = flags_.ready_file + ".new";
+  std::ofstream(unfinished) << ready.dump() << "\n";
+  if (std::rename(unfinished.c_str(), flags_.ready_file.c_str()) != 0) {
+    LogWarning("serve", absl::StrCat("--ready-file: cannot write ", flags_.ready_file));
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace ballast

@@ -1,0 +1,143 @@
+// How an engine passes from one group of ranks to the next (group_leader.h).
+#include <algorithm>
+#include <utility>
+
+#include "base/clock.h"
+#include "base/log.h"
+#include "base/status.h"
+#include "runtime/engine.h"
+
+namespace ballast {
+namespace {
+
+std::vector<std::byte> BytesOf(const std::string& text) {
+  const auto bytes = std::as_bytes(std::span(text));
+  return {bytes.begin(), bytes.end()};
+}
+
+std::string TextOf(std::span<const std::byte> bytes) {
+  return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
+}
+
+}  // namespace
+
+// The step cannot go on for want of others. The leader may know better who is missing.
+absl::Status Engine::TellTrouble(const absl::Status& why) {
+  if (!absl::IsDeadlineExceeded(why) && !absl::IsUnavailable(why)) return why;
+  TroubleFrame trouble{.generation = group_.generation, .missing = {}};
+  for (const int member : comm_->missing()) trouble.missing.push_back(group_.ranks[member]);
+  LogWarning("engine", std::string(why.message()));
+  if (!channel_->Send(Serialize(RankFrame{std::move(trouble)})).ok()) return why;
+  return absl::OkStatus();
+}
+
+absl::Status Engine::Regroup() {
+  bool serves = false, parked = false;
+  halted_ns_ = NowNs();
+  while (!serves || !group_inbox_.empty()) {
+    BALLAST_ASSIGN_OR_RETURN(const LeaderFrame frame, NextGroupFrame(/*patient=*/parked));
+    if (stopping_ != StopKind::kNone) return absl::OkStatus();
+    if (const auto* halt = std::get_if<HaltFrame>(&frame.body)) {
+      serves = false;
+      if (parked) halted_ns_ = NowNs();
+      BALLAST_RETURN_IF_ERROR(ReportHalted(*halt));
+      continue;
+    }
+    const auto& resume = std::get<ResumeFrame>(frame.body);
+    serves = std::ranges::any_of(resume.members, [this](const ResumeFrame::Member& m) {
+      return m.rank == base_transport_->rank();
+    });
+    parked = !serves;
+    if (serves) {
+      BALLAST_RETURN_IF_ERROR(Resume(resume));
+    } else {
+      Park(resume.generation);
+    }
+  }
+  return absl::OkStatus();
+}
+
+// The next word on the group. One that is parked waits as long as it takes, and hears of nothing
+// else but the end.
+absl::StatusOr<LeaderFrame> Engine::NextGroupFrame(bool patient) {
+  const int64_t deadline = NowNs() + options_.halt_timeout_ms * 1'000'000;
+  while (true) {
+    BALLAST_RETURN_IF_ERROR(TakeFrames());
+    if (!group_inbox_.empty()) {
+      LeaderFrame frame = std::move(group_inbox_.front());
+      group_inbox_.pop_front();
+      return frame;
+    }
+    if (patient) {
+      for (const LeaderFrame& other : inbox_) {
+        const auto* stop = std::get_if<StopFrame>(&other.body);
+        if (stop == nullptr) continue;
+        stopping_ = stop->complete ? StopKind::kComplete : StopKind::kIncomplete;
+        return LeaderFrame{};
+      }
+      if (!inbox_.empty()) wake_seq_ = inbox_.back().wake_seq;
+      inbox_.clear();
+    } else if (NowNs() > deadline) {
+      return absl::DeadlineExceededError(
+          absl::StrCat("rank ", base_transport_->rank(), " heard nothing from the leader for ",
+                       options_.halt_timeout_ms, " ms and cannot go on"));
+    }
+    BALLAST_RETURN_IF_ERROR(channel_->WaitReadable(/*timeout_ms=*/100).status());
+  }
+}
+
+absl::Status Engine::ReportHalted(const HaltFrame& frame) {
+  // What is finished counts.
+  BALLAST_RETURN_IF_ERROR(SendEvents());
+  HaltedFrame report{.generation = frame.generation,
+                     .step = protocol_->step(),
+                     .epoch = rebalancer_->placement().epoch(),
+                     .staged_plan_id = 0,
+                     .placement = {},
+                     .staged_placement = {}};
+  const auto staged = rebalancer_->staged_placement();
+  if (staged.has_value()) report.staged_plan_id = rebalancer_->vote().plan_id;
+  if (frame.want_placement) {
+    report.placement = BytesOf(rebalancer_->placement().ToJson());
+    if (staged.has_value()) report.staged_placement = BytesOf(staged->ToJson());
+  }
+  return channel_->Send(Serialize(RankFrame{std::move(report)}));
+}
+
+absl::Status Engine::Resume(const ResumeFrame& frame) {
+  Group group{.generation = frame.generation, .member = -1, .ranks = {}};
+  std::vector<GroupMember> members;
+  bool comes = false;
+  for (const ResumeFrame::Member& m : frame.members) {
+    if (m.rank == base_transport_->rank()) {
+      group.member = static_cast<int32_t>(group.ranks.size());
+      comes = m.old_rank < 0;
+    }
+    group.ranks.push_back(m.rank);
+    members.push_back({.old_rank = m.old_rank, .slots = m.slots, .node = m.node});
+  }
+  if (comes) {
+    BALLAST_ASSIGN_OR_RETURN(Placement placement, Placement::FromJson(TextOf(frame.placement)));
+    rebalancer_->Adopt(std::move(placement));
+  }
+  BALLAST_ASSIGN_OR_RETURN(
+      const Regrouped regrouped,
+      rebalancer_->Regroup(comes ? 0 : frame.commit_plan_id, frame.epoch, members, group.member));
+  BALLAST_RETURN_IF_ERROR(JoinGroup(std::move(group), frame.step));
+  observer_->OnRegrouped({.group = group_,
+                          .reloads = static_cast<int32_t>(regrouped.reloads.size()),
+                          .pause_ns = NowNs() - halted_ns_},
+                         regrouped.placement);
+  return absl::OkStatus();
+}
+
+// Serves no more until it is called back: its sequences go on elsewhere.
+void Engine::Park(int64_t generation) {
+  group_.generation = generation;
+  scheduler_->Clear();
+  events_.clear();
+  ShowLoad();
+  observer_->OnRest(0, 0, 0);
+}
+
+}  // namespace ballast

@@ -1,0 +1,261 @@
+// The I/O thread of a front end.
+#include <poll.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <optional>
+#include <utility>
+
+#include "base/check.h"
+#include "base/clock.h"
+#include "base/status.h"
+#include "runtime/frontend_state.h"
+
+namespace ballast {
+namespace {
+
+constexpr int64_t kNsPerMs = 1'000'000;
+
+RequestEnd EndOf(FinishReason reason) {
+  switch (reason) {
+    case FinishReason::kCancelled:
+      return RequestEnd::kCancelled;
+    case FinishReason::kDeadline:
+      return RequestEnd::kDeadline;
+    case FinishReason::kFailed:
+      return RequestEnd::kFailed;
+    default:
+      return RequestEnd::kFinished;
+  }
+}
+
+}  // namespace
+
+// ---- both, under the mutex ---------------------------------------------------------------------
+
+void Frontend::State::CountLocked(RequestEnd end) {
+  switch (end) {
+    case RequestEnd::kFinished:
+      ++counts_.finished;
+      break;
+    case RequestEnd::kCancelled:
+      ++counts_.cancelled;
+      break;
+    case RequestEnd::kDeadline:
+      ++counts_.deadline;
+      break;
+    case RequestEnd::kFailed:
+      ++counts_.failed;
+      break;
+    case RequestEnd::kRejected:
+      ++counts_.rejected;
+      break;
+  }
+  if (options_.on_end) options_.on_end(end);
+}
+
+void Frontend::State::AbandonLocked(uint64_t id, FinishReason reason) {
+  const int rank = book_.End(id, reason);
+  CountLocked(EndOf(reason));
+  // Where no rank works on it, none needs to know. A broken channel is dealt with there.
+  if (rank >= 0) BroadcastLocked(rank, CancelFrame{id}).IgnoreError();
+  WakeIo();
+}
+
+void Frontend::State::EndAllLocked(FinishReason reason) {
+  while (const auto id = book_.first()) {
+    book_.End(*id, reason);
+    CountLocked(EndOf(reason));
+  }
+}
+
+void Frontend::State::FailLocked(int rank, absl::Status status) {
+  if (failed_) return;
+  failed_ = true;
+  failed_rank_ = rank;
+  failure_ = std::move(status);
+  EndAllLocked(FinishReason::kFailed);
+  WakeIo();
+}
+
+void Frontend::State::LoseLocked(int rank, const absl::Status& status) {
+  closed_[rank] = true;
+  if (group_.is_lost(rank) || stopped_) return;
+  if (why_lost_[rank].ok()) why_lost_[rank] = status;
+  group_.OnLost(rank, NowNs());
+  RegroupLocked();
+}
+
+// What the loss of a rank means here.
+void Frontend::State::DropLocked(int rank) {
+  if (why_lost_[rank].ok()) why_lost_[rank] = absl::DeadlineExceededError("it did not report");
+  closed_[rank] = true;
+  channels_[rank]->Shutdown();  // should it live, it must not believe that it still serves
+  rank_status_[rank] = {};
+  if (rank == 0 || !options_.survive_losses) return FailLocked(rank, why_lost_[rank]);
+  book_.SetOpen(rank, false);
+  book_.Orphan(rank);
+  if (options_.on_lost) options_.on_lost(rank, why_lost_[rank]);
+}
+
+void Frontend::State::RegroupLocked() {
+  for (const int32_t r : group_.TakeLost()) DropLocked(r);
+  while (auto send = group_.Take()) {
+    const int rank = send->rank;
+    if (closed_[rank] || failed_) continue;
+    auto body = std::visit(
+        [](auto& frame) -> decltype(LeaderFrame::body) { return std::move(frame); }, send->frame);
+    // Nobody sleeps through this, so it needs no number of its own.
+    const absl::Status sent = channels_[rank]->Send(Serialize(LeaderFrame{wake_seq_, body}));
+    if (!sent.ok()) LoseLocked(rank, sent);
+  }
+  WakeIo();
+  if (group_.halting() || failed_) return;
+  for (const int32_t r : group_.members()) book_.SetOpen(r, !leaving_[r]);
+  std::vector<RequestBook::Assignment> moved = book_.AssignWaiting();
+  counts_.moved += static_cast<int64_t>(moved.size());
+  if (options_.on_moved && !moved.empty()) options_.on_moved(static_cast<int64_t>(moved.size()));
+  for (RequestBook::Assignment& given : moved) {
+    BroadcastLocked(given.rank, SubmitFrame{std::move(given.request)}).IgnoreError();
+  }
+}
+
+// ---- the I/O thread ----------------------------------------------------------------------------
+
+void Frontend::State::RunIo() {
+  const size_t num_ranks = channels_.size();
+  std::vector<pollfd> entries(num_ranks + 1);
+  entries[num_ranks] = {wake_fd_, POLLIN, 0};
+  {
+    const std::lock_guard lock(mutex_);
+    io_thread_id_ = std::this_thread::get_id();
+  }
+  while (Deliver()) {
+    {
+      const std::lock_guard lock(mutex_);
+      for (size_t r = 0; r < num_ranks; ++r) {
+        const bool unsent = channels_[r]->HasUnsent();
+        const int fd = closed_[r] ? -1 : channels_[r]->fd();
+        entries[r] = {fd, static_cast<short>(POLLIN | (unsent ? POLLOUT : 0)), 0};
+      }
+    }
+    if (poll(entries.data(), entries.size(), PollTimeoutMs()) > 0) {
+      if (entries[num_ranks].revents != 0) {
+        uint64_t count;
+        [[maybe_unused]] const ssize_t got = read(wake_fd_, &count, sizeof count);
+      }
+      for (size_t r = 0; r < num_ranks; ++r) {
+        if (entries[r].revents != 0) Receive(static_cast<int>(r));
+      }
+    }
+    const std::lock_guard lock(mutex_);
+    ExpireLocked();
+  }
+}
+
+int Frontend::State::PollTimeoutMs() const {
+  const std::lock_guard lock(mutex_);
+  std::optional<int64_t> wake_ns = group_.wake_ns();
+  const auto earlier = [&wake_ns](int64_t ns) { wake_ns = std::min(wake_ns.value_or(ns), ns); };
+  if (const auto deadline = book_.next_deadline()) earlier(deadline->first);
+  if (options_.silence_ms > 0) earlier(NowNs() + options_.silence_ms * kNsPerMs / 2);
+  if (!wake_ns.has_value()) return -1;
+  const int64_t left = *wake_ns - NowNs();
+  return static_cast<int>(std::clamp<int64_t>((left + kNsPerMs - 1) / kNsPerMs, 0, 60'000));
+}
+
+void Frontend::State::Receive(int rank) {
+  while (true) {
+    auto bytes = channels_[static_cast<size_t>(rank)]->TryReceive();
+    absl::Status status = bytes.status();
+    if (status.ok()) {
+      if (!bytes->has_value()) return;
+      const absl::StatusOr<RankFrame> frame = ParseRankFrame(**bytes);
+      status = frame.status();
+      if (status.ok()) Handle(rank, *frame);
+    }
+    if (!status.ok()) {
+      const std::lock_guard lock(mutex_);
+      LoseLocked(rank, status);
+      return;
+    }
+  }
+}
+
+void Frontend::State::Handle(int rank, const RankFrame& frame) {
+  if (const auto* routing = std::get_if<RoutingFrame>(&frame.body)) {
+    if (options_.on_routing) options_.on_routing(rank, *routing);
+    return;
+  }
+  const std::lock_guard lock(mutex_);
+  heard_ns_[rank] = NowNs();
+  if (const auto* status = std::get_if<RankStatusFrame>(&frame.body)) {
+    rank_status_[rank] = *status;
+  } else if (const auto* events = std::get_if<EventsFrame>(&frame.body)) {
+    HandleLocked(rank, *events);
+  } else if (const auto* halted = std::get_if<HaltedFrame>(&frame.body)) {
+    group_.OnHalted(rank, *halted, NowNs());
+    RegroupLocked();
+  } else if (const auto* trouble = std::get_if<TroubleFrame>(&frame.body)) {
+    HandleLocked(rank, *trouble);
+  }
+}
+
+void Frontend::State::HandleLocked(int rank, const EventsFrame& frame) {
+  for (const TokenEvent& event : frame.events) {
+    if (const auto end = book_.OnEvent(rank, event)) CountLocked(EndOf(*end));
+  }
+}
+
+// A rank waited in vain for others. The first to run out of patience names the culprit: those that
+// wait for it in turn began later.
+void Frontend::State::HandleLocked(int rank, const TroubleFrame& frame) {
+  if (group_.halting() || frame.generation != group_.generation()) return;
+  for (const int32_t missing : frame.missing) {
+    if (missing == rank || !group_.is_member(missing)) continue;
+    LoseLocked(missing,
+               absl::DeadlineExceededError(absl::StrCat("rank ", rank, " waited for it in vain")));
+  }
+}
+
+void Frontend::State::ExpireLocked() {
+  const int64_t now = NowNs();
+  for (auto next = book_.next_deadline(); next.has_value() && next->first <= now;
+       next = book_.next_deadline()) {
+    AbandonLocked(next->second, FinishReason::kDeadline);
+  }
+  if (stopped_ || failed_) return;
+  for (int r = 0; options_.silence_ms > 0 && r < static_cast<int>(channels_.size()); ++r) {
+    // One that has said nothing yet may still be loading the model.
+    if (closed_[r] || heard_ns_[r] == 0) continue;
+    if (now - heard_ns_[r] < options_.silence_ms * kNsPerMs) continue;
+    LoseLocked(r, absl::DeadlineExceededError(
+                      absl::StrCat("it said nothing for ", options_.silence_ms, " ms")));
+  }
+  group_.OnTick(now);
+  RegroupLocked();
+}
+
+bool Frontend::State::Deliver() {
+  std::unique_lock lock(mutex_);
+  while (book_.has_deliveries()) {
+    std::vector<RequestBook::Delivery> batch = book_.TakeDeliveries();
+    delivering_ = true;
+    lock.unlock();
+    for (const RequestBook::Delivery& delivery : batch) delivery.sink->OnEvent(delivery.event);
+    batch.clear();  // a sink may end here, so not under the mutex
+    lock.lock();
+    delivering_ = false;
+  }
+  changed_.notify_all();
+  if (!failed_ || exiting_) return !exiting_;
+  // A failed front end is done: what is left are calls that return errors.
+  const int rank = failed_rank_;
+  const absl::Status status = failure_;
+  lock.unlock();
+  if (on_failure_) on_failure_(rank, status);
+  return false;
+}
+
+}  // namespace ballast

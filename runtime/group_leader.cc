@@ -1,0 +1,136 @@
+#include "runtime/group_leader.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "base/check.h"
+
+namespace ballast {
+
+GroupLeader::GroupLeader(const Options& options, std::vector<int32_t> slots,
+                         std::vector<int32_t> node)
+    : options_(options),
+      slots_(std::move(slots)),
+      node_(std::move(node)),
+      lost_(slots_.size(), false),
+      reports_(slots_.size()) {
+  BALLAST_CHECK(slots_.size() == node_.size() && !slots_.empty());
+  for (int32_t r = 0; r < static_cast<int32_t>(slots_.size()); ++r) members_.push_back(r);
+  last_members_ = members_;
+}
+
+bool GroupLeader::is_member(int32_t rank) const {
+  return std::binary_search(members_.begin(), members_.end(), rank);
+}
+
+void GroupLeader::OnLost(int32_t rank, int64_t now_ns) {
+  if (lost_[rank]) return;
+  lost_[rank] = true;
+  newly_lost_.push_back(rank);
+  if (!is_member(rank)) return;
+  std::erase(members_, rank);
+  Halt(now_ns);
+}
+
+bool GroupLeader::Leave(int32_t rank, int64_t now_ns) {
+  BALLAST_CHECK(rank > 0);
+  if (!is_member(rank)) return false;
+  std::erase(members_, rank);
+  Halt(now_ns);
+  // It halts too, and then hears that it is not among those who go on.
+  outbox_.push_back({rank, HaltFrame{generation_, false}});
+  return true;
+}
+
+bool GroupLeader::Return(int32_t rank, int64_t now_ns) {
+  BALLAST_CHECK(rank > 0);
+  if (is_member(rank) || lost_[rank]) return false;
+  members_.insert(std::lower_bound(members_.begin(), members_.end(), rank), rank);
+  Halt(now_ns);
+  return true;
+}
+
+void GroupLeader::Halt(int64_t now_ns) {
+  ++generation_;
+  halting_ = true;
+  deadline_ns_ = now_ns + options_.report_deadline_ns;
+  std::fill(reports_.begin(), reports_.end(), std::nullopt);
+  const bool any_comes =
+      !std::includes(last_members_.begin(), last_members_.end(), members_.begin(), members_.end());
+  for (const int32_t r : members_) {
+    outbox_.push_back({r, HaltFrame{generation_, any_comes && r == 0}});
+  }
+}
+
+void GroupLeader::OnHalted(int32_t rank, const HaltedFrame& report, int64_t now_ns) {
+  if (!halting_ || report.generation != generation_ || !is_member(rank)) return;
+  reports_[rank] = report;
+  const bool all =
+      std::ranges::all_of(members_, [this](int32_t r) { return reports_[r].has_value(); });
+  if (all) Resume(now_ns);
+}
+
+void GroupLeader::OnTick(int64_t now_ns) {
+  if (!halting_ || now_ns < deadline_ns_) return;
+  const std::vector<int32_t> asked = members_;
+  for (const int32_t r : asked) {
+    if (!reports_[r].has_value()) OnLost(r, now_ns);
+  }
+}
+
+void GroupLeader::Resume(int64_t now_ns) {
+  ResumeFrame resume;
+  resume.generation = generation_;
+  const auto old_rank = [this](int32_t r) {
+    const auto at = std::lower_bound(last_members_.begin(), last_members_.end(), r);
+    return at == last_members_.end() || *at != r ? -1
+                                                 : static_cast<int32_t>(at - last_members_.begin());
+  };
+  for (const int32_t r : members_) {
+    const int32_t old = old_rank(r);
+    resume.members.push_back({r, old, old < 0 ? slots_[r] : 0, node_[r]});
+    if (old < 0) continue;  // where it stands is long past
+    resume.step = std::max(resume.step, reports_[r]->step);
+    resume.epoch = std::max(resume.epoch, reports_[r]->epoch);
+  }
+  for (const ResumeFrame::Member& member : resume.members) {
+    if (member.old_rank < 0 || reports_[member.rank]->epoch == resume.epoch) continue;
+    // A flip is commanded after every rank has staged the plan. One that has not cannot follow.
+    const int64_t staged = reports_[member.rank]->staged_plan_id;
+    if (staged == 0 || (resume.commit_plan_id != 0 && staged != resume.commit_plan_id)) {
+      OnLost(member.rank, now_ns);
+      return;
+    }
+    resume.commit_plan_id = staged;
+  }
+  const HaltedFrame& mine = *reports_[0];
+  const std::vector<std::byte>& placement =
+      mine.epoch == resume.epoch ? mine.placement : mine.staged_placement;
+  for (const ResumeFrame::Member& member : resume.members) {
+    Send send{member.rank, resume};
+    if (member.old_rank < 0) std::get<ResumeFrame>(send.frame).placement = placement;
+    outbox_.push_back(std::move(send));
+  }
+  // Those that left wait from now on.
+  for (const int32_t r : last_members_) {
+    if (!is_member(r) && !lost_[r]) outbox_.push_back({r, resume});
+  }
+  last_members_ = members_;
+  halting_ = false;
+}
+
+std::optional<GroupLeader::Send> GroupLeader::Take() {
+  if (sent_ == outbox_.size()) {
+    outbox_.clear();
+    sent_ = 0;
+    return std::nullopt;
+  }
+  return std::move(outbox_[sent_++]);
+}
+
+std::optional<int64_t> GroupLeader::wake_ns() const {
+  if (!halting_) return std::nullopt;
+  return deadline_ns_;
+}
+
+}  // namespace ballast

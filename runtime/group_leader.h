@@ -1,0 +1,85 @@
+#ifndef BALLAST_RUNTIME_GROUP_LEADER_H_
+#define BALLAST_RUNTIME_GROUP_LEADER_H_
+
+#include <cstdint>
+#include <optional>
+#include <utility>
+#include <variant>
+#include <vector>
+
+#include "runtime/control_frames.h"
+
+namespace ballast {
+
+// Decides who serves: one group of ranks per generation. The leader's half of a regrouping; the
+// other half is GroupMember (group_member.h). Pure: no clock, no I/O, no threads.
+//
+// When a rank is lost, or one is to leave or to come, all that will be members are told to halt
+// under the next generation. Each abandons the step it is in and reports where it stands. When all
+// have reported, they are told to resume: who they are now, and whether the plan that was under way
+// counts. It counts if it is in force anywhere: the command to flip is given only after every rank
+// has staged the plan, so all can follow. Otherwise nobody has it in force, and it is given up.
+//
+// A loss on the way (also one that shows itself only by silence) begins the next generation. Rank 0
+// is where this runs: its loss ends the service.
+//
+// Call order: any; after each call, TakeLost, then Take until there is nothing.
+class GroupLeader {
+ public:
+  struct Options {
+    int64_t report_deadline_ns = 10'000'000'000;  // from the order to halt to the last report
+  };
+  // All of `ranks` serve from the start, as generation 0. `slots` and `node` say what a rank
+  // brings when it comes back. SHAPES slots, node [num_ranks]
+  GroupLeader(const Options& options, std::vector<int32_t> slots, std::vector<int32_t> node);
+
+  // The rank will not be heard of again: its channel broke, it was silent for too long, or the
+  // others wait for it in vain. A rank that is no member is only noted.
+  void OnLost(int32_t rank, int64_t now_ns);
+  // A rank says where it stands. Reports of other generations are ignored.
+  void OnHalted(int32_t rank, const HaltedFrame& report, int64_t now_ns);
+  // REQUIRES rank > 0. False where that changes nothing or the rank is lost.
+  bool Leave(int32_t rank, int64_t now_ns);
+  bool Return(int32_t rank, int64_t now_ns);
+  // Time has passed.
+  void OnTick(int64_t now_ns);
+
+  // Ranks that were lost since the last call: OnLost was told of them, or they did not report.
+  std::vector<int32_t> TakeLost() { return std::exchange(newly_lost_, {}); }
+  // What is to be sent, in order. A rank that is not among the members of a ResumeFrame is to wait
+  // until it is told to halt again.
+  struct Send {
+    int32_t rank;
+    std::variant<HaltFrame, ResumeFrame> frame;
+  };
+  std::optional<Send> Take();
+  // The next moment at which OnTick has something to do; nullopt: none.
+  std::optional<int64_t> wake_ns() const;
+
+  int64_t generation() const { return generation_; }
+  bool halting() const { return halting_; }
+  const std::vector<int32_t>& members() const { return members_; }  // ascending
+  bool is_member(int32_t rank) const;
+  bool is_lost(int32_t rank) const { return lost_[rank]; }
+
+ private:
+  void Halt(int64_t now_ns);
+  void Resume(int64_t now_ns);
+
+  const Options options_;
+  const std::vector<int32_t> slots_, node_;
+  std::vector<bool> lost_;
+  std::vector<int32_t> newly_lost_;
+  std::vector<int32_t> members_;       // of the generation that is coming, or in force
+  std::vector<int32_t> last_members_;  // of the last generation that resumed
+  std::vector<std::optional<HaltedFrame>> reports_;  // of this generation
+  std::vector<Send> outbox_;                         // [sent_, size) waits to be taken
+  size_t sent_ = 0;
+  int64_t generation_ = 0;
+  int64_t deadline_ns_ = 0;
+  bool halting_ = false;
+};
+
+}  // namespace ballast
+
+#endif  // BALLAST_RUNTIME_GROUP_LEADER_H_

@@ -1,0 +1,191 @@
+#include "runtime/group_leader.h"
+
+#include <catch2/catch.hpp>
+
+#include "base/log.h"
+#include "tests/runtime/group_sim.h"
+
+namespace ballast {
+namespace {
+
+using testing::SimOutcome;
+using testing::Simulate;
+
+struct Sent {
+  std::vector<std::pair<int32_t, HaltFrame>> halts;
+  std::vector<std::pair<int32_t, ResumeFrame>> resumes;
+};
+
+Sent TakeAll(GroupLeader& leader) {
+  Sent sent;
+  while (auto send = leader.Take()) {
+    if (const auto* halt = std::get_if<HaltFrame>(&send->frame)) {
+      sent.halts.emplace_back(send->rank, *halt);
+    } else {
+      sent.resumes.emplace_back(send->rank, std::get<ResumeFrame>(send->frame));
+    }
+  }
+  return sent;
+}
+
+std::vector<int32_t> RanksOf(const auto& sends) {
+  std::vector<int32_t> ranks;
+  for (const auto& [rank, frame] : sends) ranks.push_back(rank);
+  return ranks;
+}
+
+HaltedFrame At(int64_t generation, int64_t step, int64_t epoch, int64_t staged = 0) {
+  HaltedFrame frame;
+  frame.generation = generation;
+  frame.step = step;
+  frame.epoch = epoch;
+  frame.staged_plan_id = staged;
+  return frame;
+}
+
+GroupLeader Leader(int32_t ranks) {
+  return GroupLeader({.report_deadline_ns = 100}, std::vector<int32_t>(ranks, 4),
+                     std::vector<int32_t>(ranks, 0));
+}
+
+TEST_CASE("the others halt and resume without a lost rank", "[runtime][group]") {
+  GroupLeader leader = Leader(4);
+  leader.OnLost(2, 10);
+  CHECK(leader.TakeLost() == std::vector<int32_t>{2});
+  CHECK(leader.halting());
+  const Sent halt = TakeAll(leader);
+  CHECK(RanksOf(halt.halts) == std::vector<int32_t>{0, 1, 3});
+  CHECK(halt.halts[0].second.generation == 1);
+  CHECK_FALSE(halt.halts[0].second.want_placement);
+  leader.OnHalted(0, At(1, 50, 7), 11);
+  leader.OnHalted(3, At(1, 52, 7), 12);
+  leader.OnHalted(2, At(1, 52, 7), 12);  // from the grave
+  leader.OnHalted(1, At(0, 52, 7), 12);  // of another time
+  CHECK(TakeAll(leader).resumes.empty());
+  leader.OnHalted(1, At(1, 51, 7), 13);
+  const Sent resume = TakeAll(leader);
+  CHECK_FALSE(leader.halting());
+  CHECK(RanksOf(resume.resumes) == std::vector<int32_t>{0, 1, 3});
+  const ResumeFrame& frame = resume.resumes[0].second;
+  CHECK(frame.members ==
+        std::vector<ResumeFrame::Member>{{0, 0, 0, 0}, {1, 1, 0, 0}, {3, 3, 0, 0}});
+  CHECK(frame.step == 52);
+  CHECK(frame.epoch == 7);
+  CHECK(frame.commit_plan_id == 0);
+}
+
+TEST_CASE("a plan that is in force anywhere counts for all", "[runtime][group]") {
+  GroupLeader leader = Leader(3);
+  leader.OnLost(1, 0);
+  TakeAll(leader);
+  leader.OnHalted(0, At(1, 9, 4, /*staged=*/6), 1);
+  leader.OnHalted(2, At(1, 9, 5), 1);
+  const Sent resume = TakeAll(leader);
+  REQUIRE(resume.resumes.size() == 2);
+  CHECK(resume.resumes[0].second.commit_plan_id == 6);
+  CHECK(resume.resumes[0].second.epoch == 5);
+  // Staged everywhere but in force nowhere: it is given up.
+  leader.OnLost(2, 2);
+  TakeAll(leader);
+  leader.OnHalted(0, At(2, 9, 6, /*staged=*/7), 3);
+  CHECK(TakeAll(leader).resumes[0].second.commit_plan_id == 0);
+}
+
+TEST_CASE("a rank that cannot follow is given up", "[runtime][group]") {
+  GroupLeader leader = Leader(4);
+  leader.OnLost(1, 0);
+  leader.TakeLost();
+  TakeAll(leader);
+  leader.OnHalted(0, At(1, 9, 5), 1);
+  leader.OnHalted(2, At(1, 9, 4, /*staged=*/0), 1);
+  leader.OnHalted(3, At(1, 9, 5), 1);
+  CHECK(leader.TakeLost() == std::vector<int32_t>{2});
+  CHECK(leader.generation() == 2);
+  CHECK(RanksOf(TakeAll(leader).halts) == std::vector<int32_t>{0, 3});
+}
+
+TEST_CASE("a loss on the way, also a silent one, begins again", "[runtime][group]") {
+  GroupLeader leader = Leader(4);
+  leader.OnLost(1, 0);
+  CHECK(leader.wake_ns() == 100);
+  leader.OnHalted(0, At(1, 1, 0), 50);
+  leader.OnLost(3, 60);
+  CHECK(leader.generation() == 2);
+  TakeAll(leader);
+  leader.OnHalted(2, At(1, 1, 0), 70);  // an answer to the first
+  leader.OnHalted(0, At(2, 1, 0), 70);
+  leader.OnTick(159);
+  CHECK(leader.halting());
+  CHECK(leader.members() == std::vector<int32_t>{0, 2});
+  leader.OnTick(160);
+  CHECK(leader.members() == std::vector<int32_t>{0});
+  CHECK(leader.TakeLost() == std::vector<int32_t>{1, 3, 2});
+  TakeAll(leader);
+  leader.OnHalted(0, At(3, 1, 0), 161);
+  CHECK_FALSE(leader.halting());
+  CHECK_FALSE(leader.wake_ns().has_value());
+  CHECK(TakeAll(leader).resumes[0].second.members ==
+        std::vector<ResumeFrame::Member>{{0, 0, 0, 0}});
+}
+
+TEST_CASE("a rank leaves, is told so, and comes back with empty slots", "[runtime][group]") {
+  GroupLeader leader = Leader(3);
+  CHECK(leader.Leave(1, 0));
+  CHECK_FALSE(leader.Leave(1, 0));
+  CHECK(RanksOf(TakeAll(leader).halts) == std::vector<int32_t>{0, 2, 1});
+  leader.OnHalted(1, At(1, 5, 2), 1);
+  leader.OnHalted(0, At(1, 5, 2), 1);
+  leader.OnHalted(2, At(1, 5, 2), 1);
+  CHECK(RanksOf(TakeAll(leader).resumes) == std::vector<int32_t>{0, 2, 1});
+  CHECK(leader.Return(1, 2));
+  CHECK_FALSE(leader.Return(1, 2));
+  const Sent halt = TakeAll(leader);
+  CHECK(RanksOf(halt.halts) == std::vector<int32_t>{0, 1, 2});
+  CHECK(halt.halts[0].second.want_placement);
+  CHECK_FALSE(halt.halts[1].second.want_placement);
+  HaltedFrame zero = At(2, 8, 3);
+  zero.placement = {std::byte{'p'}};
+  leader.OnHalted(0, zero, 3);
+  leader.OnHalted(1, At(2, 5, 9), 3);  // where it stands does not count
+  leader.OnHalted(2, At(2, 8, 3), 3);
+  const Sent resume = TakeAll(leader);
+  REQUIRE(resume.resumes.size() == 3);
+  const ResumeFrame& frame = resume.resumes[1].second;
+  CHECK(frame.members ==
+        std::vector<ResumeFrame::Member>{{0, 0, 0, 0}, {1, -1, 4, 0}, {2, 1, 0, 0}});
+  CHECK(frame.epoch == 3);
+  CHECK(frame.placement == zero.placement);
+  CHECK(resume.resumes[0].second.placement.empty());
+}
+
+TEST_CASE("simulated servers come through whatever happens to them", "[runtime][group][sim]") {
+  SetLogLevel(LogLevel::kError);
+  SimOutcome all;
+  for (uint64_t seed = 1; seed <= 3000; ++seed) {
+    const SimOutcome one = Simulate(seed);
+    CAPTURE(seed);
+    REQUIRE(one.failure == "");
+    all.steps += one.steps;
+    all.flips += one.flips;
+    all.aborts += one.aborts;
+    all.deaths += one.deaths;
+    all.regroupings += one.regroupings;
+    all.reloads += one.reloads;
+    all.returns += one.returns;
+    all.moved += one.moved;
+    all.commits_by_regrouping += one.commits_by_regrouping;
+  }
+  // All that is to be tested has happened.
+  CHECK(all.steps > 30'000);
+  CHECK(all.flips > 3'000);
+  CHECK(all.aborts > 100);
+  CHECK(all.deaths > 1'000);
+  CHECK(all.regroupings > 2'000);
+  CHECK(all.reloads > 1'000);
+  CHECK(all.returns > 500);
+  CHECK(all.moved > 500);
+  CHECK(all.commits_by_regrouping > 5);
+}
+
+}  // namespace
+}  // namespace ballast
