@@ -161,8 +161,13 @@ absl::Status Engine::Run() {
   if (options_.alive_period_ms > 0) alive = std::thread(&Engine::TellAlive, this);
   absl::Status status = RunSteps();
   while (stopping_ == StopKind::kNone) {
-    status = group_inbox_.empty() ? TellTrouble(status) : absl::OkStatus();
-    if (status.ok()) status = Regroup();
+    // Only the want of others is a reason to regroup; after anything else this rank must not go on.
+    if (!absl::IsAborted(status) && !absl::IsDeadlineExceeded(status) &&
+        !absl::IsUnavailable(status)) {
+      break;
+    }
+    if (group_inbox_.empty()) status = TellTrouble(status);
+    if (status.ok() || !group_inbox_.empty()) status = Regroup();
     if (!status.ok()) break;
     if (stopping_ == StopKind::kNone) status = RunSteps();
   }

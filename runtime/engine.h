@@ -18,19 +18,13 @@
 #include "runtime/checkpoint.h"
 #include "runtime/control_frames.h"
 #include "runtime/decoder.h"
+#include "runtime/group_member.h"
 #include "runtime/ids_capture.h"
 #include "runtime/rebalancer.h"
 #include "runtime/scheduler.h"
 #include "runtime/step_protocol.h"
 
 namespace ballast {
-
-// The ranks that serve together, from one regrouping to the next.
-struct Group {
-  int64_t generation = 0;
-  int32_t member = 0;          // which of them this rank is
-  std::vector<int32_t> ranks;  // of the job, ascending
-};
 
 // How a group came to be.
 struct Regrouping {
@@ -140,8 +134,8 @@ class Engine {
   absl::Status Regroup();  // until this rank serves again, or all stop
   absl::StatusOr<LeaderFrame> NextGroupFrame(bool patient);
   absl::Status ReportHalted(const HaltFrame& frame);
-  absl::Status Resume(const ResumeFrame& frame);
-  void Park(int64_t generation);
+  absl::Status Resume(const ResumeFrame& frame, Group group);
+  void Park();
 
   const EngineOptions options_;
   const Checkpoint& checkpoint_;

@@ -8,22 +8,9 @@
 #include "runtime/engine.h"
 
 namespace ballast {
-namespace {
-
-std::vector<std::byte> BytesOf(const std::string& text) {
-  const auto bytes = std::as_bytes(std::span(text));
-  return {bytes.begin(), bytes.end()};
-}
-
-std::string TextOf(std::span<const std::byte> bytes) {
-  return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
-}
-
-}  // namespace
 
 // The step cannot go on for want of others. The leader may know better who is missing.
 absl::Status Engine::TellTrouble(const absl::Status& why) {
-  if (!absl::IsDeadlineExceeded(why) && !absl::IsUnavailable(why)) return why;
   TroubleFrame trouble{.generation = group_.generation, .missing = {}};
   for (const int member : comm_->missing()) trouble.missing.push_back(group_.ranks[member]);
   LogWarning("engine", std::string(why.message()));
@@ -44,14 +31,13 @@ absl::Status Engine::Regroup() {
       continue;
     }
     const auto& resume = std::get<ResumeFrame>(frame.body);
-    serves = std::ranges::any_of(resume.members, [this](const ResumeFrame::Member& m) {
-      return m.rank == base_transport_->rank();
-    });
+    Group group = GroupOf(resume, base_transport_->rank());
+    serves = group.member >= 0;
     parked = !serves;
     if (serves) {
-      BALLAST_RETURN_IF_ERROR(Resume(resume));
+      BALLAST_RETURN_IF_ERROR(Resume(resume, std::move(group)));
     } else {
-      Park(resume.generation);
+      Park();
     }
   }
   return absl::OkStatus();
@@ -89,40 +75,11 @@ absl::StatusOr<LeaderFrame> Engine::NextGroupFrame(bool patient) {
 absl::Status Engine::ReportHalted(const HaltFrame& frame) {
   // What is finished counts.
   BALLAST_RETURN_IF_ERROR(SendEvents());
-  HaltedFrame report{.generation = frame.generation,
-                     .step = protocol_->step(),
-                     .epoch = rebalancer_->placement().epoch(),
-                     .staged_plan_id = 0,
-                     .placement = {},
-                     .staged_placement = {}};
-  const auto staged = rebalancer_->staged_placement();
-  if (staged.has_value()) report.staged_plan_id = rebalancer_->vote().plan_id;
-  if (frame.want_placement) {
-    report.placement = BytesOf(rebalancer_->placement().ToJson());
-    if (staged.has_value()) report.staged_placement = BytesOf(staged->ToJson());
-  }
-  return channel_->Send(Serialize(RankFrame{std::move(report)}));
+  return channel_->Send(Serialize(RankFrame{ReportTo(frame, protocol_->step(), *rebalancer_)}));
 }
 
-absl::Status Engine::Resume(const ResumeFrame& frame) {
-  Group group{.generation = frame.generation, .member = -1, .ranks = {}};
-  std::vector<GroupMember> members;
-  bool comes = false;
-  for (const ResumeFrame::Member& m : frame.members) {
-    if (m.rank == base_transport_->rank()) {
-      group.member = static_cast<int32_t>(group.ranks.size());
-      comes = m.old_rank < 0;
-    }
-    group.ranks.push_back(m.rank);
-    members.push_back({.old_rank = m.old_rank, .slots = m.slots, .node = m.node});
-  }
-  if (comes) {
-    BALLAST_ASSIGN_OR_RETURN(Placement placement, Placement::FromJson(TextOf(frame.placement)));
-    rebalancer_->Adopt(std::move(placement));
-  }
-  BALLAST_ASSIGN_OR_RETURN(
-      const Regrouped regrouped,
-      rebalancer_->Regroup(comes ? 0 : frame.commit_plan_id, frame.epoch, members, group.member));
+absl::Status Engine::Resume(const ResumeFrame& frame, Group group) {
+  BALLAST_ASSIGN_OR_RETURN(const Regrouped regrouped, Follow(frame, group, rebalancer_.get()));
   BALLAST_RETURN_IF_ERROR(JoinGroup(std::move(group), frame.step));
   observer_->OnRegrouped({.group = group_,
                           .reloads = static_cast<int32_t>(regrouped.reloads.size()),
@@ -132,8 +89,7 @@ absl::Status Engine::Resume(const ResumeFrame& frame) {
 }
 
 // Serves no more until it is called back: its sequences go on elsewhere.
-void Engine::Park(int64_t generation) {
-  group_.generation = generation;
+void Engine::Park() {
   scheduler_->Clear();
   events_.clear();
   ShowLoad();

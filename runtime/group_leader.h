@@ -12,7 +12,7 @@
 namespace ballast {
 
 // Decides who serves: one group of ranks per generation. The leader's half of a regrouping; the
-// other half is GroupMember (group_member.h). Pure: no clock, no I/O, no threads.
+// other half is in group_member.h. Pure: no clock, no I/O, no threads.
 //
 // When a rank is lost, or one is to leave or to come, all that will be members are told to halt
 // under the next generation. Each abandons the step it is in and reports where it stands. When all

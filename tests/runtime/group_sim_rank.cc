@@ -178,59 +178,27 @@ void Simulation::Halt(int32_t r) {
 }
 
 void Simulation::Report(int32_t r, const HaltFrame& frame) {
-  Rank& rank = ranks_[r];
-  HaltedFrame report;
-  report.generation = frame.generation;
-  report.step = rank.protocol->step();
-  report.epoch = rank.rebalancer->placement().epoch();
-  const auto staged = rank.rebalancer->staged_placement();
-  if (staged.has_value()) report.staged_plan_id = rank.rebalancer->vote().plan_id;
-  const auto bytes = [](const std::string& text) {
-    const auto all = std::as_bytes(std::span(text));
-    return std::vector<std::byte>(all.begin(), all.end());
-  };
-  if (frame.want_placement) {
-    report.placement = bytes(rank.rebalancer->placement().ToJson());
-    if (staged.has_value()) report.staged_placement = bytes(staged->ToJson());
-  }
-  ToLeader(r, {report});
+  const Rank& rank = ranks_[r];
+  ToLeader(r, {ReportTo(frame, rank.protocol->step(), *rank.rebalancer)});
 }
 
 void Simulation::Resume(int32_t r, const ResumeFrame& frame) {
   Rank& rank = ranks_[r];
-  std::vector<GroupMember> members;
-  std::vector<int32_t> group;
-  int32_t mine = -1;
-  bool comes = false;
-  for (const ResumeFrame::Member& m : frame.members) {
-    if (m.rank == r) {
-      mine = static_cast<int32_t>(group.size());
-      comes = m.old_rank < 0;
-    }
-    group.push_back(m.rank);
-    members.push_back({.old_rank = m.old_rank, .slots = m.slots, .node = m.node});
-  }
+  const Group group = GroupOf(frame, r);
   rank.generation = frame.generation;
-  if (mine < 0) {
+  if (group.member < 0) {
     rank.phase = Phase::kParked;
     rank.active.clear();
     rank.inbox.clear();
     if (!rank.group_inbox.empty()) Halt(r);
     return;
   }
-  if (comes) {
-    const std::string text(reinterpret_cast<const char*>(frame.placement.data()),
-                           frame.placement.size());
-    auto placement = Placement::FromJson(text);
-    if (!placement.ok()) return Fail(std::string(placement.status().message()));
-    rank.rebalancer->Adopt(*std::move(placement));
-  }
-  auto regrouped =
-      rank.rebalancer->Regroup(comes ? 0 : frame.commit_plan_id, frame.epoch, members, mine);
+  const auto regrouped = Follow(frame, group, rank.rebalancer.get());
   if (!regrouped.ok()) return Fail(std::string(regrouped.status().message()));
+  const int32_t mine = group.member;
   rank.store->member = mine;
   rank.member = mine;
-  rank.ranks = group;
+  rank.ranks = group.ranks;
   const Placement& placement = regrouped->placement;
   std::set<std::pair<int32_t, int32_t>> has;
   for (int32_t layer = 0; layer < kLayers; ++layer) {

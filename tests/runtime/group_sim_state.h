@@ -21,6 +21,7 @@
 #include "placement/controller.h"
 #include "runtime/control_frames.h"
 #include "runtime/group_leader.h"
+#include "runtime/group_member.h"
 #include "runtime/request_book.h"
 #include "runtime/step_protocol.h"
 #include "tests/runtime/group_sim.h"
