@@ -15,12 +15,7 @@ namespace ballast {
 namespace {
 
 constexpr std::chrono::seconds kAnswerDeadline(10);
-constexpr int32_t kMostAttempts = 1000;  // plans, each of what a rank can stage, for one departure
-
-Leader::Options WithRanks(Leader::Options options, const Placement& initial) {
-  options.num_ranks = initial.topology().num_ranks();
-  return options;
-}
+constexpr int32_t kMostAborts = 3;  // of plans for one departure; then it takes place as it is
 
 template <typename T>
 void AppendArray(std::string* text, const std::vector<T>& values) {
@@ -52,10 +47,11 @@ absl::StatusOr<std::unique_ptr<Leader>> Leader::Create(
 
 Leader::Leader(const Options& options, const Placement& initial, RankObserver rank_observer,
                RankMetrics* metrics, std::function<absl::Status(std::vector<std::byte>)> send_plan)
-    : options_(WithRanks(options, initial)),
+    : options_(options),
       rank_observer_(std::move(rank_observer)),
       metrics_(metrics),
       send_plan_(std::move(send_plan)),
+      num_job_ranks_(static_cast<size_t>(initial.topology().num_ranks())),
       counts_(static_cast<size_t>(kNumTokenKinds) * initial.num_layers() * initial.num_experts()),
       placement_(initial) {
   for (int32_t r = 0; r < initial.topology().num_ranks(); ++r) ranks_.push_back(r);
@@ -168,6 +164,7 @@ void Leader::Handle(const PlanEnded& ended) {
     controller_->OnCommitted(ended.outcome.plan_id, step_);
   } else {
     controller_->OnAborted(ended.outcome.plan_id, step_);
+    if (!vacating_.empty()) ++vacating_.front().aborts;
   }
   PublishLastCopies(ended.in_force);
   std::lock_guard lock(mutex_);
@@ -176,7 +173,7 @@ void Leader::Handle(const PlanEnded& ended) {
 
 void Leader::PublishLastCopies(const Placement& placement) {
   const std::vector<int32_t> reloads = ReloadsIfLost(placement);
-  std::vector<int64_t> by_job_rank(static_cast<size_t>(options_.num_ranks), 0);
+  std::vector<int64_t> by_job_rank(num_job_ranks_, 0);
   for (size_t r = 0; r < reloads.size(); ++r) by_job_rank[ranks_in_force_[r]] = reloads[r];
   metrics_->SetLastCopies(by_job_rank);
 }
@@ -270,13 +267,13 @@ void Leader::AdvanceVacating() {
     Vacating& next = vacating_.front();
     const auto at = std::find(ranks_in_force_.begin(), ranks_in_force_.end(), next.rank);
     const bool serves = at != ranks_in_force_.end() && ranks_in_force_.size() > 1;
-    if (serves && next.attempts < kMostAttempts) {
-      ++next.attempts;
+    if (serves && next.aborts < kMostAborts) {
       const auto plan =
           controller_->Vacate(step_, static_cast<int32_t>(at - ranks_in_force_.begin()));
       if (plan.has_value()) {
         trigger_ = RebalanceTrigger::kManual;
         if (Send(*plan)) return;
+        ++next.aborts;
         continue;
       }
     }

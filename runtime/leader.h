@@ -31,7 +31,6 @@ class Leader : public EngineObserver {
  public:
   struct Options {
     ControllerOptions controller;
-    int32_t num_ranks = 0;    // of the job; filled in
     std::string step_log;     // a file that gets one JSON line per step; empty: none
     int32_t hot_experts = 8;  // per layer, in the metrics; 0: none
     int64_t hot_experts_every_tokens = 4096;
@@ -83,8 +82,8 @@ class Leader : public EngineObserver {
     std::promise<std::string> answer;
   };
   struct Vacating {
-    int32_t rank = 0;  // of the job
-    int32_t attempts = 0;
+    int32_t rank = 0;    // of the job
+    int32_t aborts = 0;  // of its plans
   };
   using Event = std::variant<StepRecord, PlanEnded, Regrouped, Forced, Vacating>;
 
@@ -112,6 +111,7 @@ class Leader : public EngineObserver {
   RankObserver rank_observer_;  // step thread
   RankMetrics* metrics_;
   std::function<absl::Status(std::vector<std::byte>)> send_plan_;
+  const size_t num_job_ranks_;
   // State of the controller's thread.
   std::unique_ptr<Controller> controller_;
   std::vector<int32_t> counts_;  // [2, layers, E] of a step: prefill, decode
