@@ -40,9 +40,12 @@ absl::Status WriteFile(const std::string& path, const std::string& bytes) {
   if (file == nullptr) return failed(errno);
   const bool written = std::fwrite(bytes.data(), 1, bytes.size(), file.get()) == bytes.size();
   const int error = errno;
+  // On the disk before it takes the old one's place: a crash leaves one or the other.
+  const bool kept = written && std::fflush(file.get()) == 0 && fsync(fileno(file.get())) == 0;
+  const int keep_error = errno;
   const bool closed = std::fclose(file.release()) == 0;
-  if (written && closed && std::rename(beside.c_str(), path.c_str()) == 0) return absl::OkStatus();
-  const int last_error = !written ? error : errno;
+  if (kept && closed && std::rename(beside.c_str(), path.c_str()) == 0) return absl::OkStatus();
+  const int last_error = !written ? error : !kept ? keep_error : errno;
   std::remove(beside.c_str());
   return failed(last_error);
 }

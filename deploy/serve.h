@@ -44,8 +44,12 @@ struct ServeFlags {
   uint64_t migration_chunk_bytes = 256 << 10;
   int64_t plan_timeout_ms = 30'000;
   int64_t step_timeout_ms = 60'000;
+  int64_t verify_every_s = 600;
   std::string on_loss = "continue";
   int64_t rank_timeout_ms = 10'000;
+  int64_t controller_timeout_ms = 30'000;
+  std::string state_file;
+  int64_t state_every_s = 30;
   std::string step_log;
   std::string ready_file;
   std::string log_level = "info";

@@ -73,6 +73,11 @@ void AddEngineFlags(CLI::App* app, ServeFlags* f) {
   app->add_option("--step-timeout-ms", f->step_timeout_ms, "Deadline of every wait for other ranks")
       ->check(CLI::Range(int64_t{100}, int64_t{86'400'000}))
       ->group(group);
+  app->add_option("--verify-every-s", f->verify_every_s,
+                  "Parameters in memory are read again once in so many seconds and compared with "
+                  "their checksums; 0: only on GET /v1/verify")
+      ->check(CLI::Range(int64_t{0}, int64_t{31'536'000}))
+      ->group(group);
   app->add_option("--on-loss", f->on_loss,
                   "When a rank other than 0 is lost: continue without it (needs mpirun "
                   "--enable-recovery), or stop")
@@ -169,6 +174,22 @@ void AddPlacementFlags(CLI::App* app, ServeFlags* f) {
       ->group(group);
 }
 
+void AddControllerFlags(CLI::App* app, ServeFlags* f) {
+  const char* group = "Controller";
+  app->add_option("--controller-timeout-ms", f->controller_timeout_ms,
+                  "A controller that works on one thing for so long is given up, and another takes "
+                  "its place; 0: never")
+      ->check(CLI::Range(int64_t{0}, int64_t{86'400'000}))
+      ->group(group);
+  app->add_option("--state-file", f->state_file,
+                  "File that keeps placement and load; a server that starts goes on from it, if it "
+                  "fits")
+      ->group(group);
+  app->add_option("--state-every-s", f->state_every_s, "How often it is written, if there is news")
+      ->check(CLI::Range(int64_t{1}, int64_t{86'400}))
+      ->group(group);
+}
+
 }  // namespace
 
 RunCommand AddServeCommand(CLI::App* app) {
@@ -180,6 +201,7 @@ RunCommand AddServeCommand(CLI::App* app) {
   AddServerFlags(app, flags.get());
   AddEngineFlags(app, flags.get());
   AddPlacementFlags(app, flags.get());
+  AddControllerFlags(app, flags.get());
   app->footer(
       "Every flag can be set by an environment variable (BALLAST_PORT for --port) or in the file "
       "of\n"

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstdio>
 #include <fstream>
 #include <future>
 
@@ -40,6 +41,14 @@ absl::Status Server::Prepare() {
   if (is_leader() && !flags_.ready_file.empty() && !std::ofstream(flags_.ready_file + ".new")) {
     return absl::InvalidArgumentError(
         absl::StrCat("--ready-file: cannot write ", flags_.ready_file));
+  }
+  if (is_leader() && !flags_.state_file.empty()) {
+    const std::string beside = flags_.state_file + ".new";
+    if (!std::ofstream(beside)) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("--state-file: cannot write ", flags_.state_file));
+    }
+    std::remove(beside.c_str());
   }
   BALLAST_RETURN_IF_ERROR(MakePlacement());
   return StartMetrics();
@@ -160,6 +169,7 @@ void Server::AwaitSignal() {
 }
 
 void Server::Stop() {
+  if (verification_ != nullptr) verification_->Cancel();
   if (signal_thread_.joinable()) signal_thread_.join();
   http_.reset();
   if (is_leader()) LogInfo("serve", "stopped");

@@ -26,6 +26,7 @@
 #include "runtime/leader.h"
 #include "runtime/rank_observer.h"
 #include "runtime/tokenizer.h"
+#include "runtime/verification.h"
 
 namespace ballast {
 
@@ -56,7 +57,10 @@ class Server {
   absl::Status ChooseThreads();
   absl::Status MakePlacement();
   absl::Status StartMetrics();
+  absl::StatusOr<ServerState> ReadState() const;
+  absl::Status ResumeState();
   absl::Status ConnectControl();
+  absl::Status MakeFrontend(std::vector<std::unique_ptr<ControlChannel>> channels);
   absl::Status StartLeader();
   absl::Status StartEngine();
   absl::Status StartHttp();
@@ -75,12 +79,14 @@ class Server {
   DType dtype_ = DType::kF32;
   SplitMode split_ = SplitMode::kExact;
   std::optional<Placement> placement_;
+  LeaderLoop::Window window_;  // of the server before, on the leader
   std::unique_ptr<RankMetrics> metrics_;
   std::unique_ptr<MetricsExporter> exporter_;
   std::unique_ptr<TraceRecorder> recorder_;  // of the leader
   std::unique_ptr<Transport> transport_;
   std::unique_ptr<Communicator> communicator_;
   std::unique_ptr<ControlChannel> channel_;
+  std::unique_ptr<Verification> verification_;
   std::unique_ptr<Frontend> frontend_;
   std::unique_ptr<Leader> leader_;
   std::unique_ptr<RankObserver> observer_;

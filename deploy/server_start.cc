@@ -10,6 +10,7 @@
 #include <random>
 
 #include "base/clock.h"
+#include "base/file.h"
 #include "base/log.h"
 #include "base/status.h"
 #include "deploy/commands.h"
@@ -53,12 +54,51 @@ absl::Status Server::Start() {
   transport_ = mpi_->MakeTransport();
   communicator_ = std::make_unique<Communicator>(
       transport_.get(), Communicator::Options{.deadline_ms = flags_.step_timeout_ms});
+  BALLAST_RETURN_IF_ERROR(ResumeState());
   BALLAST_RETURN_IF_ERROR(ChooseThreads());
   BALLAST_RETURN_IF_ERROR(Agree(ConnectControl(), "connecting the ranks"));
   BALLAST_RETURN_IF_ERROR(Agree(is_leader() ? StartLeader() : absl::OkStatus(), "the controller"));
   BALLAST_RETURN_IF_ERROR(Agree(StartEngine(), "loading the model"));
   BALLAST_RETURN_IF_ERROR(Agree(is_leader() ? StartHttp() : absl::OkStatus(), "the HTTP server"));
   return Announce();
+}
+
+// The state of the server before, if it fits.
+absl::StatusOr<ServerState> Server::ReadState() const {
+  BALLAST_ASSIGN_OR_RETURN(const std::string text, ReadFile(flags_.state_file));
+  BALLAST_ASSIGN_OR_RETURN(ServerState state, ParseServerState(text));
+  ServerState fresh{.model = checkpoint_->config().name,
+                    .rules = flags_.rules,
+                    .placement = *placement_,
+                    .window_load = {}};
+  BALLAST_RETURN_IF_ERROR(CheckFits(state, fresh));
+  if (flags_.policy == "static" || flags_.policy == "never") {
+    return absl::FailedPreconditionError(
+        absl::StrCat("policy ", flags_.policy, " has a placement of its own"));
+  }
+  return state;
+}
+
+// Goes on from the state file where that can be done. COLLECTIVE
+absl::Status Server::ResumeState() {
+  std::string placement;  // as JSON; empty: a fresh one
+  if (is_leader() && !flags_.state_file.empty()) {
+    absl::StatusOr<ServerState> state = ReadState();
+    if (state.ok()) {
+      placement = state->placement.ToJson();
+      window_ = {.num_tokens = state->window_tokens, .load = std::move(state->window_load)};
+      LogInfo("serve",
+              absl::StrCat("goes on from ", flags_.state_file, ": epoch ", state->placement.epoch(),
+                           ", ", window_.num_tokens, " tokens in the window"));
+    } else {
+      LogWarning("serve", absl::StrCat("starts afresh, not from --state-file ", flags_.state_file,
+                                       ": ", std::string(state.status().message())));
+    }
+  }
+  BALLAST_RETURN_IF_ERROR(mpi_->Broadcast(&placement));
+  if (placement.empty()) return absl::OkStatus();
+  BALLAST_ASSIGN_OR_RETURN(placement_, Placement::FromJson(placement));
+  return absl::OkStatus();
 }
 
 absl::Status Server::ConnectControl() {
@@ -95,34 +135,47 @@ absl::Status Server::ConnectControl() {
     auto channels =
         listener->AcceptRanks(mpi_->size(), address["token"].get<uint64_t>(), kStartTimeoutMs);
     BALLAST_RETURN_IF_ERROR(channels.status());
-    const ModelConfig& config = checkpoint_->config();
-    recorder_ =
-        std::make_unique<TraceRecorder>(TraceRecorder::Shape{.num_ranks = mpi_->size(),
-                                                             .num_layers = config.num_moe_layers(),
-                                                             .num_experts = config.gate.num_experts,
-                                                             .top_k = config.gate.top_k});
-    BALLAST_ASSIGN_OR_RETURN(
-        frontend_,
-        Frontend::Create(
-            {.max_pending = flags_.max_queue,
-             .request_timeout_ms = flags_.request_timeout_ms,
-             .context_tokens = config.context_tokens,
-             .vocab_size = config.vocab_size,
-             .on_end = [this](RequestEnd end) { metrics_->OnRequest(ResultOf(end)); },
-             .on_routing =
-                 [this](int rank, const RoutingFrame& f) {
-                   recorder_->AddIds(rank, {f.recording, f.step_begin, f.step_end, f.first, f.ids});
-                 },
-             .survive_losses = flags_.on_loss == "continue",
-             .silence_ms = flags_.rank_timeout_ms,
-             .group = {.report_deadline_ns = flags_.step_timeout_ms * 1'000'000},
-             .slots = SlotsOfRanks(),
-             .node = mpi_->node_of_rank(),
-             .on_lost = [this](int rank, const absl::Status& why) { OnLost(rank, why); },
-             .on_moved = [this](int64_t n) { metrics_->OnRequestsMoved(n); }},
-            *std::move(channels), EndJob));
+    BALLAST_RETURN_IF_ERROR(MakeFrontend(*std::move(channels)));
   }
   BALLAST_ASSIGN_OR_RETURN(channel_, connected.get());
+  return absl::OkStatus();
+}
+
+// What speaks to the ranks over the control channels, and what it feeds.
+absl::Status Server::MakeFrontend(std::vector<std::unique_ptr<ControlChannel>> channels) {
+  const ModelConfig& config = checkpoint_->config();
+  recorder_ =
+      std::make_unique<TraceRecorder>(TraceRecorder::Shape{.num_ranks = mpi_->size(),
+                                                           .num_layers = config.num_moe_layers(),
+                                                           .num_experts = config.gate.num_experts,
+                                                           .top_k = config.gate.top_k});
+  verification_ = std::make_unique<Verification>(
+      Verification::Options{.ask = [this](uint64_t id) { return frontend_->AskToVerify(id); },
+                            .serving = [this] { return frontend_->serving(); }});
+  BALLAST_ASSIGN_OR_RETURN(
+      frontend_,
+      Frontend::Create(
+          {.max_pending = flags_.max_queue,
+           .request_timeout_ms = flags_.request_timeout_ms,
+           .context_tokens = config.context_tokens,
+           .vocab_size = config.vocab_size,
+           .on_end = [this](RequestEnd end) { metrics_->OnRequest(ResultOf(end)); },
+           .on_routing =
+               [this](int rank, const RoutingFrame& f) {
+                 recorder_->AddIds(rank, {f.recording, f.step_begin, f.step_end, f.first, f.ids});
+               },
+           .on_verified =
+               [this](int rank, VerifiedFrame frame) {
+                 verification_->OnVerified(rank, std::move(frame));
+               },
+           .survive_losses = flags_.on_loss == "continue",
+           .silence_ms = flags_.rank_timeout_ms,
+           .group = {.report_deadline_ns = flags_.step_timeout_ms * 1'000'000},
+           .slots = SlotsOfRanks(),
+           .node = mpi_->node_of_rank(),
+           .on_lost = [this](int rank, const absl::Status& why) { OnLost(rank, why); },
+           .on_moved = [this](int64_t n) { metrics_->OnRequestsMoved(n); }},
+          std::move(channels), EndJob));
   return absl::OkStatus();
 }
 
@@ -141,26 +194,32 @@ std::vector<int32_t> Server::SlotsOfRanks() const {
 absl::Status Server::StartLeader() {
   const ModelConfig& config = checkpoint_->config();
   Leader::Options options;
-  options.controller.policy = flags_.policy;
-  options.controller.num_groups = config.gate.num_groups;
-  options.controller.separate_kinds = flags_.windows == "separate";
-  options.controller.window_tokens = flags_.window_tokens;
-  options.controller.batch_tokens = flags_.batch_tokens;
-  options.controller.rho = flags_.rho;
-  options.controller.min_gain = flags_.min_gain;
-  options.controller.rules = flags_.rules;
-  options.controller.min_steps_between = flags_.min_steps_between;
-  options.controller.force_every_steps = flags_.rebalance_every;
+  ControllerOptions& controller = options.loop.controller;
+  controller.policy = flags_.policy;
+  controller.num_groups = config.gate.num_groups;
+  controller.separate_kinds = flags_.windows == "separate";
+  controller.window_tokens = flags_.window_tokens;
+  controller.batch_tokens = flags_.batch_tokens;
+  controller.rho = flags_.rho;
+  controller.min_gain = flags_.min_gain;
+  controller.rules = flags_.rules;
+  controller.min_steps_between = flags_.min_steps_between;
+  controller.force_every_steps = flags_.rebalance_every;
   int32_t most_slots = 0;
   for (int32_t r = 0; r < mpi_->size(); ++r) {
     most_slots = std::max(most_slots, placement_->topology().slots_on(r));
   }
-  options.controller.max_incoming_per_rank = most_slots;
+  controller.max_incoming_per_rank = most_slots;
   BALLAST_ASSIGN_OR_RETURN(const auto expert,
                            GatedMlp::Create(*kernels_, config.hidden, config.expert_inter, dtype_));
-  options.copy_bytes = static_cast<int64_t>(expert->packed_bytes());
-  options.copy_bytes_per_second = flags_.copy_budget_mb * 1e6;
+  options.loop.copy_bytes = static_cast<int64_t>(expert->packed_bytes());
+  options.loop.copy_bytes_per_second = flags_.copy_budget_mb * 1e6;
+  options.window = window_;
   options.step_log = flags_.step_log;
+  options.stall_deadline_ms = flags_.controller_timeout_ms;
+  options.model = config.name;
+  options.state_file = flags_.state_file;
+  options.state_period_ms = flags_.state_every_s * 1000;
   options.recorder = recorder_.get();
   options.leave = [this](int32_t rank) {
     const absl::Status left = frontend_->Leave(rank);
@@ -189,6 +248,7 @@ absl::Status Server::StartEngine() {
   options.chunk_bytes = flags_.migration_chunk_bytes;
   options.step_timeout_ms = flags_.step_timeout_ms;
   options.halt_timeout_ms = 2 * flags_.step_timeout_ms;
+  options.verify_period_ms = flags_.verify_every_s * 1000;
   options.alive_period_ms = kAlivePeriodMs;
   options.recorder = recorder_.get();
   EngineObserver* observer = leader_.get();
@@ -231,11 +291,13 @@ absl::Status Server::StartHttp() {
        .tokenizer = *tokenizer_,
        .model_name = checkpoint_->config().name,
        .is_ready = [this] { return ready_.load() && frontend_->accepting(); },
+       .note = [this] { return leader_->ControllerNote(); },
        .get = {{"/v1/placement",
                 [this] {
                   return HttpReply{200, leader_->PlacementJson()};
                 }},
-               {"/v1/ranks", [this] { return AnswerRanks(*frontend_); }}},
+               {"/v1/ranks", [this] { return AnswerRanks(*frontend_); }},
+               {"/v1/verify", [this] { return AnswerVerify(verification_.get()); }}},
        .post = OperatorEndpoints()});
   if (!http.ok()) {
     return absl::InvalidArgumentError(

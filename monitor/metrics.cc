@@ -39,6 +39,7 @@ using HotTable = std::vector<HotExpert>;
 constexpr const char* kCopyResults[] = {"applied", "failed"};
 constexpr const char* kRebalanceResults[] = {"applied", "aborted", "rejected", "over_budget"};
 constexpr const char* kRebalanceTriggers[] = {"threshold", "interval", "manual", "failure"};
+constexpr const char* kVerifyFailures[] = {"parameters", "replica_choice", "placement"};
 constexpr const char* kRequestResults[] = {"ok", "rejected", "cancelled", "failed"};
 
 const Histogram::BucketBoundaries kStepBuckets = {.0005, .001, .002, .005, .01, .02, .05,
@@ -182,12 +183,19 @@ struct RankMetrics::State {
   Gauge* ranks_serving;
   Counter* requests_moved;
   std::vector<Gauge*> last_copies;  // by rank of the job
+  Counter* copies_verified;
+  Counter* controller_stalls;
+  Counter* state_written;
+  Counter* state_failed;
+  std::array<Counter*, std::size(kVerifyFailures)> verify_failures;
 
  private:
   void AddInfo(const RankMetricsOptions& options, Builder* build);
   void AddExperts(const RankMetricsOptions& options, Builder* build);
   void AddServing(Builder* build);
   void AddGroup(const RankMetricsOptions& options, Builder* build);
+  void AddVerification(Builder* build);
+  void AddLeader(Builder* build);
 };
 
 RankMetrics::State::State(const RankMetricsOptions& options) : pull(options.rank) {
@@ -196,6 +204,8 @@ RankMetrics::State::State(const RankMetricsOptions& options) : pull(options.rank
   AddExperts(options, &build);
   AddServing(&build);
   AddGroup(options, &build);
+  AddVerification(&build);
+  AddLeader(&build);
 }
 
 void RankMetrics::State::AddInfo(const RankMetricsOptions& options, Builder* build) {
@@ -279,6 +289,25 @@ void RankMetrics::State::AddGroup(const RankMetricsOptions& options, Builder* bu
   }
 }
 
+void RankMetrics::State::AddVerification(Builder* build) {
+  copies_verified = build->OneCounter("ballast_copies_verified_total",
+                                      "Experts of this rank whose parameters were read again");
+  auto& failures = build->Counters("ballast_verify_failures_total", "What was found wrong");
+  for (size_t i = 0; i < verify_failures.size(); ++i) {
+    verify_failures[i] = &failures.Add({{"what", kVerifyFailures[i]}});
+  }
+}
+
+void RankMetrics::State::AddLeader(Builder* build) {
+  controller_stalls =
+      build->OneCounter("ballast_controller_stalls_total",
+                        "Times that the controller made no progress and was given up");
+  auto& writes =
+      build->Counters("ballast_state_writes_total", "Attempts to write the state file");
+  state_written = &writes.Add({{"result", "ok"}});
+  state_failed = &writes.Add({{"result", "failed"}});
+}
+
 absl::StatusOr<std::unique_ptr<RankMetrics>> RankMetrics::Create(
     const RankMetricsOptions& options) {
   try {
@@ -344,6 +373,22 @@ void RankMetrics::SetLastCopies(std::span<const int64_t> last_copies) {
   for (size_t r = 0; r < last_copies.size(); ++r) {
     state_->last_copies[r]->Set(ToDouble(last_copies[r]));
   }
+}
+
+void RankMetrics::OnCopiesVerified(int64_t copies) {
+  state_->copies_verified->Increment(ToDouble(copies));
+}
+
+void RankMetrics::OnVerifyFailures(VerifyFailure kind, int64_t failures) {
+  state_->verify_failures[static_cast<size_t>(kind)]->Increment(ToDouble(failures));
+}
+
+void RankMetrics::OnControllerStalled() {
+  state_->controller_stalls->Increment();
+}
+
+void RankMetrics::OnStateWritten(bool ok) {
+  (ok ? state_->state_written : state_->state_failed)->Increment();
 }
 
 void RankMetrics::OnRequest(RequestResult result) {

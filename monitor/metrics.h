@@ -39,6 +39,9 @@ enum class RebalanceResult { kApplied, kAborted, kRejected, kOverBudget };
 enum class RebalanceTrigger { kThreshold, kInterval, kManual, kFailure };
 enum class RequestResult { kOk, kRejected, kCancelled, kFailed };
 
+// What verification may find wrong.
+enum class VerifyFailure { kParameters, kReplicaChoice, kPlacement };
+
 struct HotExpert {
   int32_t layer;
   int32_t expert;
@@ -75,6 +78,15 @@ class RankMetrics {
   void SetRanksServing(int64_t ranks);
   void OnRequestsMoved(int64_t requests);
   void SetLastCopies(std::span<const int64_t> last_copies);
+
+  // Experts whose parameters were read again, and what was found wrong, since the last call.
+  void OnCopiesVerified(int64_t copies);
+  void OnVerifyFailures(VerifyFailure kind, int64_t failures);
+
+  // On the leader only: the controller was given up for working on one thing for too long; the
+  // state file was written, or could not be.
+  void OnControllerStalled();
+  void OnStateWritten(bool ok);
 
   void OnRequest(RequestResult result);
   void OnTokensGenerated(int64_t tokens);

@@ -72,14 +72,22 @@ const char* NameOf(Decision decision) {
       return "policy_stays";
     case Decision::kOverBudget:
       return "over_budget";
+    case Decision::kPlannerFailed:
+      return "planner_failed";
   }
   return "unknown";
 }
 
 absl::StatusOr<std::unique_ptr<Controller>> Controller::Create(ControllerOptions options,
                                                                Placement initial) {
-  BALLAST_RETURN_IF_ERROR(CheckOptions(options, initial.topology()));
   BALLAST_ASSIGN_OR_RETURN(std::unique_ptr<Policy> policy, MakePolicy(options.policy));
+  return CreateWith(std::move(policy), std::move(options), std::move(initial));
+}
+
+absl::StatusOr<std::unique_ptr<Controller>> Controller::CreateWith(std::unique_ptr<Policy> policy,
+                                                                   ControllerOptions options,
+                                                                   Placement initial) {
+  BALLAST_RETURN_IF_ERROR(CheckOptions(options, initial.topology()));
   BALLAST_RETURN_IF_ERROR(policy->CheckSupport(initial));
   BALLAST_RETURN_IF_ERROR(CheckRules(options.policy, policy->rules_kept(), options.rules,
                                      initial.topology(), initial.num_experts()));
@@ -222,7 +230,14 @@ std::optional<MigrationPlan> Controller::Decide(int64_t step, bool force, Decisi
   }
   new_batch_ = false;
   bool policy_stays = false;
+  planner_failure_ = absl::OkStatus();
   std::vector<Candidate> wanted = WantedRows(forced, &policy_stays);
+  if (!planner_failure_.ok()) {
+    not_before_by_abort_ = step + options_.backoff_steps;
+    not_before_ = std::max(not_before_by_abort_, step + options_.min_steps_between);
+    *why = Decision::kPlannerFailed;
+    return std::nullopt;
+  }
   if (wanted.empty()) {
     if (over) ForgetWindows();
     *why = policy_stays ? Decision::kPolicyStays : Decision::kNothingToGain;
@@ -310,6 +325,8 @@ std::vector<Controller::Candidate> Controller::WantedRows(bool forced, bool* pol
         planners_[layer]->Plan({.window = window_load(layer), .forced = forced});
     if (!row.has_value()) continue;
     *policy_stays = false;
+    planner_failure_ = CheckRow(layer, *row);
+    if (!planner_failure_.ok()) return {};
     const std::span<const int32_t> held = placement_.expert_of_slot(layer);
     if (std::equal(held.begin(), held.end(), row->begin(), row->end())) continue;
     wanted.push_back({.row = {.layer = layer, .expert_of_slot = *std::move(row)}, .gain = now});
@@ -321,6 +338,26 @@ std::vector<Controller::Candidate> Controller::WantedRows(bool forced, bool* pol
     std::erase_if(wanted, [&](const Candidate& c) { return c.gain < options_.min_gain; });
   }
   return wanted;
+}
+
+// A policy is not trusted to plan what can be served.
+absl::Status Controller::CheckRow(int32_t layer, std::span<const int32_t> row) const {
+  const auto wrong = [&](const auto&... what) {
+    return absl::InternalError(absl::StrCat("policy ", options_.policy, " planned for layer ",
+                                            layer, what..., ": the plan is rejected"));
+  };
+  if (static_cast<int32_t>(row.size()) != placement_.topology().num_slots()) {
+    return wrong(" a row of ", row.size(), " slots");
+  }
+  std::vector<bool> placed(static_cast<size_t>(placement_.num_experts()), false);
+  for (const int32_t e : row) {
+    if (e == kNoExpert) continue;
+    if (e < 0 || e >= placement_.num_experts()) return wrong(" expert ", e);
+    placed[static_cast<size_t>(e)] = true;
+  }
+  const auto missing = std::find(placed.begin(), placed.end(), false);
+  if (missing != placed.end()) return wrong(" no copy of expert ", missing - placed.begin());
+  return absl::OkStatus();
 }
 
 // By how much each row would lower the imbalance of its layer.

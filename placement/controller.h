@@ -47,7 +47,8 @@ enum class Decision {
   kInFlight,
   kNothingToGain,
   kPolicyStays,
-  kOverBudget
+  kOverBudget,
+  kPlannerFailed
 };
 const char* NameOf(Decision decision);
 
@@ -96,6 +97,10 @@ class Controller {
   //        layer alone could be too much for any plan.
   static absl::StatusOr<std::unique_ptr<Controller>> Create(ControllerOptions options,
                                                             Placement initial);
+  // The same with a policy that no name stands for.
+  static absl::StatusOr<std::unique_ptr<Controller>> CreateWith(std::unique_ptr<Policy> policy,
+                                                                ControllerOptions options,
+                                                                Placement initial);
 
   // Counts of one step. ORDER planners get the batch of prefill before that of decode
   void OnStep(int64_t step, const StepCounts& counts);
@@ -118,6 +123,9 @@ class Controller {
   void OnAborted(int64_t plan_id, int64_t step);
 
   const Placement& placement() const { return placement_; }  // the placement in force
+  // What was wrong with the row of a policy, after Decide said kPlannerFailed. It is left alone for
+  // backoff_steps then.
+  const absl::Status& planner_failure() const { return planner_failure_; }
   bool in_flight() const { return target_.has_value(); }
   int64_t last_plan_id() const { return last_plan_id_; }
 
@@ -154,6 +162,7 @@ class Controller {
   void AddToWindow(TokenKind kind, int64_t num_tokens, std::span<const int32_t> counts);
   void ForgetWindows();
   std::vector<Candidate> WantedRows(bool forced, bool* policy_stays);
+  absl::Status CheckRow(int32_t layer, std::span<const int32_t> row) const;
   void MeasureGains(std::vector<Candidate>* wanted) const;
   std::vector<Placement::LayerRow> WithinLimits(std::vector<Candidate> candidates);
   MigrationPlan Start(std::vector<Placement::LayerRow> rows, int64_t step);
@@ -173,6 +182,7 @@ class Controller {
   bool new_batch_ = false;           // the planners have seen one since the last plan was asked for
   double credit_;                    // copies that may be made now
   std::optional<Placement> target_;  // where the plan in flight leads
+  absl::Status planner_failure_;
   int64_t last_plan_id_ = 0;
   int64_t last_start_ = 0;           // step of the last plan's start
   int64_t not_before_ = 0;           // no plan before this step, unless forced by the caller

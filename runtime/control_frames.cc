@@ -20,7 +20,9 @@ enum class FrameKind : uint8_t {
   kHalt,
   kResume,
   kHalted,
-  kTrouble
+  kTrouble,
+  kVerify,
+  kVerified
 };
 
 template <class... Ts>
@@ -106,6 +108,41 @@ ResumeFrame GetResume(ByteReader& in) {
   return frame;
 }
 
+void PutVerified(const VerifiedFrame& frame, ByteWriter& out) {
+  out.Put(frame.id);
+  out.Put(frame.step);
+  out.Put(frame.epoch);
+  out.Put(frame.fingerprint);
+  out.PutArray(frame.fault);
+  out.Put(static_cast<uint32_t>(frame.copies.size()));
+  for (const VerifiedCopy& copy : frame.copies) {
+    out.Put(copy.layer);
+    out.Put(copy.expert);
+    out.Put(copy.found);
+    out.Put(copy.expected);
+  }
+}
+
+VerifiedFrame GetVerified(ByteReader& in) {
+  VerifiedFrame frame;
+  frame.id = in.Get<uint64_t>();
+  frame.step = in.Get<int64_t>();
+  frame.epoch = in.Get<int64_t>();
+  frame.fingerprint = in.Get<uint64_t>();
+  frame.fault = in.GetArray<std::byte>();
+  const auto count = in.Get<uint32_t>();
+  // The count is not believed: the loop ends with the bytes.
+  for (uint32_t i = 0; i < count && in.ok(); ++i) {
+    VerifiedCopy copy;
+    copy.layer = in.Get<int32_t>();
+    copy.expert = in.Get<int32_t>();
+    copy.found = in.Get<uint64_t>();
+    copy.expected = in.Get<uint64_t>();
+    frame.copies.push_back(copy);
+  }
+  return frame;
+}
+
 }  // namespace
 
 std::vector<std::byte> Serialize(const LeaderFrame& frame) {
@@ -136,6 +173,10 @@ std::vector<std::byte> Serialize(const LeaderFrame& frame) {
                         [&](const ResumeFrame& body) {
                           out.Put(FrameKind::kResume);
                           PutResume(body, out);
+                        },
+                        [&](const VerifyFrame& body) {
+                          out.Put(FrameKind::kVerify);
+                          out.Put(body.id);
                         }},
              frame.body);
   return out.Take();
@@ -180,6 +221,10 @@ std::vector<std::byte> Serialize(const RankFrame& frame) {
                           out.Put(FrameKind::kTrouble);
                           out.Put(body.generation);
                           out.PutArray(body.missing);
+                        },
+                        [&](const VerifiedFrame& body) {
+                          out.Put(FrameKind::kVerified);
+                          PutVerified(body, out);
                         }},
              frame.body);
   return out.Take();
@@ -219,6 +264,9 @@ absl::StatusOr<LeaderFrame> ParseLeaderFrame(std::span<const std::byte> bytes) {
     }
     case FrameKind::kResume:
       frame.body = GetResume(in);
+      break;
+    case FrameKind::kVerify:
+      frame.body = VerifyFrame{in.Get<uint64_t>()};
       break;
     default:
       return Malformed("kind from the leader");
@@ -271,6 +319,9 @@ absl::StatusOr<RankFrame> ParseRankFrame(std::span<const std::byte> bytes) {
       frame.body = std::move(body);
       break;
     }
+    case FrameKind::kVerified:
+      frame.body = GetVerified(in);
+      break;
     default:
       return Malformed("kind from a rank");
   }

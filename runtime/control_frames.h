@@ -55,9 +55,15 @@ struct ResumeFrame {
   std::vector<std::byte> placement;  // that placement as JSON, for ranks that come; else empty
 };
 
+// Read all parameters again, check the placement, and report (runtime/verification.h).
+struct VerifyFrame {
+  uint64_t id = 0;  // of this check
+};
+
 struct LeaderFrame {
   uint64_t wake_seq = 0;
-  std::variant<SubmitFrame, CancelFrame, WakeFrame, PlanFrame, StopFrame, HaltFrame, ResumeFrame>
+  std::variant<SubmitFrame, CancelFrame, WakeFrame, PlanFrame, StopFrame, HaltFrame, ResumeFrame,
+               VerifyFrame>
       body;
 };
 
@@ -90,8 +96,24 @@ struct TroubleFrame {
   int64_t generation = 0;
   std::vector<int32_t> missing;  // ranks of the job that it waited for in vain
 };
+// One copy of an expert as it is in a rank's memory, and as it was packed.
+struct VerifiedCopy {
+  int32_t layer = 0, expert = 0;
+  uint64_t found = 0, expected = 0;  // checksums
+  bool operator==(const VerifiedCopy&) const = default;
+};
+// What a rank found when it was told to verify.
+struct VerifiedFrame {
+  uint64_t id = 0;
+  int64_t step = 0;                // the last one it began
+  int64_t epoch = 0;               // of its placement in force
+  uint64_t fingerprint = 0;        // of that placement
+  std::vector<std::byte> fault;    // what is wrong with its tables, as text; empty: nothing
+  std::vector<VerifiedCopy> copies;
+};
 struct RankFrame {
-  std::variant<EventsFrame, RankStatusFrame, RoutingFrame, HaltedFrame, TroubleFrame> body;
+  std::variant<EventsFrame, RankStatusFrame, RoutingFrame, HaltedFrame, TroubleFrame, VerifiedFrame>
+      body;
 };
 
 std::vector<std::byte> Serialize(const LeaderFrame& frame);

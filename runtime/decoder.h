@@ -55,6 +55,9 @@ class Decoder {
   // What the gate of the MoE layer that ran last chose. SHAPES [T, top-k]
   std::span<const int32_t> last_ids() const { return moe_->ids(); }
 
+  // Of all MoE layers since the last call (moe_layer.h).
+  uint64_t TakeChoiceHash() { return moe_->TakeChoiceHash(); }
+
   // Runs the batch. `between_layers` is called after every MoE layer.
   // SHAPES logits, valid until the next call: [N, vocab]; counts [num_moe_layers]
   // COLLECTIVE also with an empty batch

@@ -9,6 +9,7 @@
 #include <variant>
 
 #include "base/clock.h"
+#include "base/log.h"
 #include "base/status.h"
 #include "runtime/control_frames.h"
 
@@ -16,8 +17,6 @@ namespace ballast {
 namespace {
 
 constexpr int kLeader = 0;
-// An idle rank looks up this often even if nobody speaks to it.
-constexpr int kIdleWaitMs = 10'000;
 // Pause between slices when transfers are all there is to do.
 constexpr long kTransferPauseNs = 200'000;
 // What may wait to be sent when recorded ids are added to it.
@@ -104,6 +103,11 @@ void Engine::MakeStore(const Placement& initial) {
           .staging_blocks = options_.staging_experts > 0 ? options_.staging_experts : most_slots,
           .chunk_bytes = options_.chunk_bytes},
       base_transport_);
+  verifier_ = std::make_unique<Verifier>(
+      Verifier::Options{.num_layers = config.num_moe_layers(),
+                        .num_experts = config.gate.num_experts,
+                        .period_ns = options_.verify_period_ms * 1'000'000},
+      store_.get());
   Rebalancer::Options rebalancer = options_.rebalancer;
   rebalancer.rank = rank;
   rebalancer_ = std::make_unique<Rebalancer>(
@@ -151,6 +155,7 @@ absl::Status Engine::JoinGroup(Group group, int64_t last_step) {
   capture_ = std::make_unique<IdsCapture>(group_.member, config.num_moe_layers(), config.gate.top_k,
                                           TraceRecorder::IdBytes(config.gate.num_experts));
   record_open_ = false;
+  decoder_->TakeChoiceHash();  // of a step that not all have finished
   BALLAST_RETURN_IF_ERROR(LoadMissing(placement));
   table_ = std::make_unique<DispatchTable>(placement, group_.member, *store_, nullptr);
   return absl::OkStatus();
@@ -213,6 +218,9 @@ absl::Status Engine::ReadFrames() {
     } else if (auto* plan_frame = std::get_if<PlanFrame>(&frame.body)) {
       BALLAST_ASSIGN_OR_RETURN(MigrationPlan plan, MigrationPlan::Deserialize(plan_frame->plan));
       rebalancer_->OnPlan(std::move(plan));
+    } else if (const auto* verify = std::get_if<VerifyFrame>(&frame.body)) {
+      verify_id_ = verify->id;
+      verifier_->Ask();
     } else if (const auto* stop = std::get_if<StopFrame>(&frame.body)) {
       stop_ = stop->complete ? StopKind::kComplete : StopKind::kIncomplete;
     }
@@ -225,6 +233,7 @@ absl::Status Engine::Open(const Batch& batch) {
                           .num_prefill = batch.num_prefill,
                           .wake_seq = wake_seq_,
                           .last_cpu_us = last_cpu_us_,
+                          .choice_hash = decoder_->TakeChoiceHash(),
                           .stop = stop_};
   if (options_.recorder != nullptr) wish.record_ids = options_.recorder->ids_recording();
   const StepHeader mine = protocol_->Begin(wish);
@@ -234,6 +243,11 @@ absl::Status Engine::Open(const Batch& batch) {
   Report();
   BALLAST_ASSIGN_OR_RETURN(opening_, protocol_->Open(headers_, NowNs()));
   stopping_ = opening_.stop;
+  if (opening_.num_dissenters > 0) {
+    LogError("engine", absl::StrCat(opening_.num_dissenters, " ranks chose other replicas in step ",
+                                    protocol_->step() - 1, " than the others: they have to go"));
+    observer_->OnVerified({.dissenters = opening_.num_dissenters});
+  }
   if (opening_.ended.has_value()) {
     if (opening_.ended->done == Command::kFlip) {
       copies_committed_ += opening_.ended->copies;
@@ -256,7 +270,7 @@ absl::Status Engine::RunStep(const Batch& batch) {
       rebalancer_->Slice();
       stall_ns_ += NowNs() - slice_began;
     }
-    return absl::OkStatus();
+    return Verify();
   };
   BALLAST_ASSIGN_OR_RETURN(const auto logits, decoder_->Forward(batch, cache_.get(), table_.get(),
                                                                 between_layers, &record_.layers));
@@ -330,7 +344,7 @@ absl::Status Engine::Rest() {
   // Somebody has read a frame that others have not: they have work to do in a moment.
   if (!opening_.same_wake) return absl::OkStatus();
   BALLAST_RETURN_IF_ERROR(SendEvents());
-  return channel_->WaitReadable(kIdleWaitMs).status();
+  return Idle();
 }
 
 absl::Status Engine::SendEvents() {

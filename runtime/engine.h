@@ -23,6 +23,7 @@
 #include "runtime/rebalancer.h"
 #include "runtime/scheduler.h"
 #include "runtime/step_protocol.h"
+#include "runtime/verifier.h"
 
 namespace ballast {
 
@@ -56,6 +57,14 @@ struct StepRecord {
   }
 };
 
+// What came of looking (verifier.h, step_protocol.h, placement_check.h).
+struct Verified {
+  int64_t copies = 0;      // experts whose parameters were read again
+  int32_t corrupted = 0;   // of these, not as they were packed
+  int32_t dissenters = 0;  // members that chose other replicas than most
+  int32_t unsound = 0;     // placements or tables that contradict themselves
+};
+
 // Told what happens, on the step thread: must not block or allocate much.
 class EngineObserver {
  public:
@@ -64,6 +73,8 @@ class EngineObserver {
   virtual void OnPlanEnded(const Rebalancer::Outcome& outcome, const Placement& in_force) = 0;
   // This rank has nothing to run: what was still in its batch was cancelled.
   virtual void OnRest(int32_t running, int32_t waiting, int64_t kv_bytes_used) = 0;
+  // What this rank looked at to find out whether it is as it should be.
+  virtual void OnVerified(const Verified& verified) = 0;
   // Other ranks than before serve from here on, under a placement for them. A plan that was under
   // way has come to nothing, or is part of it.
   virtual void OnRegrouped(const Regrouping& regrouping, const Placement& in_force) = 0;
@@ -80,7 +91,8 @@ struct EngineOptions {
   int64_t step_timeout_ms = 60'000;  // of every wait for another rank
   // How long to wait for the leader's word when a step cannot go on, or a group is forming.
   int64_t halt_timeout_ms = 60'000;
-  int64_t alive_period_ms = 0;  // tell the leader so often that this rank lives; 0: never
+  int64_t verify_period_ms = 0;  // read all parameters again so often (verifier.h); 0: when asked
+  int64_t alive_period_ms = 0;   // tell the leader so often that this rank lives; 0: never
   const TraceRecorder* recorder = nullptr;  // leader: says whether ids are wanted; may be null
 };
 
@@ -129,6 +141,11 @@ class Engine {
   void ShowLoad();
   void TellAlive();  // on a thread of its own, until the end
 
+  // Verification (engine_verify.cc).
+  absl::Status Verify();
+  absl::Status Repair(const VerifiedCopy& copy);
+  absl::Status Idle();
+
   // Regrouping (engine_group.cc).
   absl::Status TellTrouble(const absl::Status& why);
   absl::Status Regroup();  // until this rank serves again, or all stop
@@ -159,6 +176,8 @@ class Engine {
   std::unique_ptr<ExpertStore> store_;
   std::unique_ptr<DispatchTable> table_;
   std::unique_ptr<Rebalancer> rebalancer_;
+  std::unique_ptr<Verifier> verifier_;
+  uint64_t verify_id_ = 0;  // of the check that the leader asked for last
 
   std::deque<LeaderFrame> inbox_;        // taken off the channel, not yet read
   std::deque<LeaderFrame> group_inbox_;  // of these, what concerns the group: it goes first

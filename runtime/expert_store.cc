@@ -11,7 +11,6 @@
 namespace ballast {
 namespace {
 
-constexpr size_t kChecksumPieceBytes = 64 << 10;
 constexpr uint32_t kChunkMagic = 0x4b4e4843;  // "CHNK"
 
 }  // namespace
@@ -109,6 +108,12 @@ uint64_t ExpertStore::Checksum(int32_t layer, int32_t expert) const {
   const std::byte* block = Parameters(layer, expert);
   BALLAST_CHECK(block != nullptr);
   return BlockChecksum({block, options_.block_bytes});
+}
+
+size_t ExpertStore::resident_bytes() const {
+  const auto held =
+      std::ranges::count_if(block_of_expert_, [](int32_t block) { return block >= 0; });
+  return static_cast<size_t>(held) * options_.block_bytes;
 }
 
 uint64_t ExpertStore::SealedChecksum(int32_t layer, int32_t expert) const {

@@ -76,6 +76,8 @@ class ExpertStore : public CopyStore {
   uint64_t SealedChecksum(int32_t layer, int32_t expert) const;
 
   int32_t rank() const { return options_.rank; }
+  // Of the experts that this rank holds.
+  size_t resident_bytes() const;
   int64_t bytes_received() const { return bytes_received_; }
   int64_t copies_received() const { return copies_received_; }
 
@@ -116,7 +118,9 @@ class ExpertStore : public CopyStore {
   int64_t copies_received_ = 0;
 };
 
-// The checksum of an expert's block: a chain over pieces of fixed size.
+// The checksum of an expert's block: a chain over pieces of this size,
+//   sum_0 = bytes of the block, sum_i = Hash64(piece i, sum_(i-1)).
+inline constexpr size_t kChecksumPieceBytes = 64 << 10;
 uint64_t BlockChecksum(std::span<const std::byte> block);
 
 }  // namespace ballast

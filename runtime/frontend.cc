@@ -158,6 +158,12 @@ absl::Status Frontend::State::BroadcastPlan(std::vector<std::byte> plan) {
   return BroadcastLocked(-1, PlanFrame{std::move(plan)});
 }
 
+absl::Status Frontend::State::AskToVerify(uint64_t id) {
+  const std::lock_guard lock(mutex_);
+  if (failed_ || stopped_) return absl::UnavailableError("the ranks are stopped or lost");
+  return BroadcastLocked(-1, VerifyFrame{id});
+}
+
 absl::Status Frontend::State::CheckChangeLocked(int rank) const {
   if (failed_ || stopped_) return absl::UnavailableError("the ranks are stopped or lost");
   if (rank < 1 || rank >= static_cast<int>(channels_.size())) {
@@ -296,6 +302,9 @@ void Frontend::Cancel(uint64_t request_id, FinishReason reason) {
 absl::Status Frontend::BroadcastPlan(std::vector<std::byte> plan) {
   return state_->BroadcastPlan(std::move(plan));
 }
+absl::Status Frontend::AskToVerify(uint64_t id) {
+  return state_->AskToVerify(id);
+}
 absl::Status Frontend::Leave(int rank) {
   return state_->Leave(rank);
 }
@@ -310,6 +319,16 @@ std::vector<Frontend::RankState> Frontend::rank_states() const {
 }
 void Frontend::DrainAndStop(int64_t timeout_ms) {
   state_->DrainAndStop(timeout_ms);
+}
+std::vector<int> Frontend::serving() const {
+  std::vector<int> ranks;
+  const std::vector<RankState> states = rank_states();
+  for (size_t r = 0; r < states.size(); ++r) {
+    if (states[r] == RankState::kServes || states[r] == RankState::kLeaving) {
+      ranks.push_back(static_cast<int>(r));
+    }
+  }
+  return ranks;
 }
 bool Frontend::accepting() const {
   return state_->accepting();

@@ -25,6 +25,8 @@ struct FrontendOptions {
   std::function<void(RequestEnd)> on_end = {};
   // Told what the gates of a rank chose, from the I/O thread: must not block. Empty: nobody.
   std::function<void(int rank, const RoutingFrame&)> on_routing = {};
+  // Told what a rank found when it was asked to verify, from the I/O thread: must not block.
+  std::function<void(int rank, VerifiedFrame)> on_verified = {};
   // Go on without ranks that are lost, but for rank 0. False: any loss ends the service.
   bool survive_losses = false;
   // A rank that has said nothing for so long, once it has begun to, is lost (ranks say something
@@ -75,6 +77,8 @@ class Frontend {
   void Cancel(uint64_t request_id, FinishReason reason = FinishReason::kCancelled);
   // A migration plan for all ranks.
   absl::Status BroadcastPlan(std::vector<std::byte> plan);
+  // Has all ranks verify what they serve from; FrontendOptions::on_verified gets what they find.
+  absl::Status AskToVerify(uint64_t id);
   // The rank gets no more requests: it is about to leave.
   // ERRORS kInvalidArgument: rank 0, or out of range; kFailedPrecondition: it is lost, or does not
   //        serve; kUnavailable: stopped or failed
@@ -86,6 +90,8 @@ class Frontend {
   // Of each rank of the job. While the ranks regroup, what they will be.
   enum class RankState { kServes, kLeaving, kLeft, kLost };
   std::vector<RankState> rank_states() const;
+  // The ranks among them that serve or are about to leave.
+  std::vector<int> serving() const;
 
   // Admits nothing more; waits until every request has ended or `timeout_ms` have passed (the rest
   // end with kCancelled); then tells all ranks to stop.

@@ -188,6 +188,10 @@ void Frontend::State::Handle(int rank, const RankFrame& frame) {
     if (options_.on_routing) options_.on_routing(rank, *routing);
     return;
   }
+  if (const auto* verified = std::get_if<VerifiedFrame>(&frame.body)) {
+    if (options_.on_verified) options_.on_verified(rank, *verified);
+    return;
+  }
   const std::lock_guard lock(mutex_);
   heard_ns_[rank] = NowNs();
   if (const auto* status = std::get_if<RankStatusFrame>(&frame.body)) {

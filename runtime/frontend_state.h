@@ -26,6 +26,7 @@ class Frontend::State {
                                   int64_t timeout_ms);
   void Cancel(uint64_t request_id, FinishReason reason);
   absl::Status BroadcastPlan(std::vector<std::byte> plan);
+  absl::Status AskToVerify(uint64_t id);
   absl::Status BeginLeaving(int rank);
   absl::Status Leave(int rank);
   absl::Status Return(int rank);

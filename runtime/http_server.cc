@@ -365,7 +365,9 @@ void HttpServer::State::Ready(HttpConnection& connection) {
   if (backend_.is_ready && !backend_.is_ready()) {
     return connection.Reply(503, R"({"status":"starting"})", kRetryAfter);
   }
-  connection.Reply(200, R"({"status":"ready"})");
+  const std::string note = backend_.note ? backend_.note() : "";
+  if (note.empty()) return connection.Reply(200, R"({"status":"ready"})");
+  connection.Reply(200, nlohmann::ordered_json{{"status", "ready"}, {"note", note}}.dump());
 }
 
 // What operators do: from the server's own machine only.

@@ -32,7 +32,8 @@ struct HttpBackend {
   Frontend* frontend = nullptr;  // outlives the server
   Tokenizer tokenizer = Tokenizer::None();
   std::string model_name = {};
-  std::function<bool()> is_ready = {};  // empty: always
+  std::function<bool()> is_ready = {};     // empty: always
+  std::function<std::string()> note = {};  // what GET /readyz adds, if anything; empty: nothing
   // What answers GET of other paths, and POST of those that operators use: these are for the
   // server's own machine only.
   std::map<std::string, std::function<HttpReply()>> get = {};

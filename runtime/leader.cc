@@ -1,47 +1,174 @@
 #include "runtime/leader.h"
 
-#include <algorithm>
 #include <cerrno>
+#include <chrono>
 #include <cstring>
+#include <deque>
+#include <future>
 #include <nlohmann/json.hpp>
-#include <numeric>
+#include <optional>
 #include <utility>
+#include <variant>
 
 #include "base/check.h"
 #include "base/log.h"
 #include "base/status.h"
+#include "placement/regroup.h"
 
 namespace ballast {
 namespace {
 
 constexpr std::chrono::seconds kAnswerDeadline(10);
-constexpr int32_t kMostAborts = 3;  // of plans for one departure; then it takes place as it is
+constexpr std::chrono::milliseconds kGlance(20);  // of the watching thread
+constexpr int32_t kMostReplaced = 3;              // workers; then there are no more plans
+// Steps that may wait for the controller; more are left out of its statistics.
+constexpr int32_t kMostWaitingSteps = 256;
+constexpr int64_t kNsPerMs = 1'000'000;
+constexpr int64_t kPublishEveryNs = 1'000 * kNsPerMs;
 
-template <typename T>
-void AppendArray(std::string* text, const std::vector<T>& values) {
-  absl::StrAppend(text, "[");
-  for (size_t i = 0; i < values.size(); ++i) absl::StrAppend(text, i > 0 ? "," : "", values[i]);
-  absl::StrAppend(text, "]");
-}
+struct PlanEnded {
+  Rebalancer::Outcome outcome;
+  Placement in_force;
+};
+struct RanksChanged {
+  Regrouping how;
+  Placement in_force;
+};
+struct Forced {
+  std::promise<std::string> answer;
+};
+struct Vacating {
+  int32_t rank = 0;
+};
+using Event = std::variant<StepRecord, PlanEnded, RanksChanged, Forced, Vacating>;
 
 }  // namespace
+
+// A loop with its thread and what waits for it. Held by the leader, and by the thread itself, which
+// may outlive the leader if it never comes back.
+class Leader::Worker : public std::enable_shared_from_this<Leader::Worker> {
+ public:
+  static absl::StatusOr<std::shared_ptr<Worker>> Start(const LeaderLoopOptions& options,
+                                                       LeaderLoop::Start start, LeaderHost* host) {
+    auto worker = std::make_shared<Worker>();
+    worker->tether_ = std::make_shared<Tether>(host);
+    worker->window_ = std::make_shared<LeaderLoop::Window>(start.window);
+    BALLAST_ASSIGN_OR_RETURN(worker->loop_,
+                             LeaderLoop::Create(options, std::move(start), worker->tether_));
+    worker->thread_ = std::thread([worker] { worker->Loop(); });
+    return worker;
+  }
+
+  void Push(Event event) {
+    {
+      const std::lock_guard lock(mutex_);
+      if (std::holds_alternative<StepRecord>(event) && ++waiting_steps_ > kMostWaitingSteps) {
+        --waiting_steps_;
+        return;
+      }
+      events_.push_back(std::move(event));
+    }
+    wake_.notify_one();
+  }
+
+  // Ends when nothing waits any more. REQUIRES not given up
+  void Finish() {
+    {
+      const std::lock_guard lock(mutex_);
+      stop_ = true;
+    }
+    wake_.notify_one();
+    thread_.join();
+  }
+
+  // Reaches nobody from then on. What waited for it; nothing where it cannot be given up just now.
+  std::optional<std::deque<Event>> GiveUp() {
+    if (!tether_->TryCut()) return std::nullopt;
+    const std::lock_guard lock(mutex_);
+    stop_ = true;
+    thread_.detach();
+    return std::exchange(events_, {});
+  }
+
+  // How long it has been at one thing; 0: it waits.
+  int64_t busy_ns() const {
+    const int64_t since = busy_since_ns_;
+    return since == 0 ? 0 : NowNs() - since;
+  }
+
+  std::shared_ptr<const LeaderLoop::Window> window() const {
+    const std::lock_guard lock(mutex_);
+    return window_;
+  }
+
+ private:
+  void Loop() {
+    int64_t published_ns = 0;
+    loop_->Begin();
+    while (true) {
+      std::unique_lock lock(mutex_);
+      wake_.wait(lock, [this] { return stop_ || !events_.empty(); });
+      if (events_.empty()) return;
+      Event event = std::move(events_.front());
+      events_.pop_front();
+      waiting_steps_ -= std::holds_alternative<StepRecord>(event);
+      // Planning can take longer than a step: the counts of waiting steps come first.
+      may_plan_ = events_.empty();
+      const bool last = stop_ && events_.empty();
+      lock.unlock();
+      const int64_t began = NowNs();
+      busy_since_ns_ = began;
+      std::visit([this](auto& e) { Handle(e); }, event);
+      loop_->AdvanceVacating();
+      if (last || began - published_ns >= kPublishEveryNs) {
+        published_ns = began;
+        auto window = std::make_shared<const LeaderLoop::Window>(loop_->window());
+        lock.lock();
+        window_ = std::move(window);
+        lock.unlock();
+      }
+      busy_since_ns_ = 0;
+    }
+  }
+  void Handle(const StepRecord& record) { loop_->OnStep(record, may_plan_); }
+  void Handle(const PlanEnded& ended) { loop_->OnPlanEnded(ended.outcome, ended.in_force); }
+  void Handle(const RanksChanged& e) { loop_->OnRegrouped(e.how, e.in_force); }
+  void Handle(Forced& forced) { forced.answer.set_value(loop_->Rebalance()); }
+  void Handle(const Vacating& vacating) { loop_->Vacate(vacating.rank); }
+
+  std::shared_ptr<Tether> tether_;
+  std::unique_ptr<LeaderLoop> loop_;  // the thread's
+  bool may_plan_ = true;              // the thread's
+  std::atomic<int64_t> busy_since_ns_ = 0;
+  mutable std::mutex mutex_;
+  // State below is protected by mutex_.
+  std::condition_variable wake_;
+  std::deque<Event> events_;
+  int32_t waiting_steps_ = 0;  // among them
+  bool stop_ = false;
+  std::shared_ptr<const LeaderLoop::Window> window_;  // as it was a moment ago
+  std::thread thread_;
+};
 
 absl::StatusOr<std::unique_ptr<Leader>> Leader::Create(
     const Options& options, const Placement& initial, RankObserver rank_observer,
     RankMetrics* metrics, std::function<absl::Status(std::vector<std::byte>)> send_plan) {
   std::unique_ptr<Leader> leader(
       new Leader(options, initial, std::move(rank_observer), metrics, std::move(send_plan)));
-  leader->granted_ns_ = options.now_ns();
-  BALLAST_RETURN_IF_ERROR(leader->MakeController(options.controller, initial, /*last_plan_id=*/0));
-  if (!options.step_log.empty()) {
-    leader->log_ = std::fopen(options.step_log.c_str(), "w");
-    if (leader->log_ == nullptr) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("--step-log: cannot write ", options.step_log, ": ", std::strerror(errno)));
-    }
+  BALLAST_RETURN_IF_ERROR(leader->OpenStepLog());
+  BALLAST_ASSIGN_OR_RETURN(
+      leader->worker_,
+      Worker::Start(leader->options_.loop,
+                    {.placement = initial, .ranks = leader->ranks_, .window = options.window},
+                    &leader->host_));
+  leader->watch_ = std::thread(&Leader::Watch, leader.get());
+  if (!options.state_file.empty()) {
+    leader->keeper_ = std::make_unique<StateKeeper>(StateKeeper::Options{
+        .path = options.state_file,
+        .period_ms = options.state_period_ms,
+        .state = [l = leader.get()] { return l->CurrentState(); },
+        .on_written = [metrics](const absl::Status& s) { metrics->OnStateWritten(s.ok()); }});
   }
-  leader->PublishLastCopies(initial);
-  leader->thread_ = std::thread(&Leader::Loop, leader.get());
   return leader;
 }
 
@@ -51,46 +178,75 @@ Leader::Leader(const Options& options, const Placement& initial, RankObserver ra
       rank_observer_(std::move(rank_observer)),
       metrics_(metrics),
       send_plan_(std::move(send_plan)),
-      num_job_ranks_(static_cast<size_t>(initial.topology().num_ranks())),
-      counts_(static_cast<size_t>(kNumTokenKinds) * initial.num_layers() * initial.num_experts()),
       placement_(initial) {
+  options_.loop.num_job_ranks = initial.topology().num_ranks();
   for (int32_t r = 0; r < initial.topology().num_ranks(); ++r) ranks_.push_back(r);
-  ranks_in_force_ = ranks_;
+  metrics_->SetPlacementEpoch(initial.epoch());
+  host_ = {.metrics = metrics,
+           .recorder = options.recorder,
+           .log_step = {},
+           .send = [this](const MigrationPlan& plan) { return SendPlan(plan); },
+           .on_settled =
+               [this] {
+                 const std::lock_guard lock(mutex_);
+                 plan_under_way_ = 0;
+               },
+           .leave = options.leave};
 }
 
-absl::Status Leader::MakeController(ControllerOptions options, const Placement& placement,
-                                    int64_t last_plan_id) {
-  options.last_plan_id = last_plan_id;
-  if (options_.copy_bytes_per_second > 0.0) {
-    options.copy_burst =
-        std::max<double>(placement.topology().num_slots(),
-                         options_.copy_bytes_per_second / static_cast<double>(options_.copy_bytes));
+absl::Status Leader::OpenStepLog() {
+  if (options_.step_log.empty()) return absl::OkStatus();
+  log_ = std::fopen(options_.step_log.c_str(), "w");
+  if (log_ == nullptr) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--step-log: cannot write ", options_.step_log, ": ", std::strerror(errno)));
   }
-  // No rank may get more in one plan than it can stage, whatever its slots are.
-  const Topology& topology = placement.topology();
-  for (int32_t r = 0; r < topology.num_ranks() && options.max_incoming_per_rank > 0; ++r) {
-    options.max_incoming_per_rank = std::max(options.max_incoming_per_rank, topology.slots_on(r));
-  }
-  BALLAST_ASSIGN_OR_RETURN(controller_, Controller::Create(options, placement));
+  host_.log_step = [this](const std::string& line) {
+    std::fwrite(line.data(), 1, line.size(), log_);
+    std::fflush(log_);
+  };
   return absl::OkStatus();
 }
 
 Leader::~Leader() {
   {
-    std::lock_guard lock(mutex_);
+    const std::lock_guard lock(mutex_);
     stop_ = true;
   }
   wake_.notify_all();
-  if (thread_.joinable()) thread_.join();
+  if (watch_.joinable()) watch_.join();
+  if (worker_ != nullptr) {
+    // One that works on something for so long may do so for ever.
+    const bool stalls = options_.stall_deadline_ms > 0 &&
+                        worker_->busy_ns() > options_.stall_deadline_ms * kNsPerMs;
+    if (!stalls || !worker_->GiveUp().has_value()) worker_->Finish();
+  }
+  keeper_.reset();  // after the last window
   if (log_ != nullptr) std::fclose(log_);
 }
 
-void Leader::Push(Event event) {
+// Under the mutex, so that nothing goes to a worker that is just being given up.
+template <typename T>
+void Leader::Push(T event) {
+  const std::lock_guard lock(mutex_);
+  worker_->Push(std::move(event));
+}
+
+absl::Status Leader::SendPlan(const MigrationPlan& plan) {
   {
-    std::lock_guard lock(mutex_);
-    events_.push_back(std::move(event));
+    const std::lock_guard lock(mutex_);
+    if (plan_under_way_ != 0) {
+      return absl::FailedPreconditionError(
+          absl::StrCat("plan ", plan_under_way_, " is still under way"));
+    }
+    last_plan_id_ = plan.plan_id;
+    plan_under_way_ = plan.plan_id;
   }
-  wake_.notify_one();
+  absl::Status sent = send_plan_(plan.Serialize());
+  if (sent.ok()) return sent;
+  const std::lock_guard lock(mutex_);
+  plan_under_way_ = 0;
+  return sent;
 }
 
 void Leader::OnStep(const StepRecord& record) {
@@ -100,231 +256,87 @@ void Leader::OnStep(const StepRecord& record) {
 
 void Leader::OnPlanEnded(const Rebalancer::Outcome& outcome, const Placement& in_force) {
   rank_observer_.OnPlanEnded(outcome, in_force);
+  {
+    const std::lock_guard lock(mutex_);
+    placement_ = in_force;
+  }
   Push(PlanEnded{outcome, in_force});
 }
 
 void Leader::OnRegrouped(const Regrouping& regrouping, const Placement& in_force) {
   rank_observer_.OnRegrouped(regrouping, in_force);
   {
-    // What was asked before is about ranks that are gone.
-    std::lock_guard lock(mutex_);
+    const std::lock_guard lock(mutex_);
     placement_ = in_force;
     ranks_ = regrouping.group.ranks;
   }
   metrics_->SetRanksServing(static_cast<int64_t>(regrouping.group.ranks.size()));
-  Push(Regrouped{regrouping, in_force});
+  Push(RanksChanged{regrouping, in_force});
 }
 
-void Leader::Loop() {
-  while (true) {
-    std::unique_lock lock(mutex_);
-    wake_.wait(lock, [this] { return stop_ || !events_.empty(); });
-    if (events_.empty()) return;
-    Event event = std::move(events_.front());
-    events_.pop_front();
-    // Planning can take longer than a step: the counts of waiting steps come first.
-    may_plan_ = events_.empty();
-    lock.unlock();
-    std::visit([this](auto& e) { Handle(e); }, event);
-    AdvanceVacating();
+void Leader::Watch() {
+  std::unique_lock lock(mutex_);
+  while (!wake_.wait_for(lock, kGlance, [this] { return stop_; })) {
+    if (options_.stall_deadline_ms == 0) continue;
+    const int64_t busy_ms = worker_->busy_ns() / kNsPerMs;
+    if (busy_ms > options_.stall_deadline_ms) ReplaceLocked(busy_ms);
   }
 }
 
-void Leader::Handle(const StepRecord& record) {
-  step_ = record.step;
-  StepCounts counts{.num_tokens = record.num_tokens};
-  auto to = counts_.begin();
-  for (TokenKind kind : kTokenKinds) {
-    const auto begin = to;
-    for (const LayerCounts& layer : record.layers) {
-      to = std::copy(layer.counts[kind].begin(), layer.counts[kind].end(), to);
-    }
-    counts.counts[kind] = {begin, to};
+// The controller works on one thing for too long.
+void Leader::ReplaceLocked(int64_t busy_ms) {
+  std::optional<std::deque<Event>> waiting = worker_->GiveUp();
+  if (!waiting.has_value()) return;  // in the middle of a call: at the next glance
+  ++replaced_;
+  metrics_->OnControllerStalled();
+  LeaderLoopOptions loop = options_.loop;
+  const bool last = replaced_ >= kMostReplaced;
+  if (last) {
+    loop.controller.policy = "never";
+    loop.controller.rules = {};
+    loop.controller.force_every_steps = 0;
+    loop.make_controller = Controller::Create;
   }
-  BALLAST_CHECK(to == counts_.end());
-  if (options_.recorder != nullptr) options_.recorder->AddStep(counts_);
-  controller_->OnStep(record.step, counts);
-  WriteStep(record);
-  tokens_since_hot_ += record.all_tokens();
-  if (tokens_since_hot_ >= options_.hot_experts_every_tokens) PublishHotExperts();
-  Decision why = Decision::kNone;
-  if (!may_plan_ || !vacating_.empty()) return;
-  if (Plan(/*force=*/false, &why).has_value()) trigger_ = TriggerOf(/*force=*/false);
+  note_ = absl::StrCat(
+      "the controller made no progress for ", busy_ms, " ms (lost ", replaced_,
+      last ? " times): there are no more plans" : " times): another one has taken its place");
+  LogError("leader", note_);
+  absl::StatusOr<std::shared_ptr<Worker>> next = Worker::Start(loop,
+                                                               {.placement = placement_,
+                                                                .ranks = ranks_,
+                                                                .last_plan_id = last_plan_id_,
+                                                                .window = *worker_->window()},
+                                                               &host_);
+  BALLAST_CHECK(next.ok());  // it was made of these options before
+  worker_ = *std::move(next);
+  for (Event& event : *waiting) worker_->Push(std::move(event));
 }
 
-void Leader::Handle(const PlanEnded& ended) {
-  const bool applied = ended.outcome.done == Command::kFlip;
-  metrics_->OnRebalance(applied ? RebalanceResult::kApplied : RebalanceResult::kAborted, trigger_);
-  LogInfo("leader",
-          absl::StrCat("plan ", ended.outcome.plan_id, applied ? " in force" : " aborted",
-                       ", epoch ", ended.in_force.epoch(), ", ", ended.outcome.copies,
-                       " copies, flip held the step for ", ended.outcome.stall_ns / 1000, " us"));
-  if (!controller_->in_flight()) return;
-  if (applied) {
-    controller_->OnCommitted(ended.outcome.plan_id, step_);
-  } else {
-    controller_->OnAborted(ended.outcome.plan_id, step_);
-    if (!vacating_.empty()) ++vacating_.front().aborts;
+std::string Leader::ControllerNote() const {
+  const std::lock_guard lock(mutex_);
+  return note_;
+}
+
+// Null where there is none to keep: what ranks that are left do among themselves does not fit the
+// whole job.
+std::shared_ptr<const ServerState> Leader::CurrentState() {
+  const std::lock_guard lock(mutex_);
+  const std::shared_ptr<const LeaderLoop::Window> window = worker_->window();
+  if (static_cast<int32_t>(ranks_.size()) < options_.loop.num_job_ranks) return nullptr;
+  if (state_ != nullptr && state_->placement.epoch() == placement_.epoch() &&
+      state_->window_tokens == window->num_tokens && state_->window_load == window->load) {
+    return state_;
   }
-  PublishLastCopies(ended.in_force);
-  std::lock_guard lock(mutex_);
-  if (ended.in_force.epoch() > placement_.epoch()) placement_ = ended.in_force;
-}
-
-void Leader::PublishLastCopies(const Placement& placement) {
-  const std::vector<int32_t> reloads = ReloadsIfLost(placement);
-  std::vector<int64_t> by_job_rank(num_job_ranks_, 0);
-  for (size_t r = 0; r < reloads.size(); ++r) by_job_rank[ranks_in_force_[r]] = reloads[r];
-  metrics_->SetLastCopies(by_job_rank);
-}
-
-// A new controller, for the ranks that serve now. It begins with the load that the last one knew.
-void Leader::Handle(const Regrouped& regrouped) {
-  LogInfo("leader", absl::StrCat("generation ", regrouped.how.group.generation, ": ",
-                                 regrouped.how.group.ranks.size(), " ranks, epoch ",
-                                 regrouped.in_force.epoch(), ", ", regrouped.how.reloads,
-                                 " experts read from the checkpoint, steps paused for ",
-                                 regrouped.how.pause_ns / 1'000'000, " ms"));
-  ranks_in_force_ = regrouped.how.group.ranks;
-  PublishLastCopies(regrouped.in_force);
-  if (options_.recorder != nullptr && options_.recorder->ids_recording() != 0) {
-    LogWarning("leader", "the recording of ids ends: the ranks have changed");
-    options_.recorder->Stop().IgnoreError();
-  }
-  const std::unique_ptr<Controller> before = std::move(controller_);
-  const absl::Status made =
-      MakeController(options_.controller, regrouped.in_force, before->last_plan_id());
-  if (!made.ok()) {
-    LogWarning("leader", absl::StrCat("no more plans: ", std::string(made.message())));
-    ControllerOptions none = options_.controller;
-    none.policy = "never";
-    none.rules = {};
-    BALLAST_CHECK(MakeController(none, regrouped.in_force, before->last_plan_id()).ok());
-  }
-  std::vector<int32_t> load;
-  for (int32_t layer = 0; layer < regrouped.in_force.num_layers(); ++layer) {
-    for (const int64_t n : before->window_load(layer)) load.push_back(static_cast<int32_t>(n));
-  }
-  controller_->OnStep(step_, StepCounts::Of(TokenKind::kDecode, before->window_tokens(), load));
-}
-
-RebalanceTrigger Leader::TriggerOf(bool force) const {
-  if (force) return RebalanceTrigger::kManual;
-  return options_.controller.force_every_steps > 0 ? RebalanceTrigger::kInterval
-                                                   : RebalanceTrigger::kThreshold;
-}
-
-void Leader::Handle(Forced& forced) {
-  Decision why = Decision::kInFlight;
-  std::optional<MigrationPlan> plan;
-  if (vacating_.empty()) plan = Plan(/*force=*/true, &why);
-  nlohmann::json answer = {{"planned", plan.has_value()}};
-  if (plan.has_value()) {
-    trigger_ = TriggerOf(/*force=*/true);
-    answer["plan_id"] = plan->plan_id;
-    answer["copies"] = plan->moves.size();
-  } else {
-    answer["reason"] = NameOf(why);
-  }
-  forced.answer.set_value(answer.dump());
-}
-
-// Turns the time since the last decision into copies.
-void Leader::GrantCopies() {
-  if (options_.copy_bytes_per_second <= 0.0) return;
-  const int64_t now = options_.now_ns();
-  controller_->GrantCopies(static_cast<double>(now - granted_ns_) * 1e-9 *
-                           options_.copy_bytes_per_second /
-                           static_cast<double>(options_.copy_bytes));
-  granted_ns_ = now;
-}
-
-std::optional<MigrationPlan> Leader::Plan(bool force, Decision* why) {
-  GrantCopies();
-  auto plan = controller_->Decide(step_, force, why);
-  if (*why == Decision::kOverBudget) {
-    metrics_->OnRebalance(RebalanceResult::kOverBudget, TriggerOf(force));
-  }
-  if (!plan.has_value()) return std::nullopt;
-  if (!Send(*plan)) return std::nullopt;
-  return plan;
-}
-
-bool Leader::Send(const MigrationPlan& plan) {
-  LogInfo("leader", absl::StrCat("plan ", plan.plan_id, ": ", plan.moves.size(), " copies in ",
-                                 plan.rows.size(), " layers"));
-  const absl::Status sent = send_plan_(plan.Serialize());
-  if (sent.ok()) return true;
-  LogWarning("leader", std::string(sent.message()));
-  controller_->OnAborted(plan.plan_id, step_);
-  return false;
-}
-
-// The next plan of a rank's departure, or its end. What cannot be moved is read from the checkpoint
-// when the others regroup.
-void Leader::AdvanceVacating() {
-  while (!vacating_.empty() && !controller_->in_flight()) {
-    Vacating& next = vacating_.front();
-    const auto at = std::find(ranks_in_force_.begin(), ranks_in_force_.end(), next.rank);
-    const bool serves = at != ranks_in_force_.end() && ranks_in_force_.size() > 1;
-    if (serves && next.aborts < kMostAborts) {
-      const auto plan =
-          controller_->Vacate(step_, static_cast<int32_t>(at - ranks_in_force_.begin()));
-      if (plan.has_value()) {
-        trigger_ = RebalanceTrigger::kManual;
-        if (Send(*plan)) return;
-        ++next.aborts;
-        continue;
-      }
-    }
-    const int32_t rank = next.rank;
-    vacating_.pop_front();
-    if (options_.leave) options_.leave(rank);
-  }
+  state_ = std::make_shared<const ServerState>(ServerState{.model = options_.model,
+                                                           .rules = options_.loop.controller.rules,
+                                                           .placement = placement_,
+                                                           .window_tokens = window->num_tokens,
+                                                           .window_load = window->load});
+  return state_;
 }
 
 void Leader::Vacate(int32_t rank) {
   Push(Vacating{.rank = rank});
-}
-
-void Leader::WriteStep(const StepRecord& record) {
-  if (log_ == nullptr) return;
-  std::string line =
-      absl::StrCat("{\"step\":", record.step, ",\"unix_us\":", record.end_unix_us,
-                   ",\"wall_us\":", record.wall_us, ",\"tokens\":", record.all_tokens(),
-                   ",\"epoch\":", record.epoch, ",\"copies\":", record.copies_committed,
-                   ",\"stall_us\":", record.stall_us, ",\"cpu_us\":");
-  AppendArray(&line, record.cpu_us);
-  absl::StrAppend(&line, ",\"load\":[");
-  for (size_t layer = 0; layer < record.layers.size(); ++layer) {
-    if (layer > 0) absl::StrAppend(&line, ",");
-    AppendArray(&line, record.layers[layer].rank_load);
-  }
-  absl::StrAppend(&line, "]}\n");
-  std::fwrite(line.data(), 1, line.size(), log_);
-  std::fflush(log_);
-}
-
-void Leader::PublishHotExperts() {
-  tokens_since_hot_ = 0;
-  if (options_.hot_experts == 0) return;
-  std::vector<HotExpert> hot;
-  const Placement& placement = controller_->placement();
-  std::vector<int32_t> order(static_cast<size_t>(placement.num_experts()));
-  for (int32_t layer = 0; layer < placement.num_layers(); ++layer) {
-    const auto load = controller_->window_load(layer);
-    const int64_t total = std::accumulate(load.begin(), load.end(), int64_t{0});
-    if (total == 0) continue;
-    std::iota(order.begin(), order.end(), 0);
-    std::stable_sort(order.begin(), order.end(),
-                     [&](int32_t a, int32_t b) { return load[a] > load[b]; });
-    const size_t count = std::min(order.size(), static_cast<size_t>(options_.hot_experts));
-    for (size_t i = 0; i < count; ++i) {
-      hot.push_back(
-          {layer, order[i], static_cast<double>(load[order[i]]) / static_cast<double>(total)});
-    }
-  }
-  metrics_->SetHotExperts(std::move(hot));
 }
 
 std::string Leader::PlacementJson() const {

@@ -1,47 +1,47 @@
 #ifndef BALLAST_RUNTIME_LEADER_H_
 #define BALLAST_RUNTIME_LEADER_H_
 
+#include <atomic>
 #include <condition_variable>
 #include <cstdint>
 #include <cstdio>
-#include <deque>
 #include <functional>
-#include <future>
 #include <memory>
 #include <mutex>
-#include <optional>
 #include <string>
 #include <thread>
-#include <variant>
 #include <vector>
 
 #include "absl/status/statusor.h"
-#include "base/clock.h"
-#include "monitor/trace_recorder.h"
-#include "placement/controller.h"
-#include "runtime/engine.h"
+#include "runtime/leader_loop.h"
 #include "runtime/rank_observer.h"
+#include "runtime/server_state.h"
 
 namespace ballast {
 
-// What rank 0 has beside every rank's engine: the controller, on a thread of its own. Steps hand
-// their counts over and go on; plans go out to all ranks through the front end.
+// What rank 0 has beside every rank's engine: the controller, on a thread of its own
+// (leader_loop.h). Steps hand their counts over and go on; plans go out to all ranks through the
+// front end.
+//
+// Another thread watches it. A controller that works on one thing for longer than
+// `stall_deadline_ms` is reported (log, metric, note) and given up: a new one takes its place, with
+// the placement in force and the load that the old one knew last. The old thread is left to itself,
+// reaches nobody any more, and ends should it ever come back. After a few such losses there is no
+// new one: serving goes on with the placement in force.
 // THREADS OnStep, OnPlanEnded and OnRest from the step thread; the others from any thread.
 class Leader : public EngineObserver {
  public:
   struct Options {
-    ControllerOptions controller;
-    std::string step_log;     // a file that gets one JSON line per step; empty: none
-    int32_t hot_experts = 8;  // per layer, in the metrics; 0: none
-    int64_t hot_experts_every_tokens = 4096;
-    TraceRecorder* recorder = nullptr;  // gets the counts of every step; may be null
-    // Bytes per second, over all ranks, that plans may copy; 0: no limit. What is not used adds up
-    // to one second's, or to the slots of a layer where these are more.
-    double copy_bytes_per_second = 0.0;
-    int64_t copy_bytes = 1;                   // of one copy
-    std::function<int64_t()> now_ns = NowNs;  // any monotonic clock
+    LeaderLoopOptions loop;              // num_job_ranks is filled in
+    LeaderLoop::Window window = {};      // what is known of the load before the first step
+    std::string step_log;                // a file that gets one JSON line per step; empty: none
+    TraceRecorder* recorder = nullptr;   // gets the counts of every step; may be null
+    int64_t stall_deadline_ms = 30'000;  // 0: never given up
     // Has a rank of the job leave, once nothing of the placement is on it alone.
     std::function<void(int32_t rank)> leave = {};
+    // Where the state is kept (server_state.h); an empty path: nowhere.
+    std::string model, state_file;
+    int64_t state_period_ms = 30'000;
   };
   // `send_plan` gives a serialized plan to every rank. `metrics` belongs to rank 0.
   // ERRORS kInvalidArgument: the controller's options; the step log cannot be written
@@ -55,7 +55,7 @@ class Leader : public EngineObserver {
   void OnRest(int32_t running, int32_t waiting, int64_t kv_bytes_used) override {
     rank_observer_.OnRest(running, waiting, kv_bytes_used);
   }
-
+  void OnVerified(const Verified& verified) override { rank_observer_.OnVerified(verified); }
   void OnRegrouped(const Regrouping& regrouping, const Placement& in_force) override;
 
   // The placement in force as JSON: Placement::ToJson plus "replicas", [layer][expert] slots;
@@ -68,69 +68,42 @@ class Leader : public EngineObserver {
   // Plans now, whatever there is to gain, and says what came of it:
   //   {"planned":true,"plan_id":n,"copies":n} or {"planned":false,"reason":".."}
   std::string Rebalance();
+  // What an operator should know of the controller; empty: it does its work.
+  std::string ControllerNote() const;
 
  private:
-  struct PlanEnded {
-    Rebalancer::Outcome outcome;
-    Placement in_force;
-  };
-  struct Regrouped {
-    Regrouping how;
-    Placement in_force;
-  };
-  struct Forced {
-    std::promise<std::string> answer;
-  };
-  struct Vacating {
-    int32_t rank = 0;    // of the job
-    int32_t aborts = 0;  // of its plans
-  };
-  using Event = std::variant<StepRecord, PlanEnded, Regrouped, Forced, Vacating>;
+  class Worker;
 
   Leader(const Options& options, const Placement& initial, RankObserver rank_observer,
          RankMetrics* metrics, std::function<absl::Status(std::vector<std::byte>)> send_plan);
-  void Push(Event event);
-  void Loop();
-  void Handle(const StepRecord& record);
-  void Handle(const PlanEnded& ended);
-  void Handle(const Regrouped& regrouped);
-  void Handle(Forced& forced);
-  void Handle(const Vacating& vacating) { vacating_.push_back(vacating); }
-  void AdvanceVacating();
-  void PublishLastCopies(const Placement& placement);
-  bool Send(const MigrationPlan& plan);
-  absl::Status MakeController(ControllerOptions options, const Placement& placement,
-                              int64_t last_plan_id);
-  void GrantCopies();
-  RebalanceTrigger TriggerOf(bool force) const;
-  std::optional<MigrationPlan> Plan(bool force, Decision* why);
-  void WriteStep(const StepRecord& record);
-  void PublishHotExperts();
+  absl::Status OpenStepLog();
+  absl::Status SendPlan(const MigrationPlan& plan);
+  template <typename T>
+  void Push(T event);
+  void Watch();
+  void ReplaceLocked(int64_t busy_ms);
+  std::shared_ptr<const ServerState> CurrentState();
 
-  const Options options_;
+  Options options_;
   RankObserver rank_observer_;  // step thread
   RankMetrics* metrics_;
   std::function<absl::Status(std::vector<std::byte>)> send_plan_;
-  const size_t num_job_ranks_;
-  // State of the controller's thread.
-  std::unique_ptr<Controller> controller_;
-  std::vector<int32_t> counts_;  // [2, layers, E] of a step: prefill, decode
-  int64_t step_ = 0;
-  bool may_plan_ = true;
-  int64_t tokens_since_hot_ = 0;
-  std::vector<int32_t> ranks_in_force_;  // of the job, by rank of the controller's placement
-  std::deque<Vacating> vacating_;        // one after the other; no other plans meanwhile
-  int64_t granted_ns_ = 0;               // until when copies were granted
-  RebalanceTrigger trigger_ = RebalanceTrigger::kThreshold;  // of the plan in flight
+  LeaderHost host_;
   std::FILE* log_ = nullptr;
-  // State below is protected by mutex_.
   mutable std::mutex mutex_;
-  std::condition_variable wake_;
-  std::deque<Event> events_;
+  // State below is protected by mutex_.
+  std::condition_variable wake_;  // of the watching thread
   bool stop_ = false;
-  Placement placement_;         // in force, for PlacementJson
+  Placement placement_;         // in force
   std::vector<int32_t> ranks_;  // of the job, by rank of placement_
-  std::thread thread_;
+  int64_t last_plan_id_ = 0;    // sent
+  int64_t plan_under_way_ = 0;  // sent, and not yet ended; 0: none
+  std::shared_ptr<Worker> worker_;
+  int32_t replaced_ = 0;  // workers
+  std::string note_;
+  std::shared_ptr<const ServerState> state_;  // the last one that was made
+  std::thread watch_;
+  std::unique_ptr<StateKeeper> keeper_;
 };
 
 }  // namespace ballast

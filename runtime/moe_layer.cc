@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "base/check.h"
+#include "base/hash.h"
 #include "base/status.h"
 
 namespace ballast {
@@ -116,6 +117,8 @@ absl::Status MoeExecutor::SplitBatch(DispatchTable* table, const Args& args) {
   Splitter& splitter = *table->layer(args.layer).splitter;
   splitter.Run(options_.split, by_source_, &split_);
   splitter.Cut(options_.split, by_source_, split_, comm_->rank(), &part_);
+  choice_hash_ = Hash64(std::as_bytes(std::span(by_source_)), choice_hash_);
+  choice_hash_ = Hash64(std::as_bytes(std::span(split_.quota)), choice_hash_);
   args.counts->rank_load.assign(split_.rank_load.begin(), split_.rank_load.end());
   return absl::OkStatus();
 }

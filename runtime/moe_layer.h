@@ -6,6 +6,7 @@
 #include <memory>
 #include <optional>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "absl/status/statusor.h"
@@ -91,6 +92,10 @@ class MoeExecutor {
   };
   absl::Status Run(DispatchTable* table, const Args& args);
 
+  // Hash of what this rank knew and decided of the replicas in all layers since the last call: the
+  // counts of all ranks and the quotas of all hosts. Ranks that do not agree on it do not agree on
+  // where tokens go.
+  uint64_t TakeChoiceHash() { return std::exchange(choice_hash_, 0); }
   // What the gate chose in the last Run. SHAPES [T, top-k]
   std::span<const int32_t> ids() const { return ids_; }
   Matmul& gate_matmul() { return *gate_matmul_; }
@@ -111,6 +116,7 @@ class MoeExecutor {
   std::unique_ptr<Matmul> gate_matmul_;
   std::unique_ptr<GatedMlp> expert_mlp_;
   size_t row_bytes_;
+  uint64_t choice_hash_ = 0;
   Split split_;
   RankPart part_;
   Route route_;

@@ -30,6 +30,13 @@ void RankObserver::OnRest(int32_t running, int32_t waiting, int64_t kv_bytes_use
   metrics_->SetKvBytesUsed(kv_bytes_used);
 }
 
+void RankObserver::OnVerified(const Verified& verified) {
+  metrics_->OnCopiesVerified(verified.copies);
+  metrics_->OnVerifyFailures(VerifyFailure::kParameters, verified.corrupted);
+  metrics_->OnVerifyFailures(VerifyFailure::kReplicaChoice, verified.dissenters);
+  metrics_->OnVerifyFailures(VerifyFailure::kPlacement, verified.unsound);
+}
+
 void RankObserver::OnRegrouped(const Regrouping& regrouping, const Placement& in_force) {
   rank_ = regrouping.group.member;
   window_ = LoadWindow(in_force.num_layers(), in_force.topology().num_ranks());

@@ -57,6 +57,12 @@ HttpReply AnswerRanks(const Frontend& frontend) {
   return {200, ordered_json{{"ranks", std::move(ranks)}}.dump()};
 }
 
+HttpReply AnswerVerify(Verification* verification) {
+  const absl::StatusOr<std::string> answer = verification->Run();
+  if (!answer.ok()) return {HttpStatusOf(answer.status()), ErrorJson(answer.status())};
+  return {200, *answer};
+}
+
 HttpReply AnswerDrain(Frontend* frontend, const std::function<void(int rank)>& vacate,
                       const std::string& body) {
   const absl::StatusOr<int> rank = RankOf(body);

@@ -6,12 +6,16 @@
 
 #include "runtime/frontend.h"
 #include "runtime/http_server.h"
+#include "runtime/verification.h"
 
 namespace ballast {
 
 // Answers GET /v1/ranks: one object per rank of the job,
 //   {"ranks":[{"rank":0,"state":"serves" | "leaving" | "left" | "lost"},..]}
 HttpReply AnswerRanks(const Frontend& frontend);
+
+// Answers GET /v1/verify: Verification::Run.
+HttpReply AnswerVerify(Verification* verification);
 
 // Answers POST /v1/drain and POST /v1/undrain. The body is {"rank": r}. Both return at once; what
 // has come of it is in /v1/ranks.

@@ -6,6 +6,7 @@
 #include "base/clock.h"
 #include "base/log.h"
 #include "base/status.h"
+#include "placement/placement_check.h"
 
 namespace ballast {
 
@@ -27,6 +28,7 @@ void Rebalancer::OnPlan(MigrationPlan plan) {
   // What is wrong with a plan is wrong on every rank: then none of them stages any of it.
   auto target = plan.Apply(placement_);
   absl::Status status = target.status();
+  if (status.ok()) status = CheckPlacement(*target);
   if (status.ok()) status = store_->Stage(plan, placement_);
   if (plan.plan_id <= aborted_through_) {
     // The others gave it up before it got here, and may have sent parts of it: take these in.
@@ -121,6 +123,7 @@ absl::StatusOr<Regrouped> Rebalancer::Regroup(int64_t commit_plan_id, int64_t ep
   target_.reset();
   vote_ = Vote::kNone;
   BALLAST_ASSIGN_OR_RETURN(Regrouped regrouped, ballast::Regroup(placement_, members, epoch + 1));
+  BALLAST_RETURN_IF_ERROR(CheckPlacement(regrouped.placement));
   placement_ = regrouped.placement;
   options_.rank = rank;
   return regrouped;

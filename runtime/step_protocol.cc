@@ -11,6 +11,18 @@ namespace {
 constexpr int32_t kLeader = 0;
 static_assert(std::is_trivially_copyable_v<StepHeader>);
 
+// What most members say; at a tie the one that the lowest member says.
+uint64_t MostCommonChoice(std::span<const StepHeader> headers) {
+  uint64_t best = 0;
+  int64_t most = 0;
+  for (const StepHeader& h : headers) {
+    const int64_t count = std::ranges::count(headers, h.choice_hash, &StepHeader::choice_hash);
+    if (count > most) best = h.choice_hash;
+    most = std::max(most, count);
+  }
+  return best;
+}
+
 }  // namespace
 
 StepHeader StepProtocol::Begin(const Wish& wish) {
@@ -22,6 +34,7 @@ StepHeader StepProtocol::Begin(const Wish& wish) {
   mine.vote = vote.vote;
   mine.last_plan_id = rebalancer_->last_plan_id();
   mine.last_cpu_us = wish.last_cpu_us;
+  mine.choice_hash = wish.choice_hash;
   mine.num_tokens = wish.num_tokens;
   mine.num_prefill = wish.num_prefill;
   mine.busy = rebalancer_->busy();
@@ -44,6 +57,13 @@ absl::StatusOr<StepProtocol::Opening> StepProtocol::Open(std::span<const StepHea
     }
   }
   Opening opening;
+  const uint64_t choice = MostCommonChoice(headers);
+  for (const StepHeader& h : headers) opening.num_dissenters += h.choice_hash != choice;
+  if (headers[static_cast<size_t>(member_)].choice_hash != choice) {
+    return absl::InternalError(
+        absl::StrCat("member ", member_, " chose other replicas in step ", step_ - 1,
+                     " than the others: it can no longer be trusted"));
+  }
   // An aborted plan has ended when every member has received it and has nothing of it under way any
   // more. Until then the controller must not send another: its messages would meet the old ones.
   if (aborted_.has_value() && std::ranges::all_of(headers, [this](const StepHeader& h) {

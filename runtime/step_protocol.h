@@ -23,6 +23,7 @@ struct StepHeader {
   int64_t last_plan_id;     // the newest plan that has reached the member
   int64_t command_plan_id;  // leader
   int64_t last_cpu_us;      // of the step before, outside waits
+  uint64_t choice_hash;     // of that step: which replicas the member chose (moe_layer.h)
   uint32_t record_ids;      // leader: the recording that wants this step's ids; 0: none
   int32_t num_tokens;
   int32_t num_prefill;  // of these
@@ -45,6 +46,7 @@ class StepProtocol {
     int32_t num_tokens = 0, num_prefill = 0;
     uint64_t wake_seq = 0;
     int64_t last_cpu_us = 0;
+    uint64_t choice_hash = 0;
     uint32_t record_ids = 0;          // leader
     StopKind stop = StopKind::kNone;  // leader
   };
@@ -55,11 +57,13 @@ class StepProtocol {
     bool run = false;                 // somebody has tokens: every member joins every layer
     bool same_wake = false;           // all have read the same frames
     bool busy = false;                // members have transfers under way, or a command is
+    int32_t num_dissenters = 0;   // members that chose other replicas in the step before
     // A plan that came to its end with this header: put in force now, or given up by all.
     std::optional<Rebalancer::Outcome> ended;
   };
   // Does what the leader says. SHAPES headers [members]
-  // ERRORS kInternal: a member opens another step; told to flip what is not staged
+  // ERRORS kInternal: a member opens another step; this one chose other replicas in the step
+  //        before than most (at a tie: than the leader); told to flip what is not staged
   absl::StatusOr<Opening> Open(std::span<const StepHeader> headers, int64_t now_ns);
 
   int64_t step() const { return step_; }

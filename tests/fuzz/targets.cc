@@ -231,6 +231,7 @@ std::vector<std::string> LeaderFrameSeeds() {
                                            {2, CancelFrame{7}},
                                            {3, PlanFrame{std::vector<std::byte>(9)}},
                                            {4, StopFrame{}},
+                                           {7, VerifyFrame{9}},
                                            {5, HaltFrame{3, true}},
                                            {6, ResumeFrame{.generation = 3,
                                                            .members = {{0, 0, 0, 0}, {2, -1, 9, 1}},
@@ -254,7 +255,13 @@ std::vector<std::string> RankFrameSeeds() {
                    .staged_plan_id = 8,
                    .placement = {std::byte{'p'}},
                    .staged_placement = {std::byte{'q'}}}},
-      {TroubleFrame{.generation = 2, .missing = {1, 4}}}};
+      {TroubleFrame{.generation = 2, .missing = {1, 4}}},
+      {VerifiedFrame{.id = 9,
+                     .step = 100,
+                     .epoch = 3,
+                     .fingerprint = 5,
+                     .fault = std::vector<std::byte>(4),
+                     .copies = {{0, 1, 2, 3}, {1, 2, 4, 5}}}}};
   std::vector<std::string> seeds;
   for (const RankFrame& frame : frames) seeds.push_back(BytesToText(Serialize(frame)));
   return seeds;

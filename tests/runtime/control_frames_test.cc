@@ -29,7 +29,8 @@ std::vector<LeaderFrame> LeaderFrames() {
                           .commit_plan_id = 8,
                           .step = 1'000,
                           .epoch = 12,
-                          .placement = std::vector<std::byte>(4, std::byte{'x'})}}};
+                          .placement = std::vector<std::byte>(4, std::byte{'x'})}},
+          {8, VerifyFrame{9}}};
 }
 
 std::vector<RankFrame> RankFrames() {
@@ -42,7 +43,13 @@ std::vector<RankFrame> RankFrames() {
                        .staged_plan_id = 8,
                        .placement = std::vector<std::byte>(2, std::byte{'p'}),
                        .staged_placement = std::vector<std::byte>(3, std::byte{'q'})}},
-          {TroubleFrame{.generation = 2, .missing = {1, 4}}}};
+          {TroubleFrame{.generation = 2, .missing = {1, 4}}},
+          {VerifiedFrame{.id = 9,
+                         .step = 100,
+                         .epoch = 3,
+                         .fingerprint = 5,
+                         .fault = std::vector<std::byte>(4, std::byte{'f'}),
+                         .copies = {{0, 1, 2, 3}, {1, 2, 4, 5}}}}};
 }
 
 TEST_CASE("leader frames survive the wire", "[runtime][unit]") {

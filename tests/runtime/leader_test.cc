@@ -27,10 +27,10 @@ class Bench {
     REQUIRE(metrics.ok());
     metrics_ = *std::move(metrics);
     Leader::Options options;
-    options.controller = {.policy = "eplb", .window_tokens = 100, .min_gain = 100.0};
-    options.copy_bytes_per_second = copy_bytes_per_second;
-    options.copy_bytes = 1000;
-    options.now_ns = [this] { return now_ns_.load(); };
+    options.loop.controller = {.policy = "eplb", .window_tokens = 100, .min_gain = 100.0};
+    options.loop.copy_bytes_per_second = copy_bytes_per_second;
+    options.loop.copy_bytes = 1000;
+    options.loop.now_ns = [this] { return now_ns_.load(); };
     auto leader = Leader::Create(options, placement_, RankObserver(0, kRanks, 1, metrics_.get()),
                                  metrics_.get(), [this](std::vector<std::byte> bytes) {
                                    plan_ = *MigrationPlan::Deserialize(bytes);

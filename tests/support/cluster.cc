@@ -54,6 +54,7 @@ class NoObserver : public EngineObserver {
   void OnStep(const StepRecord&) override {}
   void OnPlanEnded(const Rebalancer::Outcome&, const Placement&) override {}
   void OnRest(int32_t, int32_t, int64_t) override {}
+  void OnVerified(const Verified&) override {}
   void OnRegrouped(const Regrouping&, const Placement&) override {}
 };
 
@@ -118,6 +119,7 @@ struct Cluster::Counter : EngineObserver {
   void OnRest(int32_t running, int32_t waiting, int64_t kv_bytes_used) override {
     cluster->leader_->OnRest(running, waiting, kv_bytes_used);
   }
+  void OnVerified(const Verified& verified) override { cluster->leader_->OnVerified(verified); }
   void OnRegrouped(const Regrouping& regrouping, const Placement& in_force) override {
     ++cluster->regroupings_;
     cluster->reloads_ += regrouping.reloads;
@@ -173,10 +175,17 @@ absl::Status Cluster::Prepare(const ClusterOptions& options) {
     if (recorder == nullptr) return;
     recorder->AddIds(rank, {f.recording, f.step_begin, f.step_end, f.first, f.ids});
   };
+  verification_ = std::make_unique<Verification>(
+      Verification::Options{.ask = [this](uint64_t id) { return frontend_->AskToVerify(id); },
+                            .serving = [this] { return frontend_->serving(); }});
   BALLAST_ASSIGN_OR_RETURN(
       frontend_, Frontend::Create({.context_tokens = config.context_tokens,
                                    .vocab_size = config.vocab_size,
                                    .on_routing = on_routing,
+                                   .on_verified =
+                                       [this](int rank, VerifiedFrame frame) {
+                                         verification_->OnVerified(rank, std::move(frame));
+                                       },
                                    .survive_losses = options.survive_losses,
                                    .slots = std::vector<int32_t>(static_cast<size_t>(n), slots)},
                                   std::move(leader_ends), [](int, absl::Status) {}));
@@ -197,14 +206,20 @@ absl::Status Cluster::StartLeader(const ClusterOptions& options, const Placement
                                                           .top_k = config.gate.top_k,
                                                           .num_ranks = options.num_ranks}));
   Leader::Options leader;
-  leader.controller.policy = options.policy;
-  leader.controller.num_groups = config.gate.num_groups;
-  leader.controller.window_tokens = options.window_tokens;
-  leader.controller.min_gain = options.min_gain;
-  leader.controller.force_every_steps = options.rebalance_every;
+  ControllerOptions& controller = leader.loop.controller;
+  controller.policy = options.policy;
+  controller.num_groups = config.gate.num_groups;
+  controller.window_tokens = options.window_tokens;
+  controller.min_gain = options.min_gain;
+  controller.force_every_steps = options.rebalance_every;
   leader.recorder = options.recorder;
+  leader.stall_deadline_ms = options.stall_deadline_ms;
+  leader.model = config.name;
+  leader.state_file = options.state_file;
+  leader.state_period_ms = options.state_period_ms;
+  if (options.make_controller) leader.loop.make_controller = options.make_controller;
   leader.leave = [this](int32_t rank) { frontend_->Leave(rank).IgnoreError(); };
-  leader.controller.max_incoming_per_rank = placement.topology().slots_on(0);
+  controller.max_incoming_per_rank = placement.topology().slots_on(0);
   BALLAST_ASSIGN_OR_RETURN(
       leader_,
       Leader::Create(leader, placement,
@@ -227,6 +242,7 @@ absl::Status Cluster::MakeEngines(const ClusterOptions& options, const Placement
   engine.rebalancer.plan_deadline_ms = options.plan_deadline_ms;
   engine.chunk_bytes = options.chunk_bytes;
   engine.step_timeout_ms = options.step_timeout_ms;
+  engine.verify_period_ms = options.verify_period_ms;
   const KernelSet& kernels = options.kernels != nullptr ? *options.kernels : PlainKernels();
   for (size_t r = 0; r < ranks_.size(); ++r) {
     Rank& rank = *ranks_[r];

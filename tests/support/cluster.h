@@ -15,6 +15,7 @@
 #include "runtime/engine.h"
 #include "runtime/frontend.h"
 #include "runtime/leader.h"
+#include "runtime/verification.h"
 
 namespace ballast::testing {
 
@@ -36,6 +37,11 @@ struct ClusterOptions {
   TraceRecorder* recorder = nullptr;  // of the leader; may be null
   bool survive_losses = false;
   int64_t step_timeout_ms = 60'000;
+  int64_t verify_period_ms = 0;
+  int64_t stall_deadline_ms = 30'000;
+  std::string state_file = {};
+  int64_t state_period_ms = 30'000;
+  LeaderLoopOptions::MakeController make_controller = {};
 };
 
 // What came back of one request.
@@ -65,6 +71,9 @@ class Cluster {
 
   Frontend& frontend() { return *frontend_; }
   Leader& leader() { return *leader_; }
+  // GET /v1/verify.
+  absl::StatusOr<std::string> Verify() { return verification_->Run(); }
+  std::string Metrics() const { return metrics_->Render().value_or(""); }  // of rank 0
   // Of the placement in force on rank 0, and copies that plans in force have made so far.
   int64_t epoch() const { return epoch_; }
   int64_t copies() const { return copies_; }
@@ -91,6 +100,7 @@ class Cluster {
   std::unique_ptr<Checkpoint> checkpoint_;
   std::unique_ptr<LocalFabric> fabric_;
   std::unique_ptr<RankMetrics> metrics_;
+  std::unique_ptr<Verification> verification_;
   std::unique_ptr<Frontend> frontend_;
   std::unique_ptr<Leader> leader_;
   std::vector<std::unique_ptr<Rank>> ranks_;

@@ -1,0 +1,99 @@
+// How an engine makes sure that what it serves from is what it was given (verifier.h).
+#include <algorithm>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "base/clock.h"
+#include "base/log.h"
+#include "base/status.h"
+#include "placement/placement_check.h"
+#include "runtime/engine.h"
+
+namespace ballast {
+namespace {
+
+// An idle rank looks up this often even if nobody speaks to it.
+constexpr int64_t kIdleWaitMs = 10'000;
+
+// What is wrong with the tables of a rank, if anything.
+absl::Status CheckTables(const Placement& placement, int32_t member, const ExpertStore& store,
+                         DispatchTable* table) {
+  BALLAST_RETURN_IF_ERROR(CheckPlacement(placement));
+  if (!(table->placement() == placement)) {
+    return absl::InternalError(absl::StrCat("steps run under epoch ", table->epoch(),
+                                            ", the placement in force is ", placement.epoch()));
+  }
+  for (int32_t layer = 0; layer < placement.num_layers(); ++layer) {
+    for (int32_t e = 0; e < placement.num_experts(); ++e) {
+      const std::byte* const parameters = store.Parameters(layer, e);
+      const int32_t group = table->layer(layer).group_of_expert[e];
+      const std::byte* const used = group < 0 ? nullptr : table->layer(layer).parameters[group];
+      if (placement.Hosts(layer, e, member) != (parameters != nullptr) || used != parameters) {
+        return absl::InternalError(absl::StrCat("layer ", layer, ", expert ", e,
+                                                ": placement, memory and tables do not agree"));
+      }
+    }
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::Status Engine::Verify() {
+  const int64_t now = NowNs();
+  if (now < verifier_->due_ns()) return absl::OkStatus();
+  const int64_t read_before = verifier_->copies_read();
+  verifier_->Advance(now);
+  Verified verified{.copies = verifier_->copies_read() - read_before};
+  const std::vector<VerifiedCopy> corrupted = verifier_->TakeCorrupted();
+  verified.corrupted = static_cast<int32_t>(corrupted.size());
+  if (auto pass = verifier_->TakePass(); pass.has_value()) {
+    VerifiedFrame report{.id = verify_id_,
+                         .step = protocol_->step(),
+                         .epoch = rebalancer_->placement().epoch(),
+                         .fingerprint = rebalancer_->placement().fingerprint(),
+                         .fault = {},
+                         .copies = *std::move(pass)};
+    const absl::Status tables =
+        CheckTables(rebalancer_->placement(), group_.member, *store_, table_.get());
+    if (!tables.ok()) {
+      verified.unsound = 1;
+      LogError("engine", std::string(tables.message()));
+      for (const char c : tables.message()) report.fault.push_back(static_cast<std::byte>(c));
+    }
+    BALLAST_RETURN_IF_ERROR(channel_->Send(Serialize(RankFrame{std::move(report)})));
+  }
+  observer_->OnVerified(verified);
+  for (const VerifiedCopy& copy : corrupted) BALLAST_RETURN_IF_ERROR(Repair(copy));
+  return absl::OkStatus();
+}
+
+// Reads an expert again whose parameters have changed in memory.
+absl::Status Engine::Repair(const VerifiedCopy& copy) {
+  LogError("engine", absl::StrCat("layer ", copy.layer, ", expert ", copy.expert,
+                                  ": the parameters in memory are not those that were loaded; "
+                                  "they are read from the checkpoint again"));
+  BALLAST_RETURN_IF_ERROR(decoder_->LoadExpert(checkpoint_, copy.layer, copy.expert,
+                                               store_->Allocate(copy.layer, copy.expert).data()));
+  if (store_->Checksum(copy.layer, copy.expert) == copy.expected) return absl::OkStatus();
+  return absl::DataLossError(absl::StrCat("layer ", copy.layer, ", expert ", copy.expert,
+                                          ": the checkpoint does not hold what it held when it "
+                                          "was loaded; this rank cannot go on"));
+}
+
+// Nobody has tokens: until somebody speaks to this rank, or for kIdleWaitMs.
+absl::Status Engine::Idle() {
+  constexpr int64_t kNsPerMs = 1'000'000;
+  const int64_t until = NowNs() + kIdleWaitMs * kNsPerMs;
+  for (int64_t now = NowNs(); now < until; now = NowNs()) {
+    const int64_t left = std::min(until, verifier_->due_ns()) - now;
+    const int wait_ms = static_cast<int>((std::max<int64_t>(left, 0) + kNsPerMs - 1) / kNsPerMs);
+    BALLAST_ASSIGN_OR_RETURN(const bool spoken_to, channel_->WaitReadable(wait_ms));
+    if (spoken_to) break;
+    BALLAST_RETURN_IF_ERROR(Verify());
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace ballast

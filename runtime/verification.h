@@ -1,0 +1,61 @@
+#ifndef BALLAST_RUNTIME_VERIFICATION_H_
+#define BALLAST_RUNTIME_VERIFICATION_H_
+
+#include <condition_variable>
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "runtime/control_frames.h"
+
+namespace ballast {
+
+// What is wrong with what the ranks of a server report, one sentence each; empty: nothing.
+//   - a copy is not what it was when it was packed
+//   - copies of one expert differ between ranks
+//   - a rank's tables are not what its slots say
+//   - ranks at the same epoch have different placements
+// `reports` by rank of the job. Pure.
+std::vector<std::string> Compare(const std::map<int, VerifiedFrame>& reports);
+
+// Has all ranks that serve verify themselves at once, and says what came of it: GET /v1/verify.
+// THREADS any
+class Verification {
+ public:
+  struct Options {
+    int64_t timeout_ms = 60'000;
+    std::function<absl::Status(uint64_t id)> ask;  // tells all ranks to verify
+    std::function<std::vector<int>()> serving;     // ranks of the job that have to answer
+  };
+  explicit Verification(Options options) : options_(std::move(options)) {}
+
+  // A rank's report has come. Reports of other checks are ignored.
+  void OnVerified(int rank, VerifiedFrame report);
+
+  // Asks and waits; one check at a time, callers queue.
+  //   {"ok":true,"copies":n,"findings":["..."],
+  //    "ranks":[{"rank":0,"step":..,"epoch":..,"placement":"16 hex digits","copies":n},..]}
+  // A rank that leaves or is lost meanwhile need not answer; one that does not answer in time is a
+  // finding. ERRORS of `ask`; kUnavailable: Cancel was called
+  absl::StatusOr<std::string> Run();
+  // Ends what waits.
+  void Cancel();
+
+ private:
+  const Options options_;
+  std::mutex one_at_a_time_;
+  std::mutex mutex_;
+  // State below is protected by mutex_.
+  std::condition_variable changed_;
+  uint64_t id_ = 0;
+  std::map<int, VerifiedFrame> reports_;
+  bool cancelled_ = false;
+};
+
+}  // namespace ballast
+
+#endif  // BALLAST_RUNTIME_VERIFICATION_H_

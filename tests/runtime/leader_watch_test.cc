@@ -1,0 +1,268 @@
+// What happens when the controller itself fails: it makes no progress, or plans what cannot be.
+#include <atomic>
+#include <catch2/catch.hpp>
+#include <latch>
+#include <mutex>
+#include <nlohmann/json.hpp>
+#include <thread>
+#include <vector>
+
+#include "base/log.h"
+#include "placement/policy.h"
+#include "runtime/leader.h"
+
+namespace ballast {
+namespace {
+
+constexpr int32_t kExperts = 8, kRanks = 4, kSlots = 3;
+
+// What the planners of a test do, in all their lives.
+struct Script {
+  std::atomic<int> hangs = 0;        // so many plans still to hang in, until `release`
+  std::atomic<int> batch_hangs = 0;  // the same of batches
+  std::atomic<int> broken = 0;       // so many plans still to get wrong
+  std::atomic<bool> release = false;
+  std::atomic<int> hanging = 0;  // planners that hang now
+};
+
+// Puts expert 0 into the last slot, or does what the script says.
+class ScriptedPlanner : public LayerPlanner {
+ public:
+  explicit ScriptedPlanner(Script* script) : script_(script) {}
+  void OnBatch(std::span<const int32_t>, TokenKind, float) override {
+    HangIn(&script_->batch_hangs);
+  }
+  void Adopt(std::span<const int32_t> row) override { row_ = {row.begin(), row.end()}; }
+  std::optional<std::vector<int32_t>> Plan(const Input&) override {
+    HangIn(&script_->hangs);
+    std::vector<int32_t> row = row_;
+    row.back() = row.back() == 0 ? 1 : 0;
+    if (script_->broken > 0) {
+      --script_->broken;
+      row.assign(row.size(), 0);  // all other experts are gone
+    }
+    return row;
+  }
+  std::vector<int32_t> row_;
+
+ private:
+  void HangIn(std::atomic<int>* times) {
+    if (*times == 0) return;
+    --*times;
+    ++script_->hanging;
+    while (!script_->release) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    --script_->hanging;
+  }
+  Script* script_;
+};
+
+class ScriptedPolicy : public Policy {
+ public:
+  explicit ScriptedPolicy(Script* script) : script_(script) {}
+  std::unique_ptr<LayerPlanner> MakeLayerPlanner(const PolicyContext& context,
+                                                 int32_t layer) const override {
+    auto planner = std::make_unique<ScriptedPlanner>(script_);
+    planner->Adopt(context.initial.expert_of_slot(layer));
+    return planner;
+  }
+
+ private:
+  Script* script_;
+};
+
+class Watched {
+ public:
+  explicit Watched(Leader::Options options = {}) {
+    auto metrics = RankMetrics::Create({.rank = 0,
+                                        .node = "test",
+                                        .backend = "cpu",
+                                        .version = "test",
+                                        .commit = "",
+                                        .model = "tiny",
+                                        .num_layers = 1,
+                                        .num_experts = kExperts,
+                                        .top_k = 1,
+                                        .num_ranks = kRanks});
+    REQUIRE(metrics.ok());
+    metrics_ = *std::move(metrics);
+    options.loop.controller = {.policy = "scripted", .window_tokens = 100, .min_gain = 100.0};
+    options.loop.make_controller = [this](ControllerOptions o, Placement p) {
+      return Controller::CreateWith(std::make_unique<ScriptedPolicy>(&script), o, p);
+    };
+    options.stall_deadline_ms = 100;
+    auto leader = Leader::Create(options, placement, RankObserver(0, kRanks, 1, metrics_.get()),
+                                 metrics_.get(), [this](std::vector<std::byte> bytes) {
+                                   const std::lock_guard lock(mutex_);
+                                   plans_.push_back(*MigrationPlan::Deserialize(bytes));
+                                   return absl::OkStatus();
+                                 });
+    REQUIRE(leader.ok());
+    leader_ = *std::move(leader);
+  }
+  ~Watched() {
+    script.release = true;
+    leader_.reset();
+    Await([this] { return script.hanging == 0; });
+    // Threads that were given up end by themselves; this test's objects must outlive them.
+    std::this_thread::sleep_for(std::chrono::milliseconds(50));
+  }
+
+  void Step() {
+    StepRecord record;
+    record.step = ++step_;
+    record.num_tokens[TokenKind::kDecode] = 10;
+    record.layers.resize(1);
+    for (auto& counts : record.layers[0].counts) counts.assign(kExperts, 0);
+    record.layers[0].counts[TokenKind::kDecode][0] = 10;
+    record.layers[0].rank_load.assign(kRanks, 3);
+    leader_->OnStep(record);
+  }
+  nlohmann::json Rebalance() { return nlohmann::json::parse(leader_->Rebalance()); }
+  void EndLastPlan() {
+    const MigrationPlan plan = plans().back();
+    placement = *plan.Apply(placement);
+    leader_->OnPlanEnded({.done = Command::kFlip, .plan_id = plan.plan_id}, placement);
+  }
+  std::vector<MigrationPlan> plans() {
+    const std::lock_guard lock(mutex_);
+    return plans_;
+  }
+  template <typename Fn>
+  static bool Await(const Fn& fn) {
+    for (int i = 0; i < 5000 && !fn(); ++i) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+    return fn();
+  }
+  bool Shows(const std::string& line) const {
+    return metrics_->Render()->find("\n" + line + "\n") != std::string::npos;
+  }
+  Leader& leader() { return *leader_; }
+
+  Script script;
+  Placement placement =
+      *Placement::Contiguous(1, kExperts, Topology::Uniform(kRanks, kSlots), false);
+
+ private:
+  int64_t step_ = 0;
+  std::mutex mutex_;
+  std::vector<MigrationPlan> plans_;
+  std::unique_ptr<RankMetrics> metrics_;
+  std::unique_ptr<Leader> leader_;
+};
+
+// SOURCE vllm#57883: a balancer that stopped without a sign.
+TEST_CASE("a controller that hangs is reported, and another takes its place", "[leader][watch]") {
+  SetLogLevel(LogLevel::kOff);
+  Watched watched;
+  watched.Step();
+  CHECK(watched.leader().ControllerNote().empty());
+  CHECK(watched.Shows("ballast_controller_stalls_total{rank=\"0\"} 0"));
+
+  watched.script.hangs = 1;
+  std::thread forces([&] { watched.leader().Rebalance(); });
+  REQUIRE(watched.Await([&] { return !watched.leader().ControllerNote().empty(); }));
+  CHECK(watched.script.hanging == 1);
+  CHECK(watched.leader().ControllerNote().find("another one has taken its place") !=
+        std::string::npos);
+  CHECK(watched.Shows("ballast_controller_stalls_total{rank=\"0\"} 1"));
+
+  // Steps cost nothing meanwhile, and the new one plans.
+  for (int i = 0; i < 1000; ++i) watched.Step();
+  CHECK(watched.Rebalance()["planned"] == true);
+  REQUIRE(watched.plans().size() == 1);
+  watched.EndLastPlan();
+
+  // The old one comes back: it reaches nobody.
+  watched.script.release = true;
+  REQUIRE(watched.Await([&] { return watched.script.hanging == 0; }));
+  forces.join();
+  CHECK(watched.plans().size() == 1);
+  CHECK(watched.Rebalance()["planned"] == true);
+  REQUIRE(watched.plans().size() == 2);
+  CHECK(watched.plans()[1].plan_id > watched.plans()[0].plan_id);
+  CHECK(watched.plans()[1].base_epoch == watched.plans()[0].base_epoch + 1);
+  SetLogLevel(LogLevel::kInfo);
+}
+
+TEST_CASE("a new controller waits for the plan of the old one, and goes on from it",
+          "[leader][watch]") {
+  SetLogLevel(LogLevel::kOff);
+  Watched watched;
+  watched.Step();
+  REQUIRE(watched.Rebalance()["planned"] == true);
+  REQUIRE(watched.plans().size() == 1);
+  watched.script.batch_hangs = 1;
+  watched.Step();
+  REQUIRE(watched.Await([&] { return !watched.leader().ControllerNote().empty(); }));
+  auto answer = watched.Rebalance();
+  CHECK(answer["planned"] == false);
+  CHECK(answer["reason"] == "in_flight");
+  CHECK(watched.plans().size() == 1);
+
+  watched.EndLastPlan();
+  watched.Step();
+  CHECK(watched.Rebalance()["planned"] == true);
+  REQUIRE(watched.plans().size() == 2);
+  CHECK(watched.plans()[1].base_epoch == 1);
+  watched.EndLastPlan();  // Apply checks that it fits
+  CHECK(watched.placement.epoch() == 2);
+  watched.script.release = true;
+  SetLogLevel(LogLevel::kInfo);
+}
+
+TEST_CASE("after three losses there are no more plans, and steps go on", "[leader][watch]") {
+  SetLogLevel(LogLevel::kOff);
+  Watched watched;
+  watched.script.hangs = 3;
+  std::vector<std::thread> forces;
+  for (int i = 1; i <= 3; ++i) {
+    watched.Step();
+    forces.emplace_back([&] { watched.leader().Rebalance(); });
+    REQUIRE(watched.Await([&] {
+      return watched.Shows("ballast_controller_stalls_total{rank=\"0\"} " + std::to_string(i));
+    }));
+  }
+  CHECK(watched.leader().ControllerNote().find("there are no more plans") != std::string::npos);
+  watched.Step();
+  const auto answer = watched.Rebalance();
+  CHECK(answer["planned"] == false);
+  CHECK(answer["reason"] == "policy_stays");
+  CHECK(watched.plans().empty());
+  watched.script.release = true;
+  for (std::thread& thread : forces) thread.join();
+  SetLogLevel(LogLevel::kInfo);
+}
+
+TEST_CASE("a plan that cannot be served is rejected, counted, and nothing is sent",
+          "[leader][watch]") {
+  SetLogLevel(LogLevel::kOff);
+  Watched watched;
+  watched.Step();
+  watched.script.broken = 1;
+  const auto answer = watched.Rebalance();
+  CHECK(answer["planned"] == false);
+  CHECK(answer["reason"] == "planner_failed");
+  CHECK(watched.plans().empty());
+  CHECK(watched.Shows(
+      "ballast_rebalances_total{rank=\"0\",result=\"rejected\",trigger=\"manual\"} 1"));
+  // The next one is sound.
+  CHECK(watched.Rebalance()["planned"] == true);
+  CHECK(watched.plans().size() == 1);
+  SetLogLevel(LogLevel::kInfo);
+}
+
+TEST_CASE("what is known of the load before the first step counts", "[leader]") {
+  SetLogLevel(LogLevel::kWarning);
+  {
+    Watched fresh;
+    CHECK(fresh.Rebalance()["reason"] == "window_not_full");
+  }
+  Leader::Options options;
+  options.window = {.num_tokens = 50, .load = std::vector<int64_t>(kExperts, 6)};
+  Watched resumed(options);
+  CHECK(resumed.Rebalance()["planned"] == true);
+}
+
+}  // namespace
+}  // namespace ballast
