@@ -16,7 +16,7 @@ namespace ballast {
 struct Move {
   int32_t layer;
   int32_t expert;
-  int32_t from_rank;  // a rank that holds the expert in the placement in force
+  int32_t from_rank;  // a rank that holds the expert, or receives it by an earlier move
   int32_t to_slot;    // a slot of the receiving rank
 
   bool operator==(const Move&) const = default;
@@ -33,7 +33,8 @@ struct MigrationPlan {
 
   // The placement after the plan.
   // ERRORS kFailedPrecondition: `current` is not the placement the plan starts from
-  //        kInvalidArgument: a row or a move does not fit, or the outcome has another fingerprint
+  //        kInvalidArgument: a row or a move does not fit, a source neither holds its expert nor
+  //        has it by an earlier move, or the outcome has another fingerprint
   absl::StatusOr<Placement> Apply(const Placement& current) const;
 
   // Little-endian: "BMP1", plan id, base epoch, fingerprint, rows, moves.
@@ -44,9 +45,16 @@ struct MigrationPlan {
   bool operator==(const MigrationPlan&) const;
 };
 
-// Builds the plan from `current` to the same placement with `rows` replaced. Sources: a rank of the
-// receiver's node that holds the expert, else any; among these the one with the fewest moves of
-// this plan so far, ties to the lowest rank. Rows that change nothing are left out.
+// Builds the plan from `current` to the same placement with `rows` replaced. Rows that change
+// nothing are left out. The source of move i, which brings expert e of layer l to rank r:
+//
+//   candidates  ranks that hold (l, e) in `current`, and those that receive it by a move before i:
+//               they relay it, chunk by chunk while it still arrives
+//   source      the candidate q with the least (node_of_rank[q] != node_of_rank[r], sends of q by
+//               moves before i, q relays, q)
+//
+// So an expert enters a node once and goes on from there; where it goes to many ranks of a node, no
+// rank sends it to all of them. As sources come before those they serve, no plan waits on itself.
 // ERRORS kInvalidArgument when the rows are not valid for `current`
 absl::StatusOr<MigrationPlan> MakeMigrationPlan(const Placement& current,
                                                 std::vector<Placement::LayerRow> rows,

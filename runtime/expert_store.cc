@@ -31,11 +31,13 @@ struct ExpertStore::ChunkHeader {
 // The experts that go to or come from one peer, in plan order, and the one chunk under way.
 struct ExpertStore::Flow {
   int peer = 0;
-  std::vector<Staged> items;
+  struct Item {
+    int32_t layer, expert;
+    int32_t staged;  // which of staged_, or -1: resident
+  };
+  std::vector<Item> items;
   size_t next = 0;    // item of the chunk under way, or of the next one
   size_t offset = 0;  // of that chunk
-  size_t hashed = 0;  // bytes of the item that `checksum` covers
-  uint64_t checksum = 0;
   bool posted = false;
   Transport::Handle handle = 0;
   AlignedBuffer buffer;  // header in its own cache line, then the chunk
@@ -130,17 +132,17 @@ absl::Status ExpertStore::Stage(const MigrationPlan& plan, const Placement& curr
                        " experts to rank ", to, ", which is all the staging memory allows"));
     }
   }
+  std::vector<int32_t> coming(block_of_expert_.size(), -1);  // which of staged_
   for (const Move& move : plan.moves) {
-    const int32_t to = topology.rank_of_slot(move.to_slot);
-    if (to == options_.rank) {
-      const Staged staged{move.layer, move.expert, TakeBlock(), 0};
-      staged_.push_back(staged);
-      receives_[move.from_rank]->items.push_back(staged);
+    const size_t at = At(move.layer, move.expert);
+    if (topology.rank_of_slot(move.to_slot) == options_.rank) {
+      coming[at] = static_cast<int32_t>(staged_.size());
+      staged_.push_back({.layer = move.layer, .expert = move.expert, .block = TakeBlock()});
+      receives_[move.from_rank]->items.push_back({move.layer, move.expert, coming[at]});
     } else if (move.from_rank == options_.rank) {
-      const size_t at = At(move.layer, move.expert);
-      BALLAST_CHECK(block_of_expert_[at] >= 0);
-      sends_[to]->items.push_back(
-          {move.layer, move.expert, block_of_expert_[at], sealed_checksum_[at]});
+      BALLAST_CHECK(block_of_expert_[at] >= 0 || coming[at] >= 0);
+      sends_[topology.rank_of_slot(move.to_slot)]->items.push_back(
+          {move.layer, move.expert, block_of_expert_[at] >= 0 ? -1 : coming[at]});
     }
   }
   plan_ = plan;
@@ -159,13 +161,19 @@ absl::StatusOr<size_t> ExpertStore::AdvanceSend(Flow* flow, size_t budget) {
       continue;
     }
     if (moved >= budget) break;
-    const Staged& item = flow->items[flow->next];
+    const Flow::Item& item = flow->items[flow->next];
+    const size_t at = At(item.layer, item.expert);
     const size_t bytes = std::min(options_.chunk_bytes, options_.block_bytes - flow->offset);
-    const ChunkHeader header{kChunkMagic,       item.layer,   plan_->plan_id,
-                             plan_->base_epoch, item.expert,  static_cast<uint32_t>(bytes),
-                             flow->offset,      item.checksum};
+    const Staged* relayed = item.staged < 0 ? nullptr : &staged_[item.staged];
+    if (relayed != nullptr && relayed->arrived < flow->offset + bytes) break;
+    const std::byte* block = Block(relayed == nullptr ? block_of_expert_[at] : relayed->block);
+    const ChunkHeader header{
+        kChunkMagic,    item.layer,
+        plan_->plan_id, plan_->base_epoch,
+        item.expert,    static_cast<uint32_t>(bytes),
+        flow->offset,   relayed == nullptr ? sealed_checksum_[at] : relayed->sealed};
     std::memcpy(flow->buffer.data(), &header, sizeof header);
-    std::memcpy(flow->buffer.data() + kCacheLineBytes, Block(item.block) + flow->offset, bytes);
+    std::memcpy(flow->buffer.data() + kCacheLineBytes, block + flow->offset, bytes);
     BALLAST_ASSIGN_OR_RETURN(flow->handle,
                              transport_->PostSend(flow->peer, kTagMigration,
                                                   {flow->buffer.data(), kCacheLineBytes + bytes}));
@@ -186,9 +194,11 @@ absl::StatusOr<size_t> ExpertStore::AdvanceReceive(Flow* flow, size_t budget) {
     size_t received = 0;
     const auto through = transport_->Test(flow->handle, &received);
     if (through.ok() && !*through) break;
-    // Whatever came, it stands where this chunk belongs: the flow goes on behind it, so that the
-    // plan can be drained.
-    const absl::Status taken = through.ok() ? TakeChunk(flow, received) : through.status();
+    // Whatever came, it stands where this chunk belongs: the flow goes on behind it, and so do
+    // those that relay it, so that the plan can be drained.
+    const absl::Status taken = through.ok() ? TakeChunk(*flow, received) : through.status();
+    staged_[flow->items[flow->next].staged].arrived =
+        std::min(flow->offset + options_.chunk_bytes, options_.block_bytes);
     NextChunk(flow);
     BALLAST_RETURN_IF_ERROR(taken);
     moved += received;
@@ -203,44 +213,42 @@ void ExpertStore::NextChunk(Flow* flow) {
   if (flow->offset < options_.block_bytes) return;
   ++flow->next;
   flow->offset = 0;
-  flow->hashed = 0;
 }
 
-absl::Status ExpertStore::TakeChunk(Flow* flow, size_t received) {
-  const Staged& item = flow->items[flow->next];
-  const size_t bytes = std::min(options_.chunk_bytes, options_.block_bytes - flow->offset);
-  const size_t end = flow->offset + bytes;
+absl::Status ExpertStore::TakeChunk(const Flow& flow, size_t received) {
+  Staged& staged = staged_[flow.items[flow.next].staged];
+  const size_t bytes = std::min(options_.chunk_bytes, options_.block_bytes - flow.offset);
+  const size_t end = flow.offset + bytes;
   ChunkHeader header{};
-  std::memcpy(&header, flow->buffer.data(), sizeof header);
+  std::memcpy(&header, flow.buffer.data(), sizeof header);
   if (received != kCacheLineBytes + bytes || header.magic != kChunkMagic ||
       header.plan_id != plan_->plan_id || header.base_epoch != plan_->base_epoch ||
-      header.layer != item.layer || header.expert != item.expert || header.offset != flow->offset) {
+      header.layer != staged.layer || header.expert != staged.expert ||
+      header.offset != flow.offset) {
     return absl::InternalError(absl::StrCat(
-        "rank ", options_.rank, " expected layer ", item.layer, ", expert ", item.expert, ", byte ",
-        flow->offset, " of plan ", plan_->plan_id, " at epoch ", plan_->base_epoch,
+        "rank ", options_.rank, " expected layer ", staged.layer, ", expert ", staged.expert,
+        ", byte ", flow.offset, " of plan ", plan_->plan_id, " at epoch ", plan_->base_epoch,
         " and got layer ", header.layer, ", expert ", header.expert, ", byte ", header.offset,
-        " of plan ", header.plan_id, " at epoch ", header.base_epoch, " from rank ", flow->peer));
+        " of plan ", header.plan_id, " at epoch ", header.base_epoch, " from rank ", flow.peer));
   }
-  const std::span<std::byte> block(Block(item.block), options_.block_bytes);
-  std::memcpy(block.data() + flow->offset, flow->buffer.data() + kCacheLineBytes, bytes);
+  const std::span<std::byte> block(Block(staged.block), options_.block_bytes);
+  std::memcpy(block.data() + flow.offset, flow.buffer.data() + kCacheLineBytes, bytes);
   bytes_received_ += static_cast<int64_t>(bytes);
+  staged.sealed = header.block_checksum;
   // Piece by piece as they fill, so that no call hashes a whole expert.
   const bool last = end == block.size();
-  if (flow->hashed == 0) flow->checksum = block.size();
-  while (flow->hashed < end && (last || end - flow->hashed >= kChecksumPieceBytes)) {
-    const size_t piece = std::min(kChecksumPieceBytes, block.size() - flow->hashed);
-    flow->checksum = Hash64(block.subspan(flow->hashed, piece), flow->checksum);
-    flow->hashed += piece;
+  if (staged.hashed == 0) staged.checksum = block.size();
+  while (staged.hashed < end && (last || end - staged.hashed >= kChecksumPieceBytes)) {
+    const size_t piece = std::min(kChecksumPieceBytes, block.size() - staged.hashed);
+    staged.checksum = Hash64(block.subspan(staged.hashed, piece), staged.checksum);
+    staged.hashed += piece;
   }
   if (!last) return absl::OkStatus();
   ++copies_received_;
-  for (Staged& staged : staged_) {
-    if (staged.block == item.block) staged.checksum = flow->checksum;
-  }
-  if (flow->checksum == header.block_checksum || draining_) return absl::OkStatus();
-  return absl::DataLossError(absl::StrCat(
-      "layer ", item.layer, ", expert ", item.expert, " from rank ", flow->peer, " has checksum ",
-      flow->checksum, ", it was packed with ", header.block_checksum));
+  if (staged.checksum == staged.sealed || draining_) return absl::OkStatus();
+  return absl::DataLossError(absl::StrCat("layer ", staged.layer, ", expert ", staged.expert,
+                                          " from rank ", flow.peer, " has checksum ",
+                                          staged.checksum, ", it was packed with ", staged.sealed));
 }
 
 bool ExpertStore::FlowsIdle() const {
@@ -289,7 +297,7 @@ void ExpertStore::Commit(const Placement& target) {
   }
   for (const Staged& staged : staged_) {
     block_of_expert_[At(staged.layer, staged.expert)] = staged.block;
-    sealed_checksum_[At(staged.layer, staged.expert)] = staged.checksum;
+    sealed_checksum_[At(staged.layer, staged.expert)] = staged.sealed;
   }
   staged_.clear();
   for (auto* flows : {&sends_, &receives_}) {

@@ -25,10 +25,14 @@ namespace ballast {
 // Stage and Poll bring new experts into spare blocks while the old ones serve; Commit changes the
 // table and frees the blocks of experts that left; no parameters move at that moment.
 //
-// Chunks travel in plan order on each pair of ranks, one at a time per pair, each with the plan,
-// the place they are for. The checksum of a whole expert, taken when it was packed from the
-// checkpoint, travels along and is verified by the receiver: it covers every byte that the products
-// read, derived layouts included.
+// Chunks travel in plan order on each pair of ranks, one at a time per pair, each with the plan and
+// the place they are for. A rank that relays an expert sends a chunk on as soon as it has it. No
+// plan gets stuck: of the moves that are not through, the first in plan order has all earlier ones
+// of its pair behind it, and its source holds the expert or has it by an earlier move.
+//
+// The checksum of a whole expert, taken when it was packed from the checkpoint, travels along, over
+// relays too, and is verified by every receiver: it covers every byte that the products read,
+// derived layouts included.
 // THREADS one (the step thread). COLLECTIVE in effect: all ranks stage the same plans in the same
 // order.
 class ExpertStore : public CopyStore {
@@ -83,7 +87,10 @@ class ExpertStore : public CopyStore {
   struct ChunkHeader;
   struct Staged {
     int32_t layer, expert, block;
-    uint64_t checksum;
+    size_t arrived = 0;     // bytes of it that may be sent on
+    size_t hashed = 0;      // bytes that `checksum` covers
+    uint64_t checksum = 0;  // of what has arrived
+    uint64_t sealed = 0;    // it was packed with, as the source says
   };
   struct Flow;  // chunks to or from one peer
 
@@ -96,7 +103,7 @@ class ExpertStore : public CopyStore {
   int32_t TakeBlock();
   absl::StatusOr<size_t> AdvanceSend(Flow* flow, size_t budget);
   absl::StatusOr<size_t> AdvanceReceive(Flow* flow, size_t budget);
-  absl::Status TakeChunk(Flow* flow, size_t received);
+  absl::Status TakeChunk(const Flow& flow, size_t received);
   void NextChunk(Flow* flow);
   bool FlowsIdle() const;
 
@@ -108,7 +115,7 @@ class ExpertStore : public CopyStore {
   std::vector<int32_t> block_of_expert_;   // [num_layers * num_experts], -1: not here
   std::vector<uint64_t> sealed_checksum_;  // [num_layers * num_experts]
   std::optional<MigrationPlan> plan_;
-  std::vector<Staged> staged_;                           // experts coming in with plan_
+  std::vector<Staged> staged_;                           // experts coming in, in plan order
   std::vector<std::unique_ptr<Flow>> sends_, receives_;  // per peer
   bool draining_ = false;
   bool failed_ = false;  // some of plan_ has arrived wrong: it can only be discarded

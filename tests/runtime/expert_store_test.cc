@@ -217,6 +217,93 @@ TEST_CASE("a copy of a corrupted expert is found out and never counts as staged"
   REQUIRE(later_true == 0);
 }
 
+// Expert 0 of layer 0 goes to ranks 1 and 2: rank 1 relays it.
+MigrationPlan RelayPlan(const Placement& placement) {
+  auto plan = MakeMigrationPlan(placement, {{0, {0, 1, kNoExpert, 2, 3, 0, 4, 5, 0}}}, 1);
+  REQUIRE(plan.ok());
+  REQUIRE(plan->moves == std::vector<Move>{{0, 0, 0, 5}, {0, 0, 1, 8}});
+  return *plan;
+}
+
+TEST_CASE("a relay sends an expert on while it still arrives", "[runtime][store]") {
+  const Placement initial = Initial();
+  const MigrationPlan plan = RelayPlan(initial);
+  LocalFabric fabric(kRanks);
+  std::vector<std::unique_ptr<Transport>> transports;
+  std::vector<std::unique_ptr<ExpertStore>> stores;
+  for (int rank = 0; rank < kRanks; ++rank) {
+    transports.push_back(fabric.MakeTransport(rank));
+    stores.push_back(FilledStore(transports.back().get(), initial, /*chunk_bytes=*/64));
+    REQUIRE(stores.back()->Stage(plan, initial).ok());
+  }
+  // One thread polls them in turn, a chunk each way at a time.
+  int64_t most_behind = 0;
+  int32_t staged = 0, rounds = 0;
+  for (; staged < kRanks && rounds < 1000; ++rounds) {
+    staged = 0;
+    for (const auto& store : stores) {
+      const auto done = store->Poll(1);
+      REQUIRE(done.ok());
+      staged += *done;
+    }
+    const int64_t behind = stores[1]->bytes_received() - stores[2]->bytes_received();
+    REQUIRE(behind >= 0);
+    most_behind = std::max(most_behind, behind);
+  }
+  REQUIRE(staged == kRanks);
+  // 16 chunks: the whole expert at a time would leave rank 2 all 1000 bytes behind.
+  REQUIRE(most_behind <= 4 * 64);
+  for (int rank = 0; rank < kRanks; ++rank) {
+    stores[rank]->Commit(*plan.Apply(initial));
+    REQUIRE(CheckHolds(*stores[rank], *plan.Apply(initial), rank) == absl::OkStatus());
+    REQUIRE(stores[rank]->bytes_received() == (rank == 0 ? 0 : int64_t{kBlockBytes}));
+  }
+}
+
+TEST_CASE("receivers behind a relay find a corrupted expert out too", "[runtime][store]") {
+  const Placement initial = Initial();
+  const MigrationPlan plan = RelayPlan(initial);
+  std::atomic<int> ended = 0;
+  const auto statuses = RunRanks(kRanks, [&](Transport* transport, Communicator* comm, int rank) {
+    const auto store = FilledStore(transport, initial);
+    if (rank == 0) store->Allocate(0, 0)[500] ^= std::byte{1};
+    BALLAST_RETURN_IF_ERROR(store->Stage(plan, initial));
+    const absl::Status status = PollUntilStaged(store.get(), 1 << 20);
+    // A relay that has found it out still sends it on, so that nobody is left waiting.
+    for (++ended; ended < kRanks; sched_yield()) store->Poll(1 << 20).IgnoreError();
+    BALLAST_RETURN_IF_ERROR(Barrier(comm));
+    store->Discard();
+    BALLAST_RETURN_IF_ERROR(PollUntilIdle(store.get()));
+    if (rank != 0) BALLAST_RETURN_IF_ERROR(CheckHolds(*store, initial, rank));
+    return status;
+  });
+  REQUIRE(statuses[0].ok());
+  for (const int rank : {1, 2}) {
+    REQUIRE(statuses[rank].code() == absl::StatusCode::kDataLoss);
+  }
+}
+
+TEST_CASE("a relayed plan given up at any moment leaves everything as it was",
+          "[runtime][store]") {
+  const Placement initial = Initial();
+  const MigrationPlan plan = RelayPlan(initial);
+  for (int polls = 0; polls < 60; polls += 3) {
+    CAPTURE(polls);
+    const auto statuses = RunRanks(kRanks, [&](Transport* transport, Communicator* comm, int rank) {
+      const auto store = FilledStore(transport, initial, /*chunk_bytes=*/64);
+      BALLAST_RETURN_IF_ERROR(store->Stage(plan, initial));
+      for (int i = 0; i < polls * (kRanks - rank); ++i) {
+        BALLAST_RETURN_IF_ERROR(store->Poll(1).status());
+      }
+      BALLAST_RETURN_IF_ERROR(Barrier(comm));
+      store->Discard();
+      BALLAST_RETURN_IF_ERROR(PollUntilIdle(store.get()));
+      return CheckHolds(*store, initial, rank);
+    });
+    REQUIRE(FirstError(statuses) == "");
+  }
+}
+
 TEST_CASE("a plan too large for the staging memory is refused by all ranks alike",
           "[runtime][store]") {
   const Placement initial = Initial();
