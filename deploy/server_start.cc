@@ -156,6 +156,7 @@ absl::Status Server::StartLeader() {
     most_slots = std::max(most_slots, placement_->topology().slots_on(r));
   }
   options.controller.max_incoming_per_rank = most_slots;
+  options.controller.retry_from_file = true;
   BALLAST_ASSIGN_OR_RETURN(const auto expert,
                            GatedMlp::Create(*kernels_, config.hidden, config.expert_inter, dtype_));
   options.copy_bytes = static_cast<int64_t>(expert->packed_bytes());

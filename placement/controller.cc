@@ -241,7 +241,7 @@ std::optional<MigrationPlan> Controller::Decide(int64_t step, bool force, Decisi
 // Takes the way to `rows`.
 MigrationPlan Controller::Start(std::vector<Placement::LayerRow> rows, int64_t step) {
   absl::StatusOr<MigrationPlan> plan =
-      MakeMigrationPlan(placement_, std::move(rows), last_plan_id_ + 1);
+      MakeMigrationPlan(placement_, std::move(rows), last_plan_id_ + 1, source_);
   BALLAST_CHECK(plan.ok());  // a policy's rows are valid
   absl::StatusOr<Placement> target = plan->Apply(placement_);
   BALLAST_CHECK(target.ok());
@@ -391,12 +391,16 @@ void Controller::OnCommitted(int64_t plan_id, int64_t step) {
     const auto row = placement_.expert_of_slot(layer), old = before.expert_of_slot(layer);
     if (!std::equal(row.begin(), row.end(), old.begin())) planners_[layer]->Adopt(row);
   }
+  source_ = CopySource::kRanks;
   not_before_ = step + options_.min_steps_between;
 }
 
 void Controller::OnAborted(int64_t plan_id, int64_t step) {
   BALLAST_CHECK(in_flight() && plan_id == last_plan_id_);
   target_.reset();
+  if (options_.retry_from_file) {
+    source_ = source_ == CopySource::kRanks ? CopySource::kFile : CopySource::kRanks;
+  }
   not_before_by_abort_ = step + options_.backoff_steps;
   not_before_ = std::max(not_before_by_abort_, step + options_.min_steps_between);
 }

@@ -34,6 +34,7 @@ struct ControllerOptions {
   double min_gain = 0.02;          // smallest fall of imbalance (max/mean) that is worth moving for
   int32_t max_incoming_per_rank = 0;  // copies that one plan may bring to a rank; 0: no limit
   int32_t backoff_steps = 256;        // after an aborted plan; for force_every_steps too
+  bool retry_from_file = false;       // after an aborted plan, see Controller
   int64_t last_plan_id = 0;           // plans are numbered from the next one
   double copy_burst = 0.0;  // most copies that may go unused and be made later; 0: no budget
 };
@@ -85,6 +86,10 @@ const char* NameOf(Decision decision);
 // The layers with the largest gain go first; the first that credit does not last for, and all after
 // it, wait, so that none is passed over for good. A forced plan waits too. An aborted plan's copies
 // are spent: their bytes may have travelled.
+//
+// With retry_from_file, the plan after an aborted one takes its copies from the checkpoint, the one
+// after that from ranks again if it is aborted too, and so on until a plan is committed: whatever
+// is wrong with one kind of source, the other does not share it.
 //
 // Call order: ((GrantCopies | OnStep)* Decide? (OnCommitted | OnAborted)?)*. At most one plan is in
 // flight.
@@ -169,10 +174,11 @@ class Controller {
   int64_t window_steps_ = 0;
   std::vector<int64_t> window_sums_;  // [num_layers * E] over windows_
   PerKind<Batch> batches_;
-  std::vector<int32_t> joint_;       // [num_layers * E] a step of both kinds, where kinds are one
-  bool new_batch_ = false;           // the planners have seen one since the last plan was asked for
-  double credit_;                    // copies that may be made now
-  std::optional<Placement> target_;  // where the plan in flight leads
+  std::vector<int32_t> joint_;  // [num_layers * E] a step of both kinds, where kinds are one
+  bool new_batch_ = false;      // the planners have seen one since the last plan was asked for
+  double credit_;               // copies that may be made now
+  CopySource source_ = CopySource::kRanks;  // of the next plan
+  std::optional<Placement> target_;         // where the plan in flight leads
   int64_t last_plan_id_ = 0;
   int64_t last_start_ = 0;           // step of the last plan's start
   int64_t not_before_ = 0;           // no plan before this step, unless forced by the caller

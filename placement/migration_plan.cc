@@ -52,7 +52,7 @@ class Reader {
 };
 
 // The copies that `rows` bring to ranks that lack them: per (layer, expert, rank) one move, to the
-// lowest such slot, without a source. REQUIRES rows in ascending layers and valid for `current`.
+// lowest such slot, from the checkpoint. REQUIRES rows in ascending layers and valid for `current`.
 std::vector<Move> EnteringCopies(const Placement& current,
                                  std::span<const Placement::LayerRow> rows) {
   const Topology& topology = current.topology();
@@ -66,7 +66,8 @@ std::vector<Move> EnteringCopies(const Placement& current,
         const bool again = std::any_of(moves.begin() + static_cast<ptrdiff_t>(first_of_rank),
                                        moves.end(), [e](const Move& m) { return m.expert == e; });
         if (!again)
-          moves.push_back({.layer = row.layer, .expert = e, .from_rank = -1, .to_slot = s});
+          moves.push_back(
+              {.layer = row.layer, .expert = e, .from_rank = Move::kFromFile, .to_slot = s});
       }
     }
   }
@@ -106,7 +107,7 @@ void ChooseSources(const Placement& current, std::vector<Move>* moves) {
 }
 
 bool HasSource(const Placement& current, std::span<const Move> moves, size_t i) {
-  bool found = false;
+  bool found = moves[i].from_rank == Move::kFromFile;
   ForEachSource(current, moves, i,
                 [&](int32_t rank, bool) { found = found || rank == moves[i].from_rank; });
   return found;
@@ -194,7 +195,7 @@ void KeepSlots(std::span<const int32_t> held, std::vector<int32_t> wanted, int32
 
 absl::StatusOr<MigrationPlan> MakeMigrationPlan(const Placement& current,
                                                 std::vector<Placement::LayerRow> rows,
-                                                int64_t plan_id) {
+                                                int64_t plan_id, CopySource source) {
   BALLAST_ASSIGN_OR_RETURN(const Placement target, current.With(rows, current.epoch() + 1));
   std::sort(rows.begin(), rows.end(),
             [](const auto& a, const auto& b) { return a.layer < b.layer; });
@@ -208,7 +209,7 @@ absl::StatusOr<MigrationPlan> MakeMigrationPlan(const Placement& current,
                      .moves = {},
                      .target_fingerprint = target.fingerprint()};
   plan.moves = EnteringCopies(current, plan.rows);
-  ChooseSources(current, &plan.moves);
+  if (source == CopySource::kRanks) ChooseSources(current, &plan.moves);
   return plan;
 }
 
@@ -226,7 +227,7 @@ absl::StatusOr<Placement> MigrationPlan::Apply(const Placement& current) const {
   }
   for (size_t i = 0; i < moves.size(); ++i) {
     Move unsourced = moves[i];
-    unsourced.from_rank = -1;
+    unsourced.from_rank = Move::kFromFile;
     if (unsourced != expected[i]) {
       return absl::InvalidArgumentError(
           absl::StrCat("plan ", plan_id, ": move ", i, " (layer ", moves[i].layer, ", expert ",
@@ -301,7 +302,7 @@ absl::StatusOr<MigrationPlan> MigrationPlan::Deserialize(std::span<const std::by
   for (uint32_t i = 0; i < num_moves; ++i) {
     Move move{};
     if (!reader.Read(&move)) return Malformed("cut off in a move");
-    if (move.layer < 0 || move.expert < 0 || move.from_rank < 0 || move.to_slot < 0) {
+    if (move.layer < 0 || move.expert < 0 || move.from_rank < Move::kFromFile || move.to_slot < 0) {
       return Malformed("negative number in a move");
     }
     plan.moves.push_back(move);

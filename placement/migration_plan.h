@@ -14,9 +14,12 @@ namespace ballast {
 
 // One expert that enters a rank that lacked it.
 struct Move {
+  // Source of an expert that the receiver reads from the checkpoint itself.
+  static constexpr int32_t kFromFile = -1;
+
   int32_t layer;
   int32_t expert;
-  int32_t from_rank;  // a rank that holds the expert, or receives it by an earlier move
+  int32_t from_rank;  // one that holds the expert, or has it by an earlier move; or kFromFile
   int32_t to_slot;    // a slot of the receiving rank
 
   bool operator==(const Move&) const = default;
@@ -45,6 +48,9 @@ struct MigrationPlan {
   bool operator==(const MigrationPlan&) const;
 };
 
+// Where the copies of a plan come from: the memory of ranks, or the checkpoint.
+enum class CopySource : uint8_t { kRanks, kFile };
+
 // Builds the plan from `current` to the same placement with `rows` replaced. Rows that change
 // nothing are left out. The source of move i, which brings expert e of layer l to rank r:
 //
@@ -55,10 +61,12 @@ struct MigrationPlan {
 //
 // So an expert enters a node once and goes on from there; where it goes to many ranks of a node, no
 // rank sends it to all of them. As sources come before those they serve, no plan waits on itself.
+// With CopySource::kFile every receiver reads for itself.
 // ERRORS kInvalidArgument when the rows are not valid for `current`
 absl::StatusOr<MigrationPlan> MakeMigrationPlan(const Placement& current,
                                                 std::vector<Placement::LayerRow> rows,
-                                                int64_t plan_id);
+                                                int64_t plan_id,
+                                                CopySource source = CopySource::kRanks);
 
 // Renames slots within each rank, and whole ranks (of equal size) within each node, so that the
 // fewest experts enter a rank that lacked them; experts that stay on a rank keep their slots.

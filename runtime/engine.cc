@@ -50,6 +50,22 @@ absl::Status CheckSizes(const EngineOptions& options, const ModelConfig& config)
   return absl::OkStatus();
 }
 
+// Reads experts beside the step thread.
+ReadExpert ReaderOf(const Checkpoint& checkpoint, const KernelSet& kernels, DType dtype) {
+  // Made on the thread that reads, on which it also says that products use one thread.
+  std::shared_ptr<GatedMlp> mlp;
+  return [&checkpoint, &kernels, dtype, mlp](int32_t layer, int32_t expert,
+                                             std::span<std::byte> block) mutable -> absl::Status {
+    const ModelConfig& config = checkpoint.config();
+    if (mlp == nullptr) {
+      BALLAST_ASSIGN_OR_RETURN(
+          mlp, GatedMlp::Create(kernels, config.hidden, config.expert_inter, dtype));
+    }
+    return checkpoint.LoadMlp(ExpertPrefix(config.num_dense_layers + layer, expert), mlp.get(),
+                              block.data());
+  };
+}
+
 }  // namespace
 
 Engine::Engine(const EngineOptions& options, const Checkpoint& checkpoint, const KernelSet& kernels,
@@ -102,7 +118,8 @@ void Engine::MakeStore(const Placement& initial) {
           .block_bytes = decoder_->expert_bytes(),
           .resident_blocks = initial.topology().slots_on(rank) * config.num_moe_layers(),
           .staging_blocks = options_.staging_experts > 0 ? options_.staging_experts : most_slots,
-          .chunk_bytes = options_.chunk_bytes},
+          .chunk_bytes = options_.chunk_bytes,
+          .read = ReaderOf(checkpoint_, kernels_, options_.dtype)},
       base_transport_);
   Rebalancer::Options rebalancer = options_.rebalancer;
   rebalancer.rank = rank;

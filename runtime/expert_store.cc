@@ -11,7 +11,6 @@
 namespace ballast {
 namespace {
 
-constexpr size_t kChecksumPieceBytes = 64 << 10;
 constexpr uint32_t kChunkMagic = 0x4b4e4843;  // "CHNK"
 
 }  // namespace
@@ -44,21 +43,14 @@ struct ExpertStore::Flow {
   bool done() const { return next == items.size() && !posted; }
 };
 
-uint64_t BlockChecksum(std::span<const std::byte> block) {
-  uint64_t sum = block.size();
-  for (size_t at = 0; at < block.size(); at += kChecksumPieceBytes) {
-    sum = Hash64(block.subspan(at, std::min(kChecksumPieceBytes, block.size() - at)), sum);
-  }
-  return sum;
-}
-
 ExpertStore::ExpertStore(Options options, Transport* transport)
-    : options_(options), transport_(transport) {
-  AddBlocks(options.resident_blocks + options.staging_blocks);
-  const size_t experts = static_cast<size_t>(options.num_layers) * options.num_experts;
+    : options_(std::move(options)), transport_(transport) {
+  AddBlocks(options_.resident_blocks + options_.staging_blocks);
+  const size_t experts = static_cast<size_t>(options_.num_layers) * options_.num_experts;
   block_of_expert_.assign(experts, -1);
   sealed_checksum_.assign(experts, 0);
   MakeFlows();
+  if (options_.read) reader_ = std::make_unique<ExpertReader>(options_.read);
 }
 
 ExpertStore::~ExpertStore() = default;
@@ -118,13 +110,19 @@ uint64_t ExpertStore::SealedChecksum(int32_t layer, int32_t expert) const {
 }
 
 absl::Status ExpertStore::Stage(const MigrationPlan& plan, const Placement& current) {
-  if (plan_.has_value() || draining_) {
+  if (!plan_.has_value()) TakeReads().IgnoreError();  // of plans given up
+  if (plan_.has_value() || draining_ || lent_blocks_ > 0) {
     return absl::FailedPreconditionError(
         absl::StrCat("plan ", plan.plan_id, ": another plan is still under way"));
   }
   const Topology& topology = current.topology();
   std::vector<int32_t> incoming(static_cast<size_t>(topology.num_ranks()), 0);
   for (const Move& move : plan.moves) {
+    if (move.from_rank == Move::kFromFile && reader_ == nullptr) {
+      return absl::UnimplementedError(
+          absl::StrCat("plan ", plan.plan_id, " takes layer ", move.layer, ", expert ", move.expert,
+                       " from the checkpoint, which this store cannot read"));
+    }
     const int32_t to = topology.rank_of_slot(move.to_slot);
     if (++incoming[to] > options_.staging_blocks) {
       return absl::ResourceExhaustedError(
@@ -137,7 +135,16 @@ absl::Status ExpertStore::Stage(const MigrationPlan& plan, const Placement& curr
     const size_t at = At(move.layer, move.expert);
     if (topology.rank_of_slot(move.to_slot) == options_.rank) {
       coming[at] = static_cast<int32_t>(staged_.size());
-      staged_.push_back({.layer = move.layer, .expert = move.expert, .block = TakeBlock()});
+      const int32_t block = TakeBlock();
+      staged_.push_back({.layer = move.layer, .expert = move.expert, .block = block});
+      if (move.from_rank == Move::kFromFile) {
+        staged_.back().reading = true;
+        reader_->Start({.block_id = block,
+                        .layer = move.layer,
+                        .expert = move.expert,
+                        .block = {Block(block), options_.block_bytes}});
+        continue;
+      }
       receives_[move.from_rank]->items.push_back({move.layer, move.expert, coming[at]});
     } else if (move.from_rank == options_.rank) {
       BALLAST_CHECK(block_of_expert_[at] >= 0 || coming[at] >= 0);
@@ -251,15 +258,57 @@ absl::Status ExpertStore::TakeChunk(const Flow& flow, size_t received) {
                                           staged.checksum, ", it was packed with ", staged.sealed));
 }
 
-bool ExpertStore::FlowsIdle() const {
+// What has been read since the last time.
+absl::Status ExpertStore::TakeReads() {
+  absl::Status first_error;
+  while (reader_ != nullptr) {
+    const auto done = reader_->Take();
+    if (!done.has_value()) break;
+    first_error.Update(TakeRead(*done));
+  }
+  return first_error;
+}
+
+absl::Status ExpertStore::TakeRead(const ExpertReader::Done& done) {
+  const auto staged = std::find_if(staged_.begin(), staged_.end(), [&](const Staged& s) {
+    return s.reading && s.block == done.block_id;
+  });
+  if (staged == staged_.end()) {  // of a plan given up
+    free_blocks_.push_back(done.block_id);
+    --lent_blocks_;
+    return absl::OkStatus();
+  }
+  staged->reading = false;
+  staged->arrived = options_.block_bytes;
+  staged->checksum = staged->sealed = done.checksum;
+  copies_read_ += done.status.ok();
+  if (done.status.ok() || draining_) return absl::OkStatus();
+  return absl::Status(done.status.code(),
+                      absl::StrCat("layer ", staged->layer, ", expert ", staged->expert,
+                                   " from the checkpoint: ", done.status.message()));
+}
+
+// Those that have not begun. Who is to relay them goes on with what is in the block.
+void ExpertStore::CancelReads() {
+  if (reader_ == nullptr) return;
+  for (const int32_t block : reader_->Cancel()) {
+    for (Staged& staged : staged_) {
+      if (staged.block != block) continue;
+      staged.reading = false;
+      staged.arrived = options_.block_bytes;
+    }
+  }
+}
+
+bool ExpertStore::Idle() const {
   const auto idle = [](const std::unique_ptr<Flow>& flow) { return flow->done(); };
-  return std::all_of(sends_.begin(), sends_.end(), idle) &&
-         std::all_of(receives_.begin(), receives_.end(), idle);
+  return std::ranges::all_of(sends_, idle) && std::ranges::all_of(receives_, idle) &&
+         std::ranges::none_of(staged_, &Staged::reading);
 }
 
 absl::StatusOr<bool> ExpertStore::Poll(size_t byte_budget) {
   if (!plan_.has_value()) return false;
-  absl::Status first_error;
+  absl::Status first_error = TakeReads();
   size_t sent = 0, received = 0;
   for (size_t i = 0; i < sends_.size(); ++i) {
     if (sent < byte_budget) {
@@ -275,7 +324,7 @@ absl::StatusOr<bool> ExpertStore::Poll(size_t byte_budget) {
   }
   failed_ = failed_ || !first_error.ok();
   if (!first_error.ok()) return first_error;
-  if (!FlowsIdle()) return false;
+  if (!Idle()) return false;
   if (draining_) {
     draining_ = false;
     Discard();
@@ -285,7 +334,7 @@ absl::StatusOr<bool> ExpertStore::Poll(size_t byte_budget) {
 }
 
 void ExpertStore::Commit(const Placement& target) {
-  BALLAST_CHECK(plan_.has_value() && !draining_ && !failed_ && FlowsIdle());
+  BALLAST_CHECK(plan_.has_value() && !draining_ && !failed_ && Idle());
   for (const Placement::LayerRow& row : plan_->rows) {
     for (int32_t e = 0; e < options_.num_experts; ++e) {
       int32_t& block = block_of_expert_[At(row.layer, e)];
@@ -308,7 +357,8 @@ void ExpertStore::Commit(const Placement& target) {
 
 void ExpertStore::Discard() {
   if (!plan_.has_value()) return;
-  if (!FlowsIdle()) {
+  CancelReads();
+  if (!Idle()) {
     draining_ = true;  // peers still send what the plan says; Poll takes it in and then comes back
     return;
   }
@@ -318,7 +368,14 @@ void ExpertStore::Discard() {
 void ExpertStore::Abandon() {
   if (!plan_.has_value()) return;
   draining_ = false;
-  for (const Staged& staged : staged_) free_blocks_.push_back(staged.block);
+  CancelReads();
+  for (const Staged& staged : staged_) {
+    if (staged.reading) {
+      ++lent_blocks_;
+    } else {
+      free_blocks_.push_back(staged.block);
+    }
+  }
   staged_.clear();
   for (auto* flows : {&sends_, &receives_}) {
     for (auto& flow : *flows) {
@@ -336,6 +393,7 @@ void ExpertStore::Abandon() {
 
 void ExpertStore::Regroup(int32_t rank, Transport* transport, const Placement& placement) {
   BALLAST_CHECK(!plan_.has_value());
+  while (lent_blocks_ > 0) TakeRead(reader_->Wait()).IgnoreError();
   options_.rank = rank;
   transport_ = transport;
   MakeFlows();

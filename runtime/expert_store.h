@@ -14,6 +14,7 @@
 #include "placement/migration_plan.h"
 #include "placement/placement.h"
 #include "runtime/copy_store.h"
+#include "runtime/expert_reader.h"
 
 namespace ballast {
 
@@ -30,6 +31,9 @@ namespace ballast {
 // plan gets stuck: of the moves that are not through, the first in plan order has all earlier ones
 // of its pair behind it, and its source holds the expert or has it by an earlier move.
 //
+// An expert that the plan takes from the checkpoint is read by Options::read on a thread of its own
+// (expert_reader.h), into its staging block; Poll only looks whether it is done.
+//
 // The checksum of a whole expert, taken when it was packed from the checkpoint, travels along, over
 // relays too, and is verified by every receiver: it covers every byte that the products read,
 // derived layouts included.
@@ -45,6 +49,7 @@ class ExpertStore : public CopyStore {
     int32_t resident_blocks = 0;  // slots of this rank over all layers
     int32_t staging_blocks = 0;   // most experts that one plan may bring to a rank
     size_t chunk_bytes = 256 << 10;
+    ReadExpert read = {};  // empty: plans that take copies from the checkpoint are refused
   };
   ExpertStore(Options options, Transport* transport);
   ~ExpertStore() override;
@@ -56,12 +61,14 @@ class ExpertStore : public CopyStore {
   // The packed parameters, or nullptr where this rank does not hold the expert.
   const std::byte* Parameters(int32_t layer, int32_t expert) const;
 
-  // ERRORS kFailedPrecondition: a plan is being staged, or an abandoned one still has messages
-  //        under way; kResourceExhausted: the plan brings more experts to some rank than
-  //        staging_blocks (every rank finds the same, so all refuse together)
+  // ERRORS kFailedPrecondition: a plan is being staged, or one given up still has messages or a
+  // read
+  //        under way; kUnimplemented: no Options::read for it; kResourceExhausted: the plan brings
+  //        more experts to some rank than staging_blocks (every rank finds the same, so all refuse
+  //        together)
   absl::Status Stage(const MigrationPlan& plan, const Placement& current) override;
-  // ERRORS kDataLoss: a checksum does not match, with layer, expert and source; the plan is then
-  //        never said to be staged
+  // ERRORS kDataLoss: a checksum does not match, with layer, expert and source; what Options::read
+  //        says, with layer and expert. The plan is then never said to be staged
   absl::StatusOr<bool> Poll(size_t byte_budget) override;
   void Commit(const Placement& target) override;
   void Discard() override;
@@ -71,7 +78,8 @@ class ExpertStore : public CopyStore {
   size_t block_bytes() const override { return options_.block_bytes; }
 
   // Other ranks than before go on: this one as `rank`, over `transport`. Copies that `placement`
-  // does not give to it are dropped, and there is room for all it gives. REQUIRES not staging()
+  // does not give to it are dropped, and there is room for all it gives. Waits for a read that is
+  // under way. REQUIRES not staging()
   void Regroup(int32_t rank, Transport* transport, const Placement& placement);
 
   // Checksum of an expert's block as it is in memory now. REQUIRES Parameters(layer, expert).
@@ -82,11 +90,13 @@ class ExpertStore : public CopyStore {
   int32_t rank() const { return options_.rank; }
   int64_t bytes_received() const { return bytes_received_; }
   int64_t copies_received() const { return copies_received_; }
+  int64_t copies_read() const { return copies_read_; }  // from the checkpoint, by plans
 
  private:
   struct ChunkHeader;
   struct Staged {
     int32_t layer, expert, block;
+    bool reading = false;   // from the checkpoint; its block belongs to the reader
     size_t arrived = 0;     // bytes of it that may be sent on
     size_t hashed = 0;      // bytes that `checksum` covers
     uint64_t checksum = 0;  // of what has arrived
@@ -105,7 +115,10 @@ class ExpertStore : public CopyStore {
   absl::StatusOr<size_t> AdvanceReceive(Flow* flow, size_t budget);
   absl::Status TakeChunk(const Flow& flow, size_t received);
   void NextChunk(Flow* flow);
-  bool FlowsIdle() const;
+  absl::Status TakeReads();
+  absl::Status TakeRead(const ExpertReader::Done& done);
+  void CancelReads();
+  bool Idle() const;  // nothing of plan_ is under way
 
   Options options_;
   Transport* transport_;
@@ -117,14 +130,14 @@ class ExpertStore : public CopyStore {
   std::optional<MigrationPlan> plan_;
   std::vector<Staged> staged_;                           // experts coming in, in plan order
   std::vector<std::unique_ptr<Flow>> sends_, receives_;  // per peer
+  std::unique_ptr<ExpertReader> reader_;
+  int32_t lent_blocks_ = 0;  // of plans given up: a read into them is under way
   bool draining_ = false;
   bool failed_ = false;  // some of plan_ has arrived wrong: it can only be discarded
   int64_t bytes_received_ = 0;
   int64_t copies_received_ = 0;
+  int64_t copies_read_ = 0;
 };
-
-// The checksum of an expert's block: a chain over pieces of fixed size.
-uint64_t BlockChecksum(std::span<const std::byte> block);
 
 }  // namespace ballast
 

@@ -155,6 +155,21 @@ TEST_CASE("a source that has nothing to send is refused", "[placement][plan][err
   }
 }
 
+TEST_CASE("every copy of a plan can come from the checkpoint", "[placement][plan]") {
+  const auto current = Placement::Create(1, 2, Topology::Uniform(2, 2), {0, -1, 1, -1}, 0);
+  const auto plan = MakeMigrationPlan(*current, {{0, {0, 1, 1, 0}}}, 1, CopySource::kFile);
+  REQUIRE(plan.ok());
+  REQUIRE(plan->moves ==
+          std::vector<Move>{{0, 1, Move::kFromFile, 1}, {0, 0, Move::kFromFile, 3}});
+  const auto read = MigrationPlan::Deserialize(plan->Serialize());
+  REQUIRE(read.ok());
+  REQUIRE(*read == *plan);
+  REQUIRE(read->Apply(*current).ok());
+  MigrationPlan other = *plan;
+  other.moves[0].from_rank = Move::kFromFile - 1;
+  REQUIRE_FALSE(MigrationPlan::Deserialize(other.Serialize()).ok());
+}
+
 TEST_CASE("rows that are not valid make no plan", "[placement][plan][errors]") {
   const auto current = Placement::Create(1, 2, Topology::Uniform(2, 1), {0, 1}, 0);
   REQUIRE_FALSE(MakeMigrationPlan(*current, {{0, {0, 0}}}, 1).ok());
