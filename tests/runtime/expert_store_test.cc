@@ -4,34 +4,13 @@
 
 #include <atomic>
 #include <catch2/catch.hpp>
-#include <cstring>
-#include <functional>
-#include <thread>
 
-#include "base/random.h"
-#include "base/status.h"
-#include "tests/support/run_ranks.h"
+#include "tests/runtime/store_fixture.h"
 
 namespace ballast {
 namespace {
 
-using testing::FirstError;
-using testing::RunRanks;
-
-constexpr int32_t kLayers = 2, kExperts = 6, kRanks = 3, kSlots = 3;
-constexpr size_t kBlockBytes = 1000;  // not a multiple of a chunk or of a cache line
-
-// Byte `i` of the packed expert.
-std::byte ExpertByte(int32_t layer, int32_t expert, size_t i) {
-  return static_cast<std::byte>(RandomBits(static_cast<uint64_t>(layer * 100 + expert), i));
-}
-
-Placement Initial() {
-  auto placement = Placement::Contiguous(kLayers, kExperts, Topology::Uniform(kRanks, kSlots),
-                                         /*fill_spare=*/false);
-  REQUIRE(placement.ok());
-  return *placement;
-}
+using namespace testing;  // NOLINT: the fixture
 
 // Layer 0 gets copies of experts 0, 2 and 4 in the spare slots of the next rank; layer 1 swaps
 // experts between ranks 0 and 1.
@@ -43,73 +22,6 @@ MigrationPlan PlanFrom(const Placement& placement, int64_t plan_id) {
   REQUIRE(plan.ok());
   REQUIRE(plan->moves.size() == 5);
   return *plan;
-}
-
-std::unique_ptr<ExpertStore> FilledStore(Transport* transport, const Placement& placement,
-                                         size_t chunk_bytes = 192, int32_t staging = 4,
-                                         ReadExpert read = {}) {
-  auto store = std::make_unique<ExpertStore>(
-      ExpertStore::Options{.rank = transport->rank(),
-                           .num_layers = kLayers,
-                           .num_experts = kExperts,
-                           .block_bytes = kBlockBytes,
-                           .resident_blocks = kLayers * kSlots,
-                           .staging_blocks = staging,
-                           .chunk_bytes = chunk_bytes,
-                           .read = std::move(read)},
-      transport);
-  for (int32_t layer = 0; layer < kLayers; ++layer) {
-    for (int32_t e = 0; e < kExperts; ++e) {
-      if (!placement.Hosts(layer, e, transport->rank())) continue;
-      const auto block = store->Allocate(layer, e);
-      for (size_t i = 0; i < block.size(); ++i) block[i] = ExpertByte(layer, e, i);
-      store->Seal(layer, e);
-    }
-  }
-  return store;
-}
-
-// The store holds what the placement gives to its rank, byte for byte, and nothing else.
-absl::Status CheckHolds(const ExpertStore& store, const Placement& placement, int32_t rank) {
-  for (int32_t layer = 0; layer < kLayers; ++layer) {
-    for (int32_t e = 0; e < kExperts; ++e) {
-      const std::byte* block = store.Parameters(layer, e);
-      bool right = (block != nullptr) == placement.Hosts(layer, e, rank);
-      for (size_t i = 0; right && block != nullptr && i < kBlockBytes; ++i) {
-        right = block[i] == ExpertByte(layer, e, i);
-      }
-      if (block != nullptr)
-        right = right && store.Checksum(layer, e) == store.SealedChecksum(layer, e);
-      if (!right) {
-        return absl::InternalError(absl::StrCat("layer ", layer, " expert ", e, " is not right"));
-      }
-    }
-  }
-  return absl::OkStatus();
-}
-
-absl::Status PollUntilStaged(ExpertStore* store, size_t budget) {
-  for (int i = 0; i < 10'000'000; ++i) {
-    BALLAST_ASSIGN_OR_RETURN(const bool done, store->Poll(budget));
-    if (done) return absl::OkStatus();
-    sched_yield();
-  }
-  return absl::DeadlineExceededError("never staged");
-}
-
-// Polls until nothing of a discarded plan is under way. All ranks have discarded by then.
-absl::Status PollUntilIdle(ExpertStore* store) {
-  for (int i = 0; i < 10'000'000 && store->staging(); ++i) {
-    BALLAST_RETURN_IF_ERROR(store->Poll(1 << 20).status());
-    sched_yield();
-  }
-  return store->staging() ? absl::DeadlineExceededError("never idle") : absl::OkStatus();
-}
-
-absl::Status Barrier(Communicator* comm) {
-  const std::byte mine{};
-  std::vector<std::byte> all(static_cast<size_t>(comm->size()));
-  return comm->AllGather(0, {&mine, 1}, all);
 }
 
 TEST_CASE("plans move experts byte for byte while the old ones stay", "[runtime][store]") {
@@ -305,159 +217,6 @@ TEST_CASE("a relayed plan given up at any moment leaves everything as it was",
     });
     REQUIRE(FirstError(statuses) == "");
   }
-}
-
-// ---- from the checkpoint ------------------------------------------------------------------------
-
-absl::Status ReadRight(int32_t layer, int32_t expert, std::span<std::byte> block) {
-  for (size_t i = 0; i < block.size(); ++i) block[i] = ExpertByte(layer, expert, i);
-  return absl::OkStatus();
-}
-
-// The same rows as RelayPlan: rank 1 reads the expert, and rank 2 too or from rank 1.
-MigrationPlan FilePlan(const Placement& placement, int64_t plan_id, bool relay) {
-  auto plan = MakeMigrationPlan(placement, {{0, {0, 1, kNoExpert, 2, 3, 0, 4, 5, 0}}}, plan_id,
-                                CopySource::kFile);
-  REQUIRE(plan.ok());
-  if (relay) plan->moves[1].from_rank = 1;
-  REQUIRE(plan->Apply(placement).ok());
-  return *plan;
-}
-
-// A reader that waits until it is let through, and says so.
-struct SlowReader {
-  std::atomic<int> begun = 0, allowed = 0;
-  ReadExpert read() {
-    return [this](int32_t layer, int32_t expert, std::span<std::byte> block) {
-      const int mine = ++begun;
-      while (allowed < mine) sched_yield();
-      return ReadRight(layer, expert, block);
-    };
-  }
-};
-
-TEST_CASE("the checkpoint is a source too and what it gave can be relayed", "[runtime][store]") {
-  const Placement initial = Initial();
-  for (const bool relay : {false, true}) {
-    CAPTURE(relay);
-    const MigrationPlan plan = FilePlan(initial, 1, relay);
-    const auto statuses = RunRanks(kRanks, [&](Transport* transport, Communicator*, int rank) {
-      const auto store = FilledStore(transport, initial, 192, 4, ReadRight);
-      BALLAST_RETURN_IF_ERROR(store->Stage(plan, initial));
-      BALLAST_RETURN_IF_ERROR(PollUntilStaged(store.get(), 300));
-      store->Commit(*plan.Apply(initial));
-      const bool counted = store->copies_read() == (rank == 1 || (rank == 2 && !relay)) &&
-                           store->copies_received() == (rank == 2 && relay);
-      if (!counted) return absl::InternalError("copies are miscounted");
-      return CheckHolds(*store, *plan.Apply(initial), rank);
-    });
-    REQUIRE(FirstError(statuses) == "");
-  }
-}
-
-TEST_CASE("an expert that cannot be read fails the plan by name and the next one succeeds",
-          "[runtime][store][errors]") {
-  const Placement initial = Initial();
-  for (const bool relay : {false, true}) {
-    CAPTURE(relay);
-    std::atomic<int> ended = 0;
-    const auto statuses = RunRanks(kRanks, [&](Transport* transport, Communicator* comm, int rank) {
-      bool broken = true;
-      const auto store = FilledStore(transport, initial, 192, /*staging=*/1,
-                                     [&](int32_t layer, int32_t e, std::span<std::byte> block) {
-                                       return broken && rank == 1
-                                                  ? absl::DataLossError("/model: cut off")
-                                                  : ReadRight(layer, e, block);
-                                     });
-      BALLAST_RETURN_IF_ERROR(store->Stage(FilePlan(initial, 1, relay), initial));
-      const absl::Status status = PollUntilStaged(store.get(), 300);
-      for (++ended; ended < kRanks; sched_yield()) store->Poll(300).IgnoreError();
-      BALLAST_RETURN_IF_ERROR(Barrier(comm));
-      store->Discard();
-      BALLAST_RETURN_IF_ERROR(PollUntilIdle(store.get()));
-      broken = false;
-      BALLAST_RETURN_IF_ERROR(Barrier(comm));
-      const MigrationPlan next = FilePlan(initial, 2, relay);
-      BALLAST_RETURN_IF_ERROR(store->Stage(next, initial));
-      BALLAST_RETURN_IF_ERROR(PollUntilStaged(store.get(), 300));
-      store->Commit(*next.Apply(initial));
-      BALLAST_RETURN_IF_ERROR(CheckHolds(*store, *next.Apply(initial), rank));
-      return status;
-    });
-    REQUIRE(statuses[0].ok());
-    REQUIRE(statuses[1].message() ==
-            "layer 0, expert 0 from the checkpoint: /model: cut off");
-    REQUIRE(statuses[2].ok() == !relay);
-  }
-}
-
-TEST_CASE("a store without a reader refuses plans that read", "[runtime][store][errors]") {
-  const Placement initial = Initial();
-  LocalFabric fabric(kRanks);
-  const auto transport = fabric.MakeTransport(0);
-  const auto store = FilledStore(transport.get(), initial);
-  REQUIRE(store->Stage(FilePlan(initial, 1, false), initial).code() ==
-          absl::StatusCode::kUnimplemented);
-  REQUIRE_FALSE(store->staging());
-}
-
-TEST_CASE("a block that is being read is not used for anything else", "[runtime][store]") {
-  // Rank 1 alone, with room for two copies. Experts 0 and 1 come from the checkpoint.
-  const Placement initial = Initial();
-  const auto plan_of = [&](int64_t plan_id) {
-    return *MakeMigrationPlan(initial,
-                              {{0, {0, 1, kNoExpert, 2, 3, 0, 4, 5, kNoExpert}},
-                               {1, {0, 1, kNoExpert, 2, 3, 1, 4, 5, kNoExpert}}},
-                              plan_id, CopySource::kFile);
-  };
-  for (const bool abandon : {false, true}) {
-    CAPTURE(abandon);
-    SlowReader reader;
-    LocalFabric fabric(kRanks);
-    const auto transport = fabric.MakeTransport(1);
-    const auto store = FilledStore(transport.get(), initial, 192, /*staging=*/2, reader.read());
-    REQUIRE(store->Stage(plan_of(1), initial).ok());
-    while (reader.begun < 1) sched_yield();
-    REQUIRE(*store->Poll(1 << 20) == false);
-    // The first read is under way, the second has not begun.
-    if (abandon) {
-      store->Abandon();
-      REQUIRE_FALSE(store->staging());
-    } else {
-      store->Discard();
-      REQUIRE(store->draining());
-    }
-    REQUIRE(store->Stage(plan_of(2), initial).code() == absl::StatusCode::kFailedPrecondition);
-    reader.allowed = 1;
-    if (!abandon) REQUIRE(PollUntilIdle(store.get()).ok());
-    while (!store->Stage(plan_of(3), initial).ok()) sched_yield();
-    REQUIRE(reader.begun <= 2);  // what had not begun was dropped
-    reader.allowed = 100;
-    REQUIRE(PollUntilStaged(store.get(), 1 << 20).ok());
-    store->Commit(*plan_of(3).Apply(initial));
-    REQUIRE(CheckHolds(*store, *plan_of(3).Apply(initial), 1) == absl::OkStatus());
-  }
-}
-
-TEST_CASE("a regrouping and the end of a store wait for the read under way", "[runtime][store]") {
-  const Placement initial = Initial();
-  const MigrationPlan plan = FilePlan(initial, 1, false);
-  SlowReader reader;
-  LocalFabric fabric(kRanks);
-  const auto transport = fabric.MakeTransport(1);
-  auto store = FilledStore(transport.get(), initial, 192, 1, reader.read());
-  REQUIRE(store->Stage(plan, initial).ok());
-  while (reader.begun < 1) sched_yield();
-  store->Abandon();
-  std::thread allow([&] { reader.allowed = 1; });
-  store->Regroup(1, transport.get(), initial);
-  allow.join();
-  // The one spare block is there again at once.
-  REQUIRE(store->Stage(plan, initial).ok());
-  while (reader.begun < 2) sched_yield();
-  std::thread allow_again([&] { reader.allowed = 2; });
-  store.reset();
-  allow_again.join();
 }
 
 TEST_CASE("a plan too large for the staging memory is refused by all ranks alike",
