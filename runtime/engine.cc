@@ -270,7 +270,7 @@ absl::Status Engine::RunStep(const Batch& batch) {
     if (capture_->active()) capture_->TakeLayer(decoder_->last_ids());
     if (rebalancer_->busy()) {
       const int64_t slice_began = NowNs();
-      rebalancer_->Slice();
+      rebalancer_->Slice(SliceOf::kStep);
       stall_ns_ += NowNs() - slice_began;
     }
     return absl::OkStatus();
@@ -338,7 +338,7 @@ absl::Status Engine::Rest() {
   last_cpu_us_ = 0;
   ShowLoad();
   observer_->OnRest(scheduler_->num_running(), scheduler_->num_waiting(), cache_->bytes_used());
-  if (rebalancer_->busy()) rebalancer_->Slice();
+  if (rebalancer_->busy()) rebalancer_->Slice(SliceOf::kRest);
   if (opening_.busy || rebalancer_->busy()) {
     const timespec pause{0, kTransferPauseNs};
     nanosleep(&pause, nullptr);

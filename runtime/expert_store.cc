@@ -157,8 +157,7 @@ absl::Status ExpertStore::Stage(const MigrationPlan& plan, const Placement& curr
   return absl::OkStatus();
 }
 
-absl::StatusOr<size_t> ExpertStore::AdvanceSend(Flow* flow, size_t budget) {
-  size_t moved = 0;
+absl::Status ExpertStore::AdvanceSend(Flow* flow, int64_t* budget) {
   while (!flow->done()) {
     if (flow->posted) {
       const auto through = transport_->Test(flow->handle, nullptr);
@@ -167,7 +166,7 @@ absl::StatusOr<size_t> ExpertStore::AdvanceSend(Flow* flow, size_t budget) {
       BALLAST_RETURN_IF_ERROR(through.status());
       continue;
     }
-    if (moved >= budget) break;
+    if (*budget <= 0) break;
     const Flow::Item& item = flow->items[flow->next];
     const size_t at = At(item.layer, item.expert);
     const size_t bytes = std::min(options_.chunk_bytes, options_.block_bytes - flow->offset);
@@ -185,14 +184,13 @@ absl::StatusOr<size_t> ExpertStore::AdvanceSend(Flow* flow, size_t budget) {
                              transport_->PostSend(flow->peer, kTagMigration,
                                                   {flow->buffer.data(), kCacheLineBytes + bytes}));
     flow->posted = true;
-    moved += bytes;
+    *budget -= static_cast<int64_t>(bytes);
   }
-  return moved;
+  return absl::OkStatus();
 }
 
-absl::StatusOr<size_t> ExpertStore::AdvanceReceive(Flow* flow, size_t budget) {
-  size_t moved = 0;
-  while (!flow->done() && moved < budget) {
+absl::Status ExpertStore::AdvanceReceive(Flow* flow, int64_t* budget) {
+  while (!flow->done() && *budget > 0) {
     if (!flow->posted) {
       BALLAST_ASSIGN_OR_RETURN(
           flow->handle, transport_->PostRecv(flow->peer, kTagMigration, flow->buffer.bytes()));
@@ -208,9 +206,9 @@ absl::StatusOr<size_t> ExpertStore::AdvanceReceive(Flow* flow, size_t budget) {
         std::min(flow->offset + options_.chunk_bytes, options_.block_bytes);
     NextChunk(flow);
     BALLAST_RETURN_IF_ERROR(taken);
-    moved += received;
+    *budget -= static_cast<int64_t>(received);
   }
-  return moved;
+  return absl::OkStatus();
 }
 
 // Behind the chunk under way.
@@ -306,21 +304,15 @@ bool ExpertStore::Idle() const {
          std::ranges::none_of(staged_, &Staged::reading);
 }
 
-absl::StatusOr<bool> ExpertStore::Poll(size_t byte_budget) {
+absl::StatusOr<bool> ExpertStore::Poll(TransferBudget* budget) {
   if (!plan_.has_value()) return false;
   absl::Status first_error = TakeReads();
-  size_t sent = 0, received = 0;
-  for (size_t i = 0; i < sends_.size(); ++i) {
-    if (sent < byte_budget) {
-      auto moved = AdvanceSend(sends_[i].get(), byte_budget - sent);
-      if (moved.ok()) sent += *moved;
-      first_error.Update(moved.status());
-    }
-    if (received < byte_budget) {
-      auto moved = AdvanceReceive(receives_[i].get(), byte_budget - received);
-      if (moved.ok()) received += *moved;
-      first_error.Update(moved.status());
-    }
+  // Each peer is the first in turn, so that a small budget reaches all of them.
+  first_flow_ = (first_flow_ + 1) % sends_.size();
+  for (size_t k = 0; k < sends_.size(); ++k) {
+    const size_t peer = (first_flow_ + k) % sends_.size();
+    first_error.Update(AdvanceSend(sends_[peer].get(), &budget->send));
+    first_error.Update(AdvanceReceive(receives_[peer].get(), &budget->receive));
   }
   failed_ = failed_ || !first_error.ok();
   if (!first_error.ok()) return first_error;
@@ -397,6 +389,10 @@ void ExpertStore::Regroup(int32_t rank, Transport* transport, const Placement& p
   options_.rank = rank;
   transport_ = transport;
   MakeFlows();
+  // Nobody makes plans for less than a layer.
+  for (int32_t r = 0; r < placement.topology().num_ranks(); ++r) {
+    options_.staging_blocks = std::max(options_.staging_blocks, placement.topology().slots_on(r));
+  }
   int32_t wanted = 0;
   for (int32_t layer = 0; layer < options_.num_layers; ++layer) {
     for (int32_t e = 0; e < options_.num_experts; ++e) {

@@ -69,7 +69,7 @@ class ExpertStore : public CopyStore {
   absl::Status Stage(const MigrationPlan& plan, const Placement& current) override;
   // ERRORS kDataLoss: a checksum does not match, with layer, expert and source; what Options::read
   //        says, with layer and expert. The plan is then never said to be staged
-  absl::StatusOr<bool> Poll(size_t byte_budget) override;
+  absl::StatusOr<bool> Poll(TransferBudget* budget) override;
   void Commit(const Placement& target) override;
   void Discard() override;
   void Abandon() override;
@@ -78,8 +78,9 @@ class ExpertStore : public CopyStore {
   size_t block_bytes() const override { return options_.block_bytes; }
 
   // Other ranks than before go on: this one as `rank`, over `transport`. Copies that `placement`
-  // does not give to it are dropped, and there is room for all it gives. Waits for a read that is
-  // under way. REQUIRES not staging()
+  // does not give to it are dropped, and there is room for all it gives, and to stage as many as
+  // the largest rank has slots in a layer. Waits for a read that is under way. REQUIRES not
+  // staging()
   void Regroup(int32_t rank, Transport* transport, const Placement& placement);
 
   // Checksum of an expert's block as it is in memory now. REQUIRES Parameters(layer, expert).
@@ -111,8 +112,8 @@ class ExpertStore : public CopyStore {
   void AddBlocks(int32_t count);
   void MakeFlows();
   int32_t TakeBlock();
-  absl::StatusOr<size_t> AdvanceSend(Flow* flow, size_t budget);
-  absl::StatusOr<size_t> AdvanceReceive(Flow* flow, size_t budget);
+  absl::Status AdvanceSend(Flow* flow, int64_t* budget);
+  absl::Status AdvanceReceive(Flow* flow, int64_t* budget);
   absl::Status TakeChunk(const Flow& flow, size_t received);
   void NextChunk(Flow* flow);
   absl::Status TakeReads();
@@ -130,6 +131,7 @@ class ExpertStore : public CopyStore {
   std::optional<MigrationPlan> plan_;
   std::vector<Staged> staged_;                           // experts coming in, in plan order
   std::vector<std::unique_ptr<Flow>> sends_, receives_;  // per peer
+  size_t first_flow_ = 0;                                // whose turn it is to be polled first
   std::unique_ptr<ExpertReader> reader_;
   int32_t lent_blocks_ = 0;  // of plans given up: a read into them is under way
   bool draining_ = false;

@@ -167,8 +167,13 @@ void Leader::Handle(const PlanEnded& ended) {
     if (!vacating_.empty()) ++vacating_.front().aborts;
   }
   PublishLastCopies(ended.in_force);
-  std::lock_guard lock(mutex_);
-  if (ended.in_force.epoch() > placement_.epoch()) placement_ = ended.in_force;
+  {
+    std::lock_guard lock(mutex_);
+    if (ended.in_force.epoch() > placement_.epoch()) placement_ = ended.in_force;
+  }
+  // Also while nobody is served.
+  Decision why = Decision::kNone;
+  if (controller_->has_more() && vacating_.empty()) Plan(/*force=*/false, &why);
 }
 
 void Leader::PublishLastCopies(const Placement& placement) {

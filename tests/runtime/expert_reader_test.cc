@@ -75,7 +75,7 @@ TEST_CASE("an expert that cannot be read fails the plan by name and the next one
                                      });
       BALLAST_RETURN_IF_ERROR(store->Stage(FilePlan(initial, 1, relay), initial));
       const absl::Status status = PollUntilStaged(store.get(), 300);
-      for (++ended; ended < kRanks; sched_yield()) store->Poll(300).IgnoreError();
+      for (++ended; ended < kRanks; sched_yield()) Poll(store.get(), 300).IgnoreError();
       BALLAST_RETURN_IF_ERROR(Barrier(comm));
       store->Discard();
       BALLAST_RETURN_IF_ERROR(PollUntilIdle(store.get()));
@@ -121,7 +121,7 @@ TEST_CASE("a block that is being read is not used for anything else", "[runtime]
     const auto store = FilledStore(transport.get(), initial, 192, /*staging=*/2, reader.read());
     REQUIRE(store->Stage(plan_of(1), initial).ok());
     while (reader.begun < 1) sched_yield();
-    REQUIRE(*store->Poll(1 << 20) == false);
+    REQUIRE(*Poll(store.get(), 1 << 20) == false);
     // The first read is under way, the second has not begun.
     if (abandon) {
       store->Abandon();

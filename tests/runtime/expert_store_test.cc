@@ -27,7 +27,7 @@ MigrationPlan PlanFrom(const Placement& placement, int64_t plan_id) {
 TEST_CASE("plans move experts byte for byte while the old ones stay", "[runtime][store]") {
   const Placement initial = Initial();
   for (const size_t chunk : {size_t{64}, size_t{192}, size_t{4096}}) {
-    for (const size_t budget : {size_t{1}, size_t{500}, size_t{1} << 20}) {
+    for (const int64_t budget : {int64_t{1}, int64_t{500}, int64_t{1} << 20}) {
       CAPTURE(chunk, budget);
       const MigrationPlan forth = PlanFrom(initial, 1);
       const Placement middle = *forth.Apply(initial);
@@ -73,7 +73,7 @@ TEST_CASE("a plan given up with messages under way leaves everything as it was",
             initial, {{0, {0, 1, 4, 2, 3, 0, 4, 5, 2}}}, plan_id);
         BALLAST_RETURN_IF_ERROR(store->Stage(plan, initial));
         for (int i = 0; i < polls * (rank + 1); ++i) {
-          BALLAST_RETURN_IF_ERROR(store->Poll(100).status());
+          BALLAST_RETURN_IF_ERROR(Poll(store.get(), 100).status());
         }
         BALLAST_RETURN_IF_ERROR(Barrier(comm));
         store->Discard();
@@ -111,7 +111,7 @@ TEST_CASE("a copy of a corrupted expert is found out and never counts as staged"
     if (rank != 0) ++others_staged;
     // Rank 0 takes in the rest of the plan, and must not change its mind.
     for (int i = 0; rank == 0 && (others_staged < 2 || i < 100); ++i) {
-      const auto again = store->Poll(1 << 20);
+      const auto again = Poll(store.get(), 1 << 20);
       if (again.ok() && *again) ++later_true;
       sched_yield();
     }
@@ -157,7 +157,7 @@ TEST_CASE("a relay sends an expert on while it still arrives", "[runtime][store]
   for (; staged < kRanks && rounds < 1000; ++rounds) {
     staged = 0;
     for (const auto& store : stores) {
-      const auto done = store->Poll(1);
+      const auto done = Poll(store.get(), 1);
       REQUIRE(done.ok());
       staged += *done;
     }
@@ -185,7 +185,7 @@ TEST_CASE("receivers behind a relay find a corrupted expert out too", "[runtime]
     BALLAST_RETURN_IF_ERROR(store->Stage(plan, initial));
     const absl::Status status = PollUntilStaged(store.get(), 1 << 20);
     // A relay that has found it out still sends it on, so that nobody is left waiting.
-    for (++ended; ended < kRanks; sched_yield()) store->Poll(1 << 20).IgnoreError();
+    for (++ended; ended < kRanks; sched_yield()) Poll(store.get(), 1 << 20).IgnoreError();
     BALLAST_RETURN_IF_ERROR(Barrier(comm));
     store->Discard();
     BALLAST_RETURN_IF_ERROR(PollUntilIdle(store.get()));
@@ -208,7 +208,7 @@ TEST_CASE("a relayed plan given up at any moment leaves everything as it was",
       const auto store = FilledStore(transport, initial, /*chunk_bytes=*/64);
       BALLAST_RETURN_IF_ERROR(store->Stage(plan, initial));
       for (int i = 0; i < polls * (kRanks - rank); ++i) {
-        BALLAST_RETURN_IF_ERROR(store->Poll(1).status());
+        BALLAST_RETURN_IF_ERROR(Poll(store.get(), 1).status());
       }
       BALLAST_RETURN_IF_ERROR(Barrier(comm));
       store->Discard();
@@ -245,7 +245,7 @@ TEST_CASE("a rank that stages late is waited for", "[runtime][store]") {
     while (rank == 1 && polled < 2) sched_yield();
     BALLAST_RETURN_IF_ERROR(store->Stage(plan, initial));
     for (int i = 0; rank != 1 && i < 50; ++i) {
-      BALLAST_ASSIGN_OR_RETURN(const bool done, store->Poll(1 << 20));
+      BALLAST_ASSIGN_OR_RETURN(const bool done, Poll(store.get(), 1 << 20));
       // Rank 1 sends to rank 0 and has expert 0 of layer 0 to come: ranks 0 and 1 cannot be done.
       if (rank == 0 && done) return absl::InternalError("staged without the others");
     }

@@ -63,7 +63,7 @@ class SimStore : public CopyStore {
     }
     return absl::OkStatus();
   }
-  absl::StatusOr<bool> Poll(size_t) override {
+  absl::StatusOr<bool> Poll(TransferBudget*) override {
     for (const Move& move : staged_) {
       if (move.from_rank != Move::kFromFile && !alive(move.from_rank))
         return false;  // it will never come

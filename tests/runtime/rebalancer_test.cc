@@ -76,7 +76,7 @@ absl::StatusOr<Command> RunStep(Communicator* comm, Rebalancer* rebalancer, int6
   BALLAST_RETURN_IF_ERROR(comm->AllGather(epoch, std::as_bytes(std::span(&command, 1)),
                                           std::as_writable_bytes(std::span(commands))));
   BALLAST_ASSIGN_OR_RETURN(const auto outcome, rebalancer->Execute(commands[0]));
-  rebalancer->Slice();
+  rebalancer->Slice(SliceOf::kRest);
   return outcome.done;
 }
 
@@ -97,7 +97,7 @@ absl::Status Settle(Communicator* comm, Rebalancer* rebalancer) {
     BALLAST_RETURN_IF_ERROR(comm->AllGather(0, std::as_bytes(std::span(&mine, 1)),
                                             std::as_writable_bytes(std::span(all))));
     if (std::ranges::all_of(all, [](uint8_t busy) { return busy == 0; })) return absl::OkStatus();
-    rebalancer->Slice();
+    rebalancer->Slice(SliceOf::kRest);
   }
   return absl::DeadlineExceededError("the ranks stay busy");
 }
@@ -224,7 +224,7 @@ TEST_CASE("a plan that arrives after its abort is taken in and dropped",
             Rebalancer& rebalancer = *self.rebalancer;
             if (rank == 0) {
               rebalancer.OnPlan(Plan(initial, 1));
-              rebalancer.Slice();
+              rebalancer.Slice(SliceOf::kRest);
             }
             BALLAST_ASSIGN_OR_RETURN(Command done,
                                      RunStep(comm, &rebalancer, int64_t{1} << 62));

@@ -74,9 +74,15 @@ inline absl::Status CheckHolds(const ExpertStore& store, const Placement& placem
   return absl::OkStatus();
 }
 
-inline absl::Status PollUntilStaged(ExpertStore* store, size_t budget) {
+// Moves about `bytes` each way.
+inline absl::StatusOr<bool> Poll(ExpertStore* store, int64_t bytes) {
+  TransferBudget budget{bytes, bytes};
+  return store->Poll(&budget);
+}
+
+inline absl::Status PollUntilStaged(ExpertStore* store, int64_t budget) {
   for (int i = 0; i < 10'000'000; ++i) {
-    BALLAST_ASSIGN_OR_RETURN(const bool done, store->Poll(budget));
+    BALLAST_ASSIGN_OR_RETURN(const bool done, Poll(store, budget));
     if (done) return absl::OkStatus();
     sched_yield();
   }
@@ -86,7 +92,7 @@ inline absl::Status PollUntilStaged(ExpertStore* store, size_t budget) {
 // Polls until nothing of a discarded plan is under way. All ranks have discarded by then.
 inline absl::Status PollUntilIdle(ExpertStore* store) {
   for (int i = 0; i < 10'000'000 && store->staging(); ++i) {
-    BALLAST_RETURN_IF_ERROR(store->Poll(1 << 20).status());
+    BALLAST_RETURN_IF_ERROR(Poll(store, 1 << 20).status());
     sched_yield();
   }
   return store->staging() ? absl::DeadlineExceededError("never idle") : absl::OkStatus();
