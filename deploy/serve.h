@@ -40,8 +40,12 @@ struct ServeFlags {
   double min_gain = 0.02;
   PlacementRules rules;
   double copy_budget_mb = 0.0;
+  double migration_bandwidth_mb = 0.0;
+  double migration_share = 0.05;
   uint64_t migration_slice_bytes = 1 << 20;
   uint64_t migration_chunk_bytes = 256 << 10;
+  int32_t staging_experts = 0;
+  int32_t layers_per_plan = 0;
   int64_t plan_timeout_ms = 30'000;
   int64_t step_timeout_ms = 60'000;
   int64_t verify_every_s = 600;

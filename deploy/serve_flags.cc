@@ -160,6 +160,20 @@ void AddPlacementFlags(CLI::App* app, ServeFlags* f) {
                   "Plan every so many steps, whatever there is to gain; 0: only when it pays")
       ->check(CLI::Range(0, 1 << 30))
       ->group(group);
+}
+
+void AddMigrationFlags(CLI::App* app, ServeFlags* f) {
+  const char* group = "Migration";
+  app->add_option("--migration-bandwidth", f->migration_bandwidth_mb,
+                  "Megabytes (10^6 bytes) of expert parameters per second that a rank sends at "
+                  "most, and as many that it receives; 0: no limit")
+      ->check(CLI::Range(0.0, 1e9))
+      ->group(group);
+  app->add_option("--migration-share", f->migration_share,
+                  "Share of a step's time that migrations take at most; while nobody is served "
+                  "they take what they need")
+      ->check(CLI::Range(0.001, 1.0))
+      ->group(group);
   app->add_option("--migration-slice-bytes", f->migration_slice_bytes,
                   "Most bytes of expert parameters moved between two layers of a step")
       ->transform(CLI::AsSizeValue(false))
@@ -168,6 +182,16 @@ void AddPlacementFlags(CLI::App* app, ServeFlags* f) {
   app->add_option("--migration-chunk-bytes", f->migration_chunk_bytes, "Size of one such message")
       ->transform(CLI::AsSizeValue(false))
       ->check(CLI::Range(4096.0, 1e9))
+      ->group(group);
+  app->add_option("--staging-experts", f->staging_experts,
+                  "Memory of a rank for copies on their way, in experts: at least its slots in a "
+                  "layer; 0: as many as these. Plans bring no rank more than that")
+      ->check(CLI::Range(0, 1 << 20))
+      ->group(group);
+  app->add_option("--layers-per-plan", f->layers_per_plan,
+                  "Most layers that change at one flip; the others follow in plans of their own. "
+                  "0: no limit")
+      ->check(CLI::Range(0, 1 << 20))
       ->group(group);
   app->add_option("--plan-timeout-ms", f->plan_timeout_ms, "A plan not staged by then is given up")
       ->check(CLI::Range(int64_t{1}, int64_t{86'400'000}))
@@ -202,6 +226,7 @@ RunCommand AddServeCommand(CLI::App* app) {
   AddEngineFlags(app, flags.get());
   AddPlacementFlags(app, flags.get());
   AddControllerFlags(app, flags.get());
+  AddMigrationFlags(app, flags.get());
   app->footer(
       "Every flag can be set by an environment variable (BALLAST_PORT for --port) or in the file "
       "of\n"

@@ -101,6 +101,11 @@ absl::Status Server::MakePlacement() {
         absl::StrCat("--slots-per-rank is ", slots, ": ", ranks, " ranks then hold ", slots * ranks,
                      " experts, the model has ", gate.num_experts, "; allowed: at least ", share));
   }
+  if (flags_.staging_experts > 0 && flags_.staging_experts < slots) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--staging-experts is ", flags_.staging_experts, "; allowed: 0, or at least ",
+                     slots, ", the slots of a rank in a layer"));
+  }
   Topology topology = Topology::Uniform(ranks, slots);
   topology.node_of_rank = mpi_->node_of_rank();
   BALLAST_ASSIGN_OR_RETURN(const auto policy, MakePolicy(flags_.policy));

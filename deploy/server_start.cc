@@ -205,11 +205,10 @@ absl::Status Server::StartLeader() {
   controller.rules = flags_.rules;
   controller.min_steps_between = flags_.min_steps_between;
   controller.force_every_steps = flags_.rebalance_every;
-  int32_t most_slots = 0;
-  for (int32_t r = 0; r < mpi_->size(); ++r) {
-    most_slots = std::max(most_slots, placement_->topology().slots_on(r));
-  }
-  controller.max_incoming_per_rank = most_slots;
+  controller.layers_per_plan = flags_.layers_per_plan;
+  controller.max_incoming_per_rank =
+      flags_.staging_experts > 0 ? flags_.staging_experts : std::ranges::max(SlotsOfRanks());
+  controller.retry_from_file = true;
   BALLAST_ASSIGN_OR_RETURN(const auto expert,
                            GatedMlp::Create(*kernels_, config.hidden, config.expert_inter, dtype_));
   options.loop.copy_bytes = static_cast<int64_t>(expert->packed_bytes());
@@ -243,9 +242,12 @@ absl::Status Server::StartEngine() {
   options.scheduler.max_seqs = flags_.max_seqs;
   options.scheduler.max_batch_tokens = flags_.max_batch_tokens;
   options.scheduler.prefill_chunk = flags_.prefill_chunk;
-  options.rebalancer.slice_bytes = flags_.migration_slice_bytes;
+  options.rebalancer.slice = {.slice_bytes = static_cast<int64_t>(flags_.migration_slice_bytes),
+                              .bytes_per_second = flags_.migration_bandwidth_mb * 1e6,
+                              .step_share = flags_.migration_share};
   options.rebalancer.plan_deadline_ms = flags_.plan_timeout_ms;
   options.chunk_bytes = flags_.migration_chunk_bytes;
+  options.staging_experts = flags_.staging_experts;
   options.step_timeout_ms = flags_.step_timeout_ms;
   options.halt_timeout_ms = 2 * flags_.step_timeout_ms;
   options.verify_period_ms = flags_.verify_every_s * 1000;

@@ -152,6 +152,7 @@ double PredictCopiesUs(const ClusterModel& cluster, const Topology& topology,
   // Per rank: experts sent and received within the node, sent and received between nodes.
   std::vector<std::array<int64_t, 4>> copies(topology.num_ranks());
   for (const Move& move : moves) {
+    if (move.from_rank == Move::kFromFile) continue;  // no link carries it
     const int32_t to = topology.rank_of_slot(move.to_slot);
     const bool near = topology.node_of_rank[to] == topology.node_of_rank[move.from_rank];
     ++copies[move.from_rank][near ? 0 : 2];

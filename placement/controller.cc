@@ -30,6 +30,9 @@ absl::Status CheckOptions(const ControllerOptions& options, const Topology& topo
   if (options.force_every_steps < 0) {
     return reject("force_every_steps", options.force_every_steps, "at least 0");
   }
+  if (options.layers_per_plan < 0) {
+    return reject("layers_per_plan", options.layers_per_plan, "at least 0");
+  }
   if (options.batch_tokens < 1) return reject("batch_tokens", options.batch_tokens, "at least 1");
   if (!(options.rho >= 0.0)) return reject("rho", options.rho, "at least 0");
   if (!(options.min_gain >= 0.0)) return reject("min_gain", options.min_gain, "at least 0");
@@ -216,6 +219,8 @@ std::optional<MigrationPlan> Controller::Decide(int64_t step, bool force, Decisi
   *why = Decision::kNone;
   if (in_flight()) {
     *why = Decision::kInFlight;
+  } else if (!rest_.empty()) {
+    // What the plan before left over waits for nothing.
   } else if (!forced && (interval > 0 || step < not_before_)) {
     *why = Decision::kTooSoon;
   } else if (!forced && policy_->meters_itself()
@@ -228,10 +233,14 @@ std::optional<MigrationPlan> Controller::Decide(int64_t step, bool force, Decisi
   for (TokenKind kind : kTokenKinds) {
     if (forced && batches_[kind].num_tokens > 0) HandOverBatch(kind, /*step_tokens=*/0);
   }
-  new_batch_ = false;
   bool policy_stays = false;
   planner_failure_ = absl::OkStatus();
-  std::vector<Candidate> wanted = WantedRows(forced, &policy_stays);
+  std::vector<Candidate> wanted = std::exchange(rest_, {});
+  const bool follows = !wanted.empty();
+  if (!follows) {
+    new_batch_ = false;
+    wanted = WantedRows(forced, &policy_stays);
+  }
   if (!planner_failure_.ok()) {
     not_before_by_abort_ = step + options_.backoff_steps;
     not_before_ = std::max(not_before_by_abort_, step + options_.min_steps_between);
@@ -248,7 +257,7 @@ std::optional<MigrationPlan> Controller::Decide(int64_t step, bool force, Decisi
     *why = Decision::kOverBudget;
     return std::nullopt;
   }
-  if (over) ForgetWindows();
+  if (over && !follows) ForgetWindows();
   *why = Decision::kPlanned;
   return Start(std::move(rows), step);
 }
@@ -256,7 +265,7 @@ std::optional<MigrationPlan> Controller::Decide(int64_t step, bool force, Decisi
 // Takes the way to `rows`.
 MigrationPlan Controller::Start(std::vector<Placement::LayerRow> rows, int64_t step) {
   absl::StatusOr<MigrationPlan> plan =
-      MakeMigrationPlan(placement_, std::move(rows), last_plan_id_ + 1);
+      MakeMigrationPlan(placement_, std::move(rows), last_plan_id_ + 1, source_);
   BALLAST_CHECK(plan.ok());  // a policy's rows are valid
   absl::StatusOr<Placement> target = plan->Apply(placement_);
   BALLAST_CHECK(target.ok());
@@ -268,6 +277,7 @@ MigrationPlan Controller::Start(std::vector<Placement::LayerRow> rows, int64_t s
 
 std::optional<MigrationPlan> Controller::Vacate(int64_t step, int32_t rank) {
   BALLAST_CHECK(!in_flight());
+  rest_.clear();  // its rows would bring back what is to go
   const Topology& topology = placement_.topology();
   std::vector<GroupMember> others;
   for (int32_t r = 0; r < topology.num_ranks(); ++r) {
@@ -278,7 +288,7 @@ std::optional<MigrationPlan> Controller::Vacate(int64_t step, int32_t rank) {
   if (without->more_slots_per_rank > 0) return std::nullopt;
   std::vector<int32_t> incoming(others.size(), 0);
   std::vector<Placement::LayerRow> rows;
-  for (size_t i = 0; i < without->reloads.size();) {
+  for (size_t i = 0; i < without->reloads.size() && !IsFull(rows.size());) {
     const int32_t layer = without->reloads[i].layer;
     std::vector<int32_t> with_layer = incoming;
     for (; i < without->reloads.size() && without->reloads[i].layer == layer; ++i) {
@@ -331,7 +341,8 @@ std::vector<Controller::Candidate> Controller::WantedRows(bool forced, bool* pol
     if (std::equal(held.begin(), held.end(), row->begin(), row->end())) continue;
     wanted.push_back({.row = {.layer = layer, .expert_of_slot = *std::move(row)}, .gain = now});
   }
-  const bool limited = options_.max_incoming_per_rank > 0 || options_.copy_burst > 0.0;
+  const bool limited = options_.max_incoming_per_rank > 0 || options_.copy_burst > 0.0 ||
+                       options_.layers_per_plan > 0;
   if (wanted.empty() || (!gated && !limited)) return wanted;
   MeasureGains(&wanted);
   if (gated) {
@@ -378,8 +389,13 @@ void Controller::GrantCopies(double copies) {
   credit_ = std::min(credit_ + copies, options_.copy_burst);
 }
 
+bool Controller::IsFull(size_t num_layers) const {
+  return options_.layers_per_plan > 0 &&
+         num_layers == static_cast<size_t>(options_.layers_per_plan);
+}
+
 // The candidates with the largest gain whose copies fit under max_incoming_per_rank together, as
-// far as credit lasts, which they take.
+// far as credit lasts, which they take. Those over layers_per_plan become the rest.
 std::vector<Placement::LayerRow> Controller::WithinLimits(std::vector<Candidate> candidates) {
   std::stable_sort(candidates.begin(), candidates.end(),
                    [](const Candidate& a, const Candidate& b) { return a.gain > b.gain; });
@@ -387,6 +403,10 @@ std::vector<Placement::LayerRow> Controller::WithinLimits(std::vector<Candidate>
   std::vector<int32_t> incoming(topology.num_ranks(), 0);
   std::vector<Placement::LayerRow> rows;
   for (Candidate& candidate : candidates) {
+    if (IsFull(rows.size())) {
+      rest_.push_back(std::move(candidate));
+      continue;
+    }
     if (options_.max_incoming_per_rank > 0 || options_.copy_burst > 0.0) {
       const absl::StatusOr<MigrationPlan> alone =
           MakeMigrationPlan(placement_, {candidate.row}, /*plan_id=*/1);
@@ -428,12 +448,17 @@ void Controller::OnCommitted(int64_t plan_id, int64_t step) {
     const auto row = placement_.expert_of_slot(layer), old = before.expert_of_slot(layer);
     if (!std::equal(row.begin(), row.end(), old.begin())) planners_[layer]->Adopt(row);
   }
+  source_ = CopySource::kRanks;
   not_before_ = step + options_.min_steps_between;
 }
 
 void Controller::OnAborted(int64_t plan_id, int64_t step) {
   BALLAST_CHECK(in_flight() && plan_id == last_plan_id_);
   target_.reset();
+  rest_.clear();
+  if (options_.retry_from_file) {
+    source_ = source_ == CopySource::kRanks ? CopySource::kFile : CopySource::kRanks;
+  }
   not_before_by_abort_ = step + options_.backoff_steps;
   not_before_ = std::max(not_before_by_abort_, step + options_.min_steps_between);
 }

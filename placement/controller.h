@@ -33,7 +33,9 @@ struct ControllerOptions {
   int32_t force_every_steps = 0;   // 0: by trigger; N: plan every N steps whatever the gain
   double min_gain = 0.02;          // smallest fall of imbalance (max/mean) that is worth moving for
   int32_t max_incoming_per_rank = 0;  // copies that one plan may bring to a rank; 0: no limit
+  int32_t layers_per_plan = 0;        // most layers that one plan changes; 0: no limit
   int32_t backoff_steps = 256;        // after an aborted plan; for force_every_steps too
+  bool retry_from_file = false;       // after an aborted plan, see Controller
   int64_t last_plan_id = 0;           // plans are numbered from the next one
   double copy_burst = 0.0;  // most copies that may go unused and be made later; 0: no budget
 };
@@ -78,6 +80,10 @@ const char* NameOf(Decision decision);
 // Under max_incoming_per_rank the layers with the largest gain go first, and one that would bring
 // any rank over the limit waits for a later plan.
 //
+// With layers_per_plan the layers with the largest gain go first, and the others follow in plans of
+// their own: the next as soon as the one before is committed, whatever min_steps_between says. An
+// abort drops those that have not begun, and so do Vacate and want of credit.
+//
 // Under a budget (copy_burst > 0) a plan is made of credit, which begins at copy_burst and grows by
 // GrantCopies up to it:
 //
@@ -86,6 +92,10 @@ const char* NameOf(Decision decision);
 // The layers with the largest gain go first; the first that credit does not last for, and all after
 // it, wait, so that none is passed over for good. A forced plan waits too. An aborted plan's copies
 // are spent: their bytes may have travelled.
+//
+// With retry_from_file, the plan after an aborted one takes its copies from the checkpoint, the one
+// after that from ranks again if it is aborted too, and so on until a plan is committed: whatever
+// is wrong with one kind of source, the other does not share it.
 //
 // Call order: ((GrantCopies | OnStep)* Decide? (OnCommitted | OnAborted)?)*. At most one plan is in
 // flight.
@@ -127,6 +137,8 @@ class Controller {
   // backoff_steps then.
   const absl::Status& planner_failure() const { return planner_failure_; }
   bool in_flight() const { return target_.has_value(); }
+  // Layers are left for the next plan (layers_per_plan), which Decide gives at once.
+  bool has_more() const { return !rest_.empty(); }
   int64_t last_plan_id() const { return last_plan_id_; }
 
   // Tokens in the windows of both kinds.
@@ -165,6 +177,7 @@ class Controller {
   absl::Status CheckRow(int32_t layer, std::span<const int32_t> row) const;
   void MeasureGains(std::vector<Candidate>* wanted) const;
   std::vector<Placement::LayerRow> WithinLimits(std::vector<Candidate> candidates);
+  bool IsFull(size_t num_layers) const;  // a plan of so many
   MigrationPlan Start(std::vector<Placement::LayerRow> rows, int64_t step);
   double Imbalance(const LayerHosts& hosts, std::span<const int64_t> load) const;
 
@@ -178,10 +191,12 @@ class Controller {
   int64_t window_steps_ = 0;
   std::vector<int64_t> window_sums_;  // [num_layers * E] over windows_
   PerKind<Batch> batches_;
-  std::vector<int32_t> joint_;       // [num_layers * E] a step of both kinds, where kinds are one
-  bool new_batch_ = false;           // the planners have seen one since the last plan was asked for
-  double credit_;                    // copies that may be made now
-  std::optional<Placement> target_;  // where the plan in flight leads
+  std::vector<int32_t> joint_;   // [num_layers * E] a step of both kinds, where kinds are one
+  std::vector<Candidate> rest_;  // of the plan before, over layers_per_plan
+  bool new_batch_ = false;       // the planners have seen one since the last plan was asked for
+  double credit_;                // copies that may be made now
+  CopySource source_ = CopySource::kRanks;  // of the next plan
+  std::optional<Placement> target_;         // where the plan in flight leads
   absl::Status planner_failure_;
   int64_t last_plan_id_ = 0;
   int64_t last_start_ = 0;           // step of the last plan's start

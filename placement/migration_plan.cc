@@ -4,6 +4,7 @@
 #include <bit>
 #include <cstring>
 #include <limits>
+#include <tuple>
 #include <type_traits>
 #include <utility>
 
@@ -51,7 +52,7 @@ class Reader {
 };
 
 // The copies that `rows` bring to ranks that lack them: per (layer, expert, rank) one move, to the
-// lowest such slot, without a source. REQUIRES rows in ascending layers and valid for `current`.
+// lowest such slot, from the checkpoint. REQUIRES rows in ascending layers and valid for `current`.
 std::vector<Move> EnteringCopies(const Placement& current,
                                  std::span<const Placement::LayerRow> rows) {
   const Topology& topology = current.topology();
@@ -65,11 +66,51 @@ std::vector<Move> EnteringCopies(const Placement& current,
         const bool again = std::any_of(moves.begin() + static_cast<ptrdiff_t>(first_of_rank),
                                        moves.end(), [e](const Move& m) { return m.expert == e; });
         if (!again)
-          moves.push_back({.layer = row.layer, .expert = e, .from_rank = -1, .to_slot = s});
+          moves.push_back(
+              {.layer = row.layer, .expert = e, .from_rank = Move::kFromFile, .to_slot = s});
       }
     }
   }
   return moves;
+}
+
+// Calls visit(rank, relays) for every rank that can be the source of moves[i], holders first.
+// REQUIRES moves sorted by layer, their slots valid
+template <typename Visit>
+void ForEachSource(const Placement& current, std::span<const Move> moves, size_t i,
+                   const Visit& visit) {
+  const Move& move = moves[i];
+  const LayerHosts& hosts = current.hosts(move.layer);
+  const int32_t end = hosts.host_offsets[move.expert + 1];
+  for (int32_t h = hosts.host_offsets[move.expert]; h < end; ++h) {
+    visit(hosts.host_rank[h], /*relays=*/false);
+  }
+  for (size_t j = i; j-- > 0 && moves[j].layer == move.layer;) {
+    if (moves[j].expert != move.expert) continue;
+    visit(current.topology().rank_of_slot(moves[j].to_slot), /*relays=*/true);
+  }
+}
+
+void ChooseSources(const Placement& current, std::vector<Move>* moves) {
+  const Topology& topology = current.topology();
+  std::vector<int32_t> sends(topology.num_ranks(), 0);
+  for (size_t i = 0; i < moves->size(); ++i) {
+    const int32_t node = topology.node_of_rank[topology.rank_of_slot((*moves)[i].to_slot)];
+    std::tuple<bool, int32_t, bool, int32_t> best{true, std::numeric_limits<int32_t>::max(), true,
+                                                  -1};
+    ForEachSource(current, *moves, i, [&](int32_t rank, bool relays) {
+      best = std::min(best, {topology.node_of_rank[rank] != node, sends[rank], relays, rank});
+    });
+    (*moves)[i].from_rank = std::get<3>(best);
+    ++sends[(*moves)[i].from_rank];
+  }
+}
+
+bool HasSource(const Placement& current, std::span<const Move> moves, size_t i) {
+  bool found = moves[i].from_rank == Move::kFromFile;
+  ForEachSource(current, moves, i,
+                [&](int32_t rank, bool) { found = found || rank == moves[i].from_rank; });
+  return found;
 }
 
 // For each row i of a square cost matrix the column assigned to it, at the least total cost.
@@ -154,7 +195,7 @@ void KeepSlots(std::span<const int32_t> held, std::vector<int32_t> wanted, int32
 
 absl::StatusOr<MigrationPlan> MakeMigrationPlan(const Placement& current,
                                                 std::vector<Placement::LayerRow> rows,
-                                                int64_t plan_id) {
+                                                int64_t plan_id, CopySource source) {
   BALLAST_ASSIGN_OR_RETURN(const Placement target, current.With(rows, current.epoch() + 1));
   std::sort(rows.begin(), rows.end(),
             [](const auto& a, const auto& b) { return a.layer < b.layer; });
@@ -168,24 +209,7 @@ absl::StatusOr<MigrationPlan> MakeMigrationPlan(const Placement& current,
                      .moves = {},
                      .target_fingerprint = target.fingerprint()};
   plan.moves = EnteringCopies(current, plan.rows);
-  const Topology& topology = current.topology();
-  std::vector<int32_t> sends(topology.num_ranks(), 0);
-  for (Move& move : plan.moves) {
-    const LayerHosts& hosts = current.hosts(move.layer);
-    const int32_t node = topology.node_of_rank[topology.rank_of_slot(move.to_slot)];
-    bool best_is_near = false;
-    for (int32_t h = hosts.host_offsets[move.expert]; h < hosts.host_offsets[move.expert + 1];
-         ++h) {
-      const int32_t rank = hosts.host_rank[h];
-      const bool near = topology.node_of_rank[rank] == node;
-      if (move.from_rank < 0 || near > best_is_near ||
-          (near == best_is_near && sends[rank] < sends[move.from_rank])) {
-        move.from_rank = rank;
-        best_is_near = near;
-      }
-    }
-    ++sends[move.from_rank];
-  }
+  if (source == CopySource::kRanks) ChooseSources(current, &plan.moves);
   return plan;
 }
 
@@ -203,13 +227,18 @@ absl::StatusOr<Placement> MigrationPlan::Apply(const Placement& current) const {
   }
   for (size_t i = 0; i < moves.size(); ++i) {
     Move unsourced = moves[i];
-    unsourced.from_rank = -1;
-    if (unsourced != expected[i] ||
-        !current.Hosts(moves[i].layer, moves[i].expert, moves[i].from_rank)) {
+    unsourced.from_rank = Move::kFromFile;
+    if (unsourced != expected[i]) {
       return absl::InvalidArgumentError(
           absl::StrCat("plan ", plan_id, ": move ", i, " (layer ", moves[i].layer, ", expert ",
                        moves[i].expert, ", rank ", moves[i].from_rank, " to slot ",
                        moves[i].to_slot, ") is not one that its rows need"));
+    }
+    if (!HasSource(current, moves, i)) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("plan ", plan_id, ": move ", i, " takes layer ", moves[i].layer, ", expert ",
+                       moves[i].expert, " from rank ", moves[i].from_rank,
+                       ", which neither holds it nor receives it by an earlier move"));
     }
   }
   if (target.fingerprint() != target_fingerprint) {
@@ -273,7 +302,7 @@ absl::StatusOr<MigrationPlan> MigrationPlan::Deserialize(std::span<const std::by
   for (uint32_t i = 0; i < num_moves; ++i) {
     Move move{};
     if (!reader.Read(&move)) return Malformed("cut off in a move");
-    if (move.layer < 0 || move.expert < 0 || move.from_rank < 0 || move.to_slot < 0) {
+    if (move.layer < 0 || move.expert < 0 || move.from_rank < Move::kFromFile || move.to_slot < 0) {
       return Malformed("negative number in a move");
     }
     plan.moves.push_back(move);

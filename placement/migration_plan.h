@@ -14,9 +14,12 @@ namespace ballast {
 
 // One expert that enters a rank that lacked it.
 struct Move {
+  // Source of an expert that the receiver reads from the checkpoint itself.
+  static constexpr int32_t kFromFile = -1;
+
   int32_t layer;
   int32_t expert;
-  int32_t from_rank;  // a rank that holds the expert in the placement in force
+  int32_t from_rank;  // one that holds the expert, or has it by an earlier move; or kFromFile
   int32_t to_slot;    // a slot of the receiving rank
 
   bool operator==(const Move&) const = default;
@@ -33,7 +36,8 @@ struct MigrationPlan {
 
   // The placement after the plan.
   // ERRORS kFailedPrecondition: `current` is not the placement the plan starts from
-  //        kInvalidArgument: a row or a move does not fit, or the outcome has another fingerprint
+  //        kInvalidArgument: a row or a move does not fit, a source neither holds its expert nor
+  //        has it by an earlier move, or the outcome has another fingerprint
   absl::StatusOr<Placement> Apply(const Placement& current) const;
 
   // Little-endian: "BMP1", plan id, base epoch, fingerprint, rows, moves.
@@ -44,13 +48,25 @@ struct MigrationPlan {
   bool operator==(const MigrationPlan&) const;
 };
 
-// Builds the plan from `current` to the same placement with `rows` replaced. Sources: a rank of the
-// receiver's node that holds the expert, else any; among these the one with the fewest moves of
-// this plan so far, ties to the lowest rank. Rows that change nothing are left out.
+// Where the copies of a plan come from: the memory of ranks, or the checkpoint.
+enum class CopySource : uint8_t { kRanks, kFile };
+
+// Builds the plan from `current` to the same placement with `rows` replaced. Rows that change
+// nothing are left out. The source of move i, which brings expert e of layer l to rank r:
+//
+//   candidates  ranks that hold (l, e) in `current`, and those that receive it by a move before i:
+//               they relay it, chunk by chunk while it still arrives
+//   source      the candidate q with the least (node_of_rank[q] != node_of_rank[r], sends of q by
+//               moves before i, q relays, q)
+//
+// So an expert enters a node once and goes on from there; where it goes to many ranks of a node, no
+// rank sends it to all of them. As sources come before those they serve, no plan waits on itself.
+// With CopySource::kFile every receiver reads for itself.
 // ERRORS kInvalidArgument when the rows are not valid for `current`
 absl::StatusOr<MigrationPlan> MakeMigrationPlan(const Placement& current,
                                                 std::vector<Placement::LayerRow> rows,
-                                                int64_t plan_id);
+                                                int64_t plan_id,
+                                                CopySource source = CopySource::kRanks);
 
 // Renames slots within each rank, and whole ranks (of equal size) within each node, so that the
 // fewest experts enter a rank that lacked them; experts that stay on a rank keep their slots.

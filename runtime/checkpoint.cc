@@ -176,35 +176,32 @@ absl::Status Checkpoint::CheckTensors() const {
   return absl::OkStatus();
 }
 
-absl::StatusOr<const TensorView*> Checkpoint::Find(const std::string& name) const {
+absl::StatusOr<Checkpoint::Loaded> Checkpoint::Load(const std::string& name) const {
   const auto it = tensors_.find(name);
   if (it == tensors_.end()) {
     return absl::InvalidArgumentError(absl::StrCat(folder_, ": tensor ", name, " is missing"));
   }
   const TensorView& tensor = *it->second;
-  // Offsets of a safetensors file need not be aligned; all files seen in the wild are.
-  if (reinterpret_cast<uintptr_t>(tensor.bytes.data()) % SizeOf(tensor.dtype) != 0) {
-    return absl::InvalidArgumentError(absl::StrCat(folder_, ": tensor ", name, " is not aligned"));
-  }
-  const size_t count = tensor.bytes.size() / SizeOf(tensor.dtype);
-  const void* data = tensor.bytes.data();
+  Loaded loaded{tensor.dtype, AlignedBuffer(tensor.bytes.size())};
+  BALLAST_RETURN_IF_ERROR(tensor.file->Read(tensor, loaded.bytes.bytes()));
+  const size_t count = static_cast<size_t>(tensor.num_elements());
   const bool finite = tensor.dtype == DType::kF32
-                          ? AllFinite(static_cast<const float*>(data), count)
-                          : AllFinite(static_cast<const BFloat16*>(data), count);
+                          ? AllFinite(loaded.bytes.as<float>(), count)
+                          : AllFinite(loaded.bytes.as<BFloat16>(), count);
   if (!finite) {
     return absl::InvalidArgumentError(
         absl::StrCat(folder_, ": tensor ", name, " has a NaN or an infinity"));
   }
-  return &tensor;
+  return loaded;
 }
 
 absl::StatusOr<std::vector<float>> Checkpoint::LoadFloats(const std::string& name) const {
-  BALLAST_ASSIGN_OR_RETURN(const TensorView* tensor, Find(name));
-  std::vector<float> values(static_cast<size_t>(tensor->num_elements()));
-  if (tensor->dtype == DType::kF32) {
-    std::memcpy(values.data(), tensor->bytes.data(), tensor->bytes.size());
+  BALLAST_ASSIGN_OR_RETURN(const Loaded tensor, Load(name));
+  std::vector<float> values(tensor.bytes.size() / SizeOf(tensor.dtype));
+  if (tensor.dtype == DType::kF32) {
+    std::memcpy(values.data(), tensor.bytes.data(), tensor.bytes.size());
   } else {
-    const auto* from = reinterpret_cast<const BFloat16*>(tensor->bytes.data());
+    const auto* from = tensor.bytes.as<BFloat16>();
     for (size_t i = 0; i < values.size(); ++i) values[i] = ToFloat(from[i]);
   }
   return values;
@@ -223,14 +220,14 @@ absl::Status Checkpoint::LoadMatrix(const std::vector<std::string>& names, const
 
 absl::Status Checkpoint::LoadMlp(const std::string& prefix, GatedMlp* mlp,
                                  std::byte* packed) const {
-  BALLAST_ASSIGN_OR_RETURN(const TensorView* gate, Find(prefix + "gate_proj.weight"));
-  BALLAST_ASSIGN_OR_RETURN(const TensorView* up, Find(prefix + "up_proj.weight"));
-  BALLAST_ASSIGN_OR_RETURN(const TensorView* down, Find(prefix + "down_proj.weight"));
-  if (gate->dtype != up->dtype || gate->dtype != down->dtype) {
+  BALLAST_ASSIGN_OR_RETURN(const Loaded gate, Load(prefix + "gate_proj.weight"));
+  BALLAST_ASSIGN_OR_RETURN(const Loaded up, Load(prefix + "up_proj.weight"));
+  BALLAST_ASSIGN_OR_RETURN(const Loaded down, Load(prefix + "down_proj.weight"));
+  if (gate.dtype != up.dtype || gate.dtype != down.dtype) {
     return absl::InvalidArgumentError(
         absl::StrCat(folder_, ": the matrices of ", prefix, " have different dtypes"));
   }
-  return mlp->Pack(gate->bytes.data(), up->bytes.data(), down->bytes.data(), gate->dtype, packed);
+  return mlp->Pack(gate.bytes.data(), up.bytes.data(), down.bytes.data(), gate.dtype, packed);
 }
 
 }  // namespace ballast

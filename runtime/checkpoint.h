@@ -19,7 +19,7 @@ namespace ballast {
 absl::StatusOr<std::string> ReadFile(const std::string& path, size_t max_bytes);
 
 // A Hugging Face checkpoint folder: config.json, and model.safetensors or the files that
-// model.safetensors.index.json names. Tensors stay on disk (mapped) until they are asked for.
+// model.safetensors.index.json names. Tensors stay on disk until they are asked for.
 // THREADS const members from any thread.
 class Checkpoint {
  public:
@@ -30,7 +30,9 @@ class Checkpoint {
   const ModelConfig& config() const { return config_; }
   const std::string& folder() const { return folder_; }
 
-  // The tensor as fp32. ERRORS kInvalidArgument: it has a NaN or an infinity
+  // The tensor as fp32. This and what follows read the files as they are now.
+  // ERRORS kInvalidArgument: a tensor is missing, or has a NaN or an infinity
+  //        kDataLoss: a file has become shorter, or cannot be read
   absl::StatusOr<std::vector<float>> LoadFloats(const std::string& name) const;
 
   // Packs matrices of [rows, matmul.k()] that stand one below the other.
@@ -43,8 +45,12 @@ class Checkpoint {
   Checkpoint() = default;
   absl::Status OpenFiles();
   absl::Status CheckTensors() const;
+  struct Loaded {
+    DType dtype;
+    AlignedBuffer bytes;
+  };
   // The tensor, all its elements finite.
-  absl::StatusOr<const TensorView*> Find(const std::string& name) const;
+  absl::StatusOr<Loaded> Load(const std::string& name) const;
 
   std::string folder_;
   ModelConfig config_;

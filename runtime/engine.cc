@@ -49,6 +49,22 @@ absl::Status CheckSizes(const EngineOptions& options, const ModelConfig& config)
   return absl::OkStatus();
 }
 
+// Reads experts beside the step thread.
+ReadExpert ReaderOf(const Checkpoint& checkpoint, const KernelSet& kernels, DType dtype) {
+  // Made on the thread that reads, on which it also says that products use one thread.
+  std::shared_ptr<GatedMlp> mlp;
+  return [&checkpoint, &kernels, dtype, mlp](int32_t layer, int32_t expert,
+                                             std::span<std::byte> block) mutable -> absl::Status {
+    const ModelConfig& config = checkpoint.config();
+    if (mlp == nullptr) {
+      BALLAST_ASSIGN_OR_RETURN(
+          mlp, GatedMlp::Create(kernels, config.hidden, config.expert_inter, dtype));
+    }
+    return checkpoint.LoadMlp(ExpertPrefix(config.num_dense_layers + layer, expert), mlp.get(),
+                              block.data());
+  };
+}
+
 }  // namespace
 
 Engine::Engine(const EngineOptions& options, const Checkpoint& checkpoint, const KernelSet& kernels,
@@ -101,7 +117,8 @@ void Engine::MakeStore(const Placement& initial) {
           .block_bytes = decoder_->expert_bytes(),
           .resident_blocks = initial.topology().slots_on(rank) * config.num_moe_layers(),
           .staging_blocks = options_.staging_experts > 0 ? options_.staging_experts : most_slots,
-          .chunk_bytes = options_.chunk_bytes},
+          .chunk_bytes = options_.chunk_bytes,
+          .read = ReaderOf(checkpoint_, kernels_, options_.dtype)},
       base_transport_);
   verifier_ = std::make_unique<Verifier>(
       Verifier::Options{.num_layers = config.num_moe_layers(),
@@ -267,7 +284,7 @@ absl::Status Engine::RunStep(const Batch& batch) {
     if (capture_->active()) capture_->TakeLayer(decoder_->last_ids());
     if (rebalancer_->busy()) {
       const int64_t slice_began = NowNs();
-      rebalancer_->Slice();
+      rebalancer_->Slice(SliceOf::kStep);
       stall_ns_ += NowNs() - slice_began;
     }
     return Verify();
@@ -335,7 +352,7 @@ absl::Status Engine::Rest() {
   last_cpu_us_ = 0;
   ShowLoad();
   observer_->OnRest(scheduler_->num_running(), scheduler_->num_waiting(), cache_->bytes_used());
-  if (rebalancer_->busy()) rebalancer_->Slice();
+  if (rebalancer_->busy()) rebalancer_->Slice(SliceOf::kRest);
   if (opening_.busy || rebalancer_->busy()) {
     const timespec pause{0, kTransferPauseNs};
     nanosleep(&pause, nullptr);

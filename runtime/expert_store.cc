@@ -30,32 +30,27 @@ struct ExpertStore::ChunkHeader {
 // The experts that go to or come from one peer, in plan order, and the one chunk under way.
 struct ExpertStore::Flow {
   int peer = 0;
-  std::vector<Staged> items;
+  struct Item {
+    int32_t layer, expert;
+    int32_t staged;  // which of staged_, or -1: resident
+  };
+  std::vector<Item> items;
   size_t next = 0;    // item of the chunk under way, or of the next one
   size_t offset = 0;  // of that chunk
-  size_t hashed = 0;  // bytes of the item that `checksum` covers
-  uint64_t checksum = 0;
   bool posted = false;
   Transport::Handle handle = 0;
   AlignedBuffer buffer;  // header in its own cache line, then the chunk
   bool done() const { return next == items.size() && !posted; }
 };
 
-uint64_t BlockChecksum(std::span<const std::byte> block) {
-  uint64_t sum = block.size();
-  for (size_t at = 0; at < block.size(); at += kChecksumPieceBytes) {
-    sum = Hash64(block.subspan(at, std::min(kChecksumPieceBytes, block.size() - at)), sum);
-  }
-  return sum;
-}
-
 ExpertStore::ExpertStore(Options options, Transport* transport)
-    : options_(options), transport_(transport) {
-  AddBlocks(options.resident_blocks + options.staging_blocks);
-  const size_t experts = static_cast<size_t>(options.num_layers) * options.num_experts;
+    : options_(std::move(options)), transport_(transport) {
+  AddBlocks(options_.resident_blocks + options_.staging_blocks);
+  const size_t experts = static_cast<size_t>(options_.num_layers) * options_.num_experts;
   block_of_expert_.assign(experts, -1);
   sealed_checksum_.assign(experts, 0);
   MakeFlows();
+  if (options_.read) reader_ = std::make_unique<ExpertReader>(options_.read);
 }
 
 ExpertStore::~ExpertStore() = default;
@@ -121,13 +116,19 @@ uint64_t ExpertStore::SealedChecksum(int32_t layer, int32_t expert) const {
 }
 
 absl::Status ExpertStore::Stage(const MigrationPlan& plan, const Placement& current) {
-  if (plan_.has_value() || draining_) {
+  if (!plan_.has_value()) TakeReads().IgnoreError();  // of plans given up
+  if (plan_.has_value() || draining_ || lent_blocks_ > 0) {
     return absl::FailedPreconditionError(
         absl::StrCat("plan ", plan.plan_id, ": another plan is still under way"));
   }
   const Topology& topology = current.topology();
   std::vector<int32_t> incoming(static_cast<size_t>(topology.num_ranks()), 0);
   for (const Move& move : plan.moves) {
+    if (move.from_rank == Move::kFromFile && reader_ == nullptr) {
+      return absl::UnimplementedError(
+          absl::StrCat("plan ", plan.plan_id, " takes layer ", move.layer, ", expert ", move.expert,
+                       " from the checkpoint, which this store cannot read"));
+    }
     const int32_t to = topology.rank_of_slot(move.to_slot);
     if (++incoming[to] > options_.staging_blocks) {
       return absl::ResourceExhaustedError(
@@ -135,17 +136,26 @@ absl::Status ExpertStore::Stage(const MigrationPlan& plan, const Placement& curr
                        " experts to rank ", to, ", which is all the staging memory allows"));
     }
   }
+  std::vector<int32_t> coming(block_of_expert_.size(), -1);  // which of staged_
   for (const Move& move : plan.moves) {
-    const int32_t to = topology.rank_of_slot(move.to_slot);
-    if (to == options_.rank) {
-      const Staged staged{move.layer, move.expert, TakeBlock(), 0};
-      staged_.push_back(staged);
-      receives_[move.from_rank]->items.push_back(staged);
+    const size_t at = At(move.layer, move.expert);
+    if (topology.rank_of_slot(move.to_slot) == options_.rank) {
+      coming[at] = static_cast<int32_t>(staged_.size());
+      const int32_t block = TakeBlock();
+      staged_.push_back({.layer = move.layer, .expert = move.expert, .block = block});
+      if (move.from_rank == Move::kFromFile) {
+        staged_.back().reading = true;
+        reader_->Start({.block_id = block,
+                        .layer = move.layer,
+                        .expert = move.expert,
+                        .block = {Block(block), options_.block_bytes}});
+        continue;
+      }
+      receives_[move.from_rank]->items.push_back({move.layer, move.expert, coming[at]});
     } else if (move.from_rank == options_.rank) {
-      const size_t at = At(move.layer, move.expert);
-      BALLAST_CHECK(block_of_expert_[at] >= 0);
-      sends_[to]->items.push_back(
-          {move.layer, move.expert, block_of_expert_[at], sealed_checksum_[at]});
+      BALLAST_CHECK(block_of_expert_[at] >= 0 || coming[at] >= 0);
+      sends_[topology.rank_of_slot(move.to_slot)]->items.push_back(
+          {move.layer, move.expert, block_of_expert_[at] >= 0 ? -1 : coming[at]});
     }
   }
   plan_ = plan;
@@ -153,8 +163,7 @@ absl::Status ExpertStore::Stage(const MigrationPlan& plan, const Placement& curr
   return absl::OkStatus();
 }
 
-absl::StatusOr<size_t> ExpertStore::AdvanceSend(Flow* flow, size_t budget) {
-  size_t moved = 0;
+absl::Status ExpertStore::AdvanceSend(Flow* flow, int64_t* budget) {
   while (!flow->done()) {
     if (flow->posted) {
       const auto through = transport_->Test(flow->handle, nullptr);
@@ -163,26 +172,31 @@ absl::StatusOr<size_t> ExpertStore::AdvanceSend(Flow* flow, size_t budget) {
       BALLAST_RETURN_IF_ERROR(through.status());
       continue;
     }
-    if (moved >= budget) break;
-    const Staged& item = flow->items[flow->next];
+    if (*budget <= 0) break;
+    const Flow::Item& item = flow->items[flow->next];
+    const size_t at = At(item.layer, item.expert);
     const size_t bytes = std::min(options_.chunk_bytes, options_.block_bytes - flow->offset);
-    const ChunkHeader header{kChunkMagic,       item.layer,   plan_->plan_id,
-                             plan_->base_epoch, item.expert,  static_cast<uint32_t>(bytes),
-                             flow->offset,      item.checksum};
+    const Staged* relayed = item.staged < 0 ? nullptr : &staged_[item.staged];
+    if (relayed != nullptr && relayed->arrived < flow->offset + bytes) break;
+    const std::byte* block = Block(relayed == nullptr ? block_of_expert_[at] : relayed->block);
+    const ChunkHeader header{
+        kChunkMagic,    item.layer,
+        plan_->plan_id, plan_->base_epoch,
+        item.expert,    static_cast<uint32_t>(bytes),
+        flow->offset,   relayed == nullptr ? sealed_checksum_[at] : relayed->sealed};
     std::memcpy(flow->buffer.data(), &header, sizeof header);
-    std::memcpy(flow->buffer.data() + kCacheLineBytes, Block(item.block) + flow->offset, bytes);
+    std::memcpy(flow->buffer.data() + kCacheLineBytes, block + flow->offset, bytes);
     BALLAST_ASSIGN_OR_RETURN(flow->handle,
                              transport_->PostSend(flow->peer, kTagMigration,
                                                   {flow->buffer.data(), kCacheLineBytes + bytes}));
     flow->posted = true;
-    moved += bytes;
+    *budget -= static_cast<int64_t>(bytes);
   }
-  return moved;
+  return absl::OkStatus();
 }
 
-absl::StatusOr<size_t> ExpertStore::AdvanceReceive(Flow* flow, size_t budget) {
-  size_t moved = 0;
-  while (!flow->done() && moved < budget) {
+absl::Status ExpertStore::AdvanceReceive(Flow* flow, int64_t* budget) {
+  while (!flow->done() && *budget > 0) {
     if (!flow->posted) {
       BALLAST_ASSIGN_OR_RETURN(
           flow->handle, transport_->PostRecv(flow->peer, kTagMigration, flow->buffer.bytes()));
@@ -191,14 +205,16 @@ absl::StatusOr<size_t> ExpertStore::AdvanceReceive(Flow* flow, size_t budget) {
     size_t received = 0;
     const auto through = transport_->Test(flow->handle, &received);
     if (through.ok() && !*through) break;
-    // Whatever came, it stands where this chunk belongs: the flow goes on behind it, so that the
-    // plan can be drained.
-    const absl::Status taken = through.ok() ? TakeChunk(flow, received) : through.status();
+    // Whatever came, it stands where this chunk belongs: the flow goes on behind it, and so do
+    // those that relay it, so that the plan can be drained.
+    const absl::Status taken = through.ok() ? TakeChunk(*flow, received) : through.status();
+    staged_[flow->items[flow->next].staged].arrived =
+        std::min(flow->offset + options_.chunk_bytes, options_.block_bytes);
     NextChunk(flow);
     BALLAST_RETURN_IF_ERROR(taken);
-    moved += received;
+    *budget -= static_cast<int64_t>(received);
   }
-  return moved;
+  return absl::OkStatus();
 }
 
 // Behind the chunk under way.
@@ -208,71 +224,105 @@ void ExpertStore::NextChunk(Flow* flow) {
   if (flow->offset < options_.block_bytes) return;
   ++flow->next;
   flow->offset = 0;
-  flow->hashed = 0;
 }
 
-absl::Status ExpertStore::TakeChunk(Flow* flow, size_t received) {
-  const Staged& item = flow->items[flow->next];
-  const size_t bytes = std::min(options_.chunk_bytes, options_.block_bytes - flow->offset);
-  const size_t end = flow->offset + bytes;
+absl::Status ExpertStore::TakeChunk(const Flow& flow, size_t received) {
+  Staged& staged = staged_[flow.items[flow.next].staged];
+  const size_t bytes = std::min(options_.chunk_bytes, options_.block_bytes - flow.offset);
+  const size_t end = flow.offset + bytes;
   ChunkHeader header{};
-  std::memcpy(&header, flow->buffer.data(), sizeof header);
+  std::memcpy(&header, flow.buffer.data(), sizeof header);
   if (received != kCacheLineBytes + bytes || header.magic != kChunkMagic ||
       header.plan_id != plan_->plan_id || header.base_epoch != plan_->base_epoch ||
-      header.layer != item.layer || header.expert != item.expert || header.offset != flow->offset) {
+      header.layer != staged.layer || header.expert != staged.expert ||
+      header.offset != flow.offset) {
     return absl::InternalError(absl::StrCat(
-        "rank ", options_.rank, " expected layer ", item.layer, ", expert ", item.expert, ", byte ",
-        flow->offset, " of plan ", plan_->plan_id, " at epoch ", plan_->base_epoch,
+        "rank ", options_.rank, " expected layer ", staged.layer, ", expert ", staged.expert,
+        ", byte ", flow.offset, " of plan ", plan_->plan_id, " at epoch ", plan_->base_epoch,
         " and got layer ", header.layer, ", expert ", header.expert, ", byte ", header.offset,
-        " of plan ", header.plan_id, " at epoch ", header.base_epoch, " from rank ", flow->peer));
+        " of plan ", header.plan_id, " at epoch ", header.base_epoch, " from rank ", flow.peer));
   }
-  const std::span<std::byte> block(Block(item.block), options_.block_bytes);
-  std::memcpy(block.data() + flow->offset, flow->buffer.data() + kCacheLineBytes, bytes);
+  const std::span<std::byte> block(Block(staged.block), options_.block_bytes);
+  std::memcpy(block.data() + flow.offset, flow.buffer.data() + kCacheLineBytes, bytes);
   bytes_received_ += static_cast<int64_t>(bytes);
+  staged.sealed = header.block_checksum;
   // Piece by piece as they fill, so that no call hashes a whole expert.
   const bool last = end == block.size();
-  if (flow->hashed == 0) flow->checksum = block.size();
-  while (flow->hashed < end && (last || end - flow->hashed >= kChecksumPieceBytes)) {
-    const size_t piece = std::min(kChecksumPieceBytes, block.size() - flow->hashed);
-    flow->checksum = Hash64(block.subspan(flow->hashed, piece), flow->checksum);
-    flow->hashed += piece;
+  if (staged.hashed == 0) staged.checksum = block.size();
+  while (staged.hashed < end && (last || end - staged.hashed >= kChecksumPieceBytes)) {
+    const size_t piece = std::min(kChecksumPieceBytes, block.size() - staged.hashed);
+    staged.checksum = Hash64(block.subspan(staged.hashed, piece), staged.checksum);
+    staged.hashed += piece;
   }
   if (!last) return absl::OkStatus();
   ++copies_received_;
-  for (Staged& staged : staged_) {
-    if (staged.block == item.block) staged.checksum = flow->checksum;
-  }
-  if (flow->checksum == header.block_checksum || draining_) return absl::OkStatus();
-  return absl::DataLossError(absl::StrCat(
-      "layer ", item.layer, ", expert ", item.expert, " from rank ", flow->peer, " has checksum ",
-      flow->checksum, ", it was packed with ", header.block_checksum));
+  if (staged.checksum == staged.sealed || draining_) return absl::OkStatus();
+  return absl::DataLossError(absl::StrCat("layer ", staged.layer, ", expert ", staged.expert,
+                                          " from rank ", flow.peer, " has checksum ",
+                                          staged.checksum, ", it was packed with ", staged.sealed));
 }
 
-bool ExpertStore::FlowsIdle() const {
-  const auto idle = [](const std::unique_ptr<Flow>& flow) { return flow->done(); };
-  return std::all_of(sends_.begin(), sends_.end(), idle) &&
-         std::all_of(receives_.begin(), receives_.end(), idle);
-}
-
-absl::StatusOr<bool> ExpertStore::Poll(size_t byte_budget) {
-  if (!plan_.has_value()) return false;
+// What has been read since the last time.
+absl::Status ExpertStore::TakeReads() {
   absl::Status first_error;
-  size_t sent = 0, received = 0;
-  for (size_t i = 0; i < sends_.size(); ++i) {
-    if (sent < byte_budget) {
-      auto moved = AdvanceSend(sends_[i].get(), byte_budget - sent);
-      if (moved.ok()) sent += *moved;
-      first_error.Update(moved.status());
+  while (reader_ != nullptr) {
+    const auto done = reader_->Take();
+    if (!done.has_value()) break;
+    first_error.Update(TakeRead(*done));
+  }
+  return first_error;
+}
+
+absl::Status ExpertStore::TakeRead(const ExpertReader::Done& done) {
+  const auto staged = std::find_if(staged_.begin(), staged_.end(), [&](const Staged& s) {
+    return s.reading && s.block == done.block_id;
+  });
+  if (staged == staged_.end()) {  // of a plan given up
+    free_blocks_.push_back(done.block_id);
+    --lent_blocks_;
+    return absl::OkStatus();
+  }
+  staged->reading = false;
+  staged->arrived = options_.block_bytes;
+  staged->checksum = staged->sealed = done.checksum;
+  copies_read_ += done.status.ok();
+  if (done.status.ok() || draining_) return absl::OkStatus();
+  return absl::Status(done.status.code(),
+                      absl::StrCat("layer ", staged->layer, ", expert ", staged->expert,
+                                   " from the checkpoint: ", done.status.message()));
+}
+
+// Those that have not begun. Who is to relay them goes on with what is in the block.
+void ExpertStore::CancelReads() {
+  if (reader_ == nullptr) return;
+  for (const int32_t block : reader_->Cancel()) {
+    for (Staged& staged : staged_) {
+      if (staged.block != block) continue;
+      staged.reading = false;
+      staged.arrived = options_.block_bytes;
     }
-    if (received < byte_budget) {
-      auto moved = AdvanceReceive(receives_[i].get(), byte_budget - received);
-      if (moved.ok()) received += *moved;
-      first_error.Update(moved.status());
-    }
+  }
+}
+
+bool ExpertStore::Idle() const {
+  const auto idle = [](const std::unique_ptr<Flow>& flow) { return flow->done(); };
+  return std::ranges::all_of(sends_, idle) && std::ranges::all_of(receives_, idle) &&
+         std::ranges::none_of(staged_, &Staged::reading);
+}
+
+absl::StatusOr<bool> ExpertStore::Poll(TransferBudget* budget) {
+  if (!plan_.has_value()) return false;
+  absl::Status first_error = TakeReads();
+  // Each peer is the first in turn, so that a small budget reaches all of them.
+  first_flow_ = (first_flow_ + 1) % sends_.size();
+  for (size_t k = 0; k < sends_.size(); ++k) {
+    const size_t peer = (first_flow_ + k) % sends_.size();
+    first_error.Update(AdvanceSend(sends_[peer].get(), &budget->send));
+    first_error.Update(AdvanceReceive(receives_[peer].get(), &budget->receive));
   }
   failed_ = failed_ || !first_error.ok();
   if (!first_error.ok()) return first_error;
-  if (!FlowsIdle()) return false;
+  if (!Idle()) return false;
   if (draining_) {
     draining_ = false;
     Discard();
@@ -282,7 +332,7 @@ absl::StatusOr<bool> ExpertStore::Poll(size_t byte_budget) {
 }
 
 void ExpertStore::Commit(const Placement& target) {
-  BALLAST_CHECK(plan_.has_value() && !draining_ && !failed_ && FlowsIdle());
+  BALLAST_CHECK(plan_.has_value() && !draining_ && !failed_ && Idle());
   for (const Placement::LayerRow& row : plan_->rows) {
     for (int32_t e = 0; e < options_.num_experts; ++e) {
       int32_t& block = block_of_expert_[At(row.layer, e)];
@@ -294,7 +344,7 @@ void ExpertStore::Commit(const Placement& target) {
   }
   for (const Staged& staged : staged_) {
     block_of_expert_[At(staged.layer, staged.expert)] = staged.block;
-    sealed_checksum_[At(staged.layer, staged.expert)] = staged.checksum;
+    sealed_checksum_[At(staged.layer, staged.expert)] = staged.sealed;
   }
   staged_.clear();
   for (auto* flows : {&sends_, &receives_}) {
@@ -305,7 +355,8 @@ void ExpertStore::Commit(const Placement& target) {
 
 void ExpertStore::Discard() {
   if (!plan_.has_value()) return;
-  if (!FlowsIdle()) {
+  CancelReads();
+  if (!Idle()) {
     draining_ = true;  // peers still send what the plan says; Poll takes it in and then comes back
     return;
   }
@@ -315,7 +366,14 @@ void ExpertStore::Discard() {
 void ExpertStore::Abandon() {
   if (!plan_.has_value()) return;
   draining_ = false;
-  for (const Staged& staged : staged_) free_blocks_.push_back(staged.block);
+  CancelReads();
+  for (const Staged& staged : staged_) {
+    if (staged.reading) {
+      ++lent_blocks_;
+    } else {
+      free_blocks_.push_back(staged.block);
+    }
+  }
   staged_.clear();
   for (auto* flows : {&sends_, &receives_}) {
     for (auto& flow : *flows) {
@@ -333,9 +391,14 @@ void ExpertStore::Abandon() {
 
 void ExpertStore::Regroup(int32_t rank, Transport* transport, const Placement& placement) {
   BALLAST_CHECK(!plan_.has_value());
+  while (lent_blocks_ > 0) TakeRead(reader_->Wait()).IgnoreError();
   options_.rank = rank;
   transport_ = transport;
   MakeFlows();
+  // Nobody makes plans for less than a layer.
+  for (int32_t r = 0; r < placement.topology().num_ranks(); ++r) {
+    options_.staging_blocks = std::max(options_.staging_blocks, placement.topology().slots_on(r));
+  }
   int32_t wanted = 0;
   for (int32_t layer = 0; layer < options_.num_layers; ++layer) {
     for (int32_t e = 0; e < options_.num_experts; ++e) {

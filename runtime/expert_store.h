@@ -14,6 +14,7 @@
 #include "placement/migration_plan.h"
 #include "placement/placement.h"
 #include "runtime/copy_store.h"
+#include "runtime/expert_reader.h"
 
 namespace ballast {
 
@@ -25,10 +26,17 @@ namespace ballast {
 // Stage and Poll bring new experts into spare blocks while the old ones serve; Commit changes the
 // table and frees the blocks of experts that left; no parameters move at that moment.
 //
-// Chunks travel in plan order on each pair of ranks, one at a time per pair, each with the plan,
-// the place they are for. The checksum of a whole expert, taken when it was packed from the
-// checkpoint, travels along and is verified by the receiver: it covers every byte that the products
-// read, derived layouts included.
+// Chunks travel in plan order on each pair of ranks, one at a time per pair, each with the plan and
+// the place they are for. A rank that relays an expert sends a chunk on as soon as it has it. No
+// plan gets stuck: of the moves that are not through, the first in plan order has all earlier ones
+// of its pair behind it, and its source holds the expert or has it by an earlier move.
+//
+// An expert that the plan takes from the checkpoint is read by Options::read on a thread of its own
+// (expert_reader.h), into its staging block; Poll only looks whether it is done.
+//
+// The checksum of a whole expert, taken when it was packed from the checkpoint, travels along, over
+// relays too, and is verified by every receiver: it covers every byte that the products read,
+// derived layouts included.
 // THREADS one (the step thread). COLLECTIVE in effect: all ranks stage the same plans in the same
 // order.
 class ExpertStore : public CopyStore {
@@ -41,6 +49,7 @@ class ExpertStore : public CopyStore {
     int32_t resident_blocks = 0;  // slots of this rank over all layers
     int32_t staging_blocks = 0;   // most experts that one plan may bring to a rank
     size_t chunk_bytes = 256 << 10;
+    ReadExpert read = {};  // empty: plans that take copies from the checkpoint are refused
   };
   ExpertStore(Options options, Transport* transport);
   ~ExpertStore() override;
@@ -52,13 +61,15 @@ class ExpertStore : public CopyStore {
   // The packed parameters, or nullptr where this rank does not hold the expert.
   const std::byte* Parameters(int32_t layer, int32_t expert) const;
 
-  // ERRORS kFailedPrecondition: a plan is being staged, or an abandoned one still has messages
-  //        under way; kResourceExhausted: the plan brings more experts to some rank than
-  //        staging_blocks (every rank finds the same, so all refuse together)
+  // ERRORS kFailedPrecondition: a plan is being staged, or one given up still has messages or a
+  // read
+  //        under way; kUnimplemented: no Options::read for it; kResourceExhausted: the plan brings
+  //        more experts to some rank than staging_blocks (every rank finds the same, so all refuse
+  //        together)
   absl::Status Stage(const MigrationPlan& plan, const Placement& current) override;
-  // ERRORS kDataLoss: a checksum does not match, with layer, expert and source; the plan is then
-  //        never said to be staged
-  absl::StatusOr<bool> Poll(size_t byte_budget) override;
+  // ERRORS kDataLoss: a checksum does not match, with layer, expert and source; what Options::read
+  //        says, with layer and expert. The plan is then never said to be staged
+  absl::StatusOr<bool> Poll(TransferBudget* budget) override;
   void Commit(const Placement& target) override;
   void Discard() override;
   void Abandon() override;
@@ -67,7 +78,9 @@ class ExpertStore : public CopyStore {
   size_t block_bytes() const override { return options_.block_bytes; }
 
   // Other ranks than before go on: this one as `rank`, over `transport`. Copies that `placement`
-  // does not give to it are dropped, and there is room for all it gives. REQUIRES not staging()
+  // does not give to it are dropped, and there is room for all it gives, and to stage as many as
+  // the largest rank has slots in a layer. Waits for a read that is under way. REQUIRES not
+  // staging()
   void Regroup(int32_t rank, Transport* transport, const Placement& placement);
 
   // Checksum of an expert's block as it is in memory now. REQUIRES Parameters(layer, expert).
@@ -80,12 +93,17 @@ class ExpertStore : public CopyStore {
   size_t resident_bytes() const;
   int64_t bytes_received() const { return bytes_received_; }
   int64_t copies_received() const { return copies_received_; }
+  int64_t copies_read() const { return copies_read_; }  // from the checkpoint, by plans
 
  private:
   struct ChunkHeader;
   struct Staged {
     int32_t layer, expert, block;
-    uint64_t checksum;
+    bool reading = false;   // from the checkpoint; its block belongs to the reader
+    size_t arrived = 0;     // bytes of it that may be sent on
+    size_t hashed = 0;      // bytes that `checksum` covers
+    uint64_t checksum = 0;  // of what has arrived
+    uint64_t sealed = 0;    // it was packed with, as the source says
   };
   struct Flow;  // chunks to or from one peer
 
@@ -96,11 +114,14 @@ class ExpertStore : public CopyStore {
   void AddBlocks(int32_t count);
   void MakeFlows();
   int32_t TakeBlock();
-  absl::StatusOr<size_t> AdvanceSend(Flow* flow, size_t budget);
-  absl::StatusOr<size_t> AdvanceReceive(Flow* flow, size_t budget);
-  absl::Status TakeChunk(Flow* flow, size_t received);
+  absl::Status AdvanceSend(Flow* flow, int64_t* budget);
+  absl::Status AdvanceReceive(Flow* flow, int64_t* budget);
+  absl::Status TakeChunk(const Flow& flow, size_t received);
   void NextChunk(Flow* flow);
-  bool FlowsIdle() const;
+  absl::Status TakeReads();
+  absl::Status TakeRead(const ExpertReader::Done& done);
+  void CancelReads();
+  bool Idle() const;  // nothing of plan_ is under way
 
   Options options_;
   Transport* transport_;
@@ -110,18 +131,17 @@ class ExpertStore : public CopyStore {
   std::vector<int32_t> block_of_expert_;   // [num_layers * num_experts], -1: not here
   std::vector<uint64_t> sealed_checksum_;  // [num_layers * num_experts]
   std::optional<MigrationPlan> plan_;
-  std::vector<Staged> staged_;                           // experts coming in with plan_
+  std::vector<Staged> staged_;                           // experts coming in, in plan order
   std::vector<std::unique_ptr<Flow>> sends_, receives_;  // per peer
+  size_t first_flow_ = 0;                                // whose turn it is to be polled first
+  std::unique_ptr<ExpertReader> reader_;
+  int32_t lent_blocks_ = 0;  // of plans given up: a read into them is under way
   bool draining_ = false;
   bool failed_ = false;  // some of plan_ has arrived wrong: it can only be discarded
   int64_t bytes_received_ = 0;
   int64_t copies_received_ = 0;
+  int64_t copies_read_ = 0;
 };
-
-// The checksum of an expert's block: a chain over pieces of this size,
-//   sum_0 = bytes of the block, sum_i = Hash64(piece i, sum_(i-1)).
-inline constexpr size_t kChecksumPieceBytes = 64 << 10;
-uint64_t BlockChecksum(std::span<const std::byte> block);
 
 }  // namespace ballast
 

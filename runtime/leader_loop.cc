@@ -121,6 +121,9 @@ void LeaderLoop::OnPlanEnded(const Rebalancer::Outcome& outcome, const Placement
   }
   PublishLastCopies(in_force);
   tether_->Do([](LeaderHost& host) { host.on_settled(); });
+  // Also while nobody is served.
+  Decision why = Decision::kNone;
+  if (controller_->has_more() && vacating_.empty()) Plan(/*force=*/false, &why);
 }
 
 void LeaderLoop::OnRegrouped(const Regrouping& how, const Placement& in_force) {

@@ -1,9 +1,9 @@
 #include "runtime/rebalancer.h"
 
+#include <algorithm>
 #include <string>
 #include <utility>
 
-#include "base/clock.h"
 #include "base/log.h"
 #include "base/status.h"
 #include "placement/placement_check.h"
@@ -13,6 +13,7 @@ namespace ballast {
 Rebalancer::Rebalancer(const Options& options, CopyStore* store, Placement initial,
                        std::function<void(const Placement&)> on_flip)
     : options_(options),
+      budget_(options.slice),
       store_(store),
       placement_(std::move(initial)),
       on_flip_(std::move(on_flip)) {}
@@ -38,19 +39,35 @@ void Rebalancer::OnPlan(MigrationPlan plan) {
   if (target.ok()) target_ = *std::move(target);
   if (!status.ok()) LogWarning("rebalancer", std::string(status.message()));
   plan_ = std::move(plan);
-  plan_began_ns_ = NowNs();
+  plan_began_ns_ = options_.now_ns();
+  budget_.Restart(plan_began_ns_);
   vote_ = status.ok() ? Vote::kStaging : Vote::kFailed;
 }
 
-void Rebalancer::Slice() {
+void Rebalancer::Slice(SliceOf of) {
   if (!store_->staging()) return;
-  auto done = store_->Poll(options_.slice_bytes);
-  if (!done.ok()) {
-    LogWarning("rebalancer", std::string(done.status().message()));
-    vote_ = Vote::kFailed;
-  } else if (*done && vote_ == Vote::kStaging) {
-    vote_ = Vote::kStaged;
+  const TransferBudget most = budget_.Open(options_.now_ns(), of);
+  if (most.send <= 0 && most.receive <= 0) return;
+  TransferBudget left = most;
+  int64_t now_ns = 0;
+  bool moved = true;
+  // A chunk each way at a time, so that the time is looked at in between.
+  while (moved && store_->staging()) {
+    TransferBudget one{std::min<int64_t>(left.send, 1), std::min<int64_t>(left.receive, 1)};
+    const TransferBudget before = one;
+    const auto done = store_->Poll(&one);
+    left.send -= before.send - one.send;
+    left.receive -= before.receive - one.receive;
+    if (!done.ok()) {
+      LogWarning("rebalancer", std::string(done.status().message()));
+      vote_ = Vote::kFailed;
+    } else if (*done && vote_ == Vote::kStaging) {
+      vote_ = Vote::kStaged;
+    }
+    now_ns = options_.now_ns();
+    moved = (one.send < before.send || one.receive < before.receive) && budget_.HasTime(now_ns);
   }
+  budget_.Close(now_ns, most.send - left.send, most.receive - left.receive);
 }
 
 PlanCommand Rebalancer::Judge(std::span<const PlanVote> votes, int64_t now_ns) {
@@ -68,7 +85,7 @@ PlanCommand Rebalancer::Judge(std::span<const PlanVote> votes, int64_t now_ns) {
 
 absl::StatusOr<Rebalancer::Outcome> Rebalancer::Execute(PlanCommand command) {
   if (command.command == Command::kNone) return Outcome{};
-  const int64_t began = NowNs();
+  const int64_t began = options_.now_ns();
   Outcome outcome{.done = command.command, .plan_id = command.plan_id};
   const bool have_it = plan_.has_value() && plan_->plan_id == command.plan_id;
   if (have_it) {
@@ -93,7 +110,7 @@ absl::StatusOr<Rebalancer::Outcome> Rebalancer::Execute(PlanCommand command) {
     target_.reset();
     vote_ = Vote::kNone;
   }
-  outcome.stall_ns = NowNs() - began;
+  outcome.stall_ns = options_.now_ns() - began;
   return outcome;
 }
 

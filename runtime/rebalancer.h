@@ -8,10 +8,12 @@
 #include <span>
 
 #include "absl/status/statusor.h"
+#include "base/clock.h"
 #include "placement/migration_plan.h"
 #include "placement/placement.h"
 #include "placement/regroup.h"
 #include "runtime/copy_store.h"
+#include "runtime/slice_budget.h"
 
 namespace ballast {
 
@@ -47,8 +49,9 @@ class Rebalancer {
  public:
   struct Options {
     int32_t rank = 0;
-    size_t slice_bytes = 1 << 20;       // most bytes that one slice moves each way
-    int64_t plan_deadline_ms = 30'000;  // from the leader's receipt of a plan to its flip
+    SliceBudget::Options slice = {};
+    int64_t plan_deadline_ms = 30'000;        // from the leader's receipt of a plan to its flip
+    std::function<int64_t()> now_ns = NowNs;  // any monotonic clock
   };
   // `on_flip` (may be empty) is called when a plan is in force in the store: tables are to change.
   Rebalancer(const Options& options, CopyStore* store, Placement initial,
@@ -60,8 +63,9 @@ class Rebalancer {
 
   // A plan from the leader: starts to stage it. What is wrong with it becomes the vote.
   void OnPlan(MigrationPlan plan);
-  // Advances the transfers a little. Never fails: what goes wrong becomes the vote.
-  void Slice();
+  // Advances the transfers a little, as the budget of slices allows. Never fails: what goes wrong
+  // becomes the vote.
+  void Slice(SliceOf of);
   PlanVote vote() const { return {plan_.has_value() ? plan_->plan_id : 0, vote_}; }
   // The newest plan that has reached this rank; 0: none.
   int64_t last_plan_id() const { return last_plan_id_; }
@@ -96,6 +100,7 @@ class Rebalancer {
   void Commit();
 
   Options options_;
+  SliceBudget budget_;
   CopyStore* store_;
   Placement placement_;
   std::function<void(const Placement&)> on_flip_;

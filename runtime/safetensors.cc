@@ -81,48 +81,67 @@ absl::StatusOr<std::unique_ptr<SafetensorsFile>> SafetensorsFile::Open(const std
   const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
   if (fd < 0) return absl::NotFoundError(absl::StrCat(path, ": ", std::strerror(errno)));
   std::unique_ptr<SafetensorsFile> file(new SafetensorsFile);
+  file->path_ = path;
+  file->fd_ = fd;
   struct stat info {};
   if (::fstat(fd, &info) == 0 && S_ISREG(info.st_mode) && info.st_size >= 8) {
     file->map_bytes_ = static_cast<size_t>(info.st_size);
     void* map = ::mmap(nullptr, file->map_bytes_, PROT_READ, MAP_PRIVATE, fd, 0);
     if (map != MAP_FAILED) file->map_ = map;
   }
-  ::close(fd);
   if (file->map_ == nullptr) {
     return absl::InvalidArgumentError(absl::StrCat(path, ": not a file of at least 8 bytes"));
   }
-  BALLAST_RETURN_IF_ERROR(file->Parse(path));
+  BALLAST_RETURN_IF_ERROR(file->Parse());
   return file;
 }
 
 SafetensorsFile::~SafetensorsFile() {
   if (map_ != nullptr) ::munmap(map_, map_bytes_);
+  if (fd_ >= 0) ::close(fd_);
 }
 
-absl::Status SafetensorsFile::Parse(const std::string& path) {
+absl::Status SafetensorsFile::Read(const TensorView& tensor, std::span<std::byte> to) const {
+  const auto begin = static_cast<size_t>(tensor.bytes.data() - static_cast<const std::byte*>(map_));
+  for (size_t done = 0; done < to.size();) {
+    const ssize_t got =
+        ::pread(fd_, to.data() + done, to.size() - done, static_cast<off_t>(begin + done));
+    if (got < 0 && errno == EINTR) continue;
+    if (got <= 0) {
+      return absl::DataLossError(
+          absl::StrCat(path_, ": cannot read byte ", begin + done, ": ",
+                       got < 0 ? std::strerror(errno) : "the file has become shorter"));
+    }
+    done += static_cast<size_t>(got);
+  }
+  return absl::OkStatus();
+}
+
+absl::Status SafetensorsFile::Parse() {
   const auto* bytes = static_cast<const std::byte*>(map_);
   uint64_t header_bytes = 0;
   std::memcpy(&header_bytes, bytes, 8);
   if (header_bytes > kMaxHeaderBytes || header_bytes > map_bytes_ - 8) {
     return absl::InvalidArgumentError(absl::StrCat(
-        path, ": the header says it has ", header_bytes, " bytes, the file has ", map_bytes_,
+        path_, ": the header says it has ", header_bytes, " bytes, the file has ", map_bytes_,
         " (truncated, or not safetensors); allowed: up to ", kMaxHeaderBytes));
   }
   const auto* text = reinterpret_cast<const char*>(bytes + 8);
   if (JsonNestsTooDeep({text, header_bytes})) {
     return absl::InvalidArgumentError(
-        absl::StrCat(path, ": the header nests deeper than ", kMostJsonDepth));
+        absl::StrCat(path_, ": the header nests deeper than ", kMostJsonDepth));
   }
   const Json header = Json::parse(text, text + header_bytes, nullptr, /*allow_exceptions=*/false);
   if (!header.is_object()) {
-    return absl::InvalidArgumentError(absl::StrCat(path, ": the header is not a JSON object"));
+    return absl::InvalidArgumentError(absl::StrCat(path_, ": the header is not a JSON object"));
   }
   const std::span<const std::byte> data(bytes + 8 + header_bytes, map_bytes_ - 8 - header_bytes);
   std::vector<std::pair<const std::byte*, const std::byte*>> ranges;
   for (const auto& [name, entry] : header.items()) {
     if (name == "__metadata__") continue;
     BALLAST_ASSIGN_OR_RETURN(TensorView tensor,
-                             ParseEntry(absl::StrCat(path, ": ", name), entry, data));
+                             ParseEntry(absl::StrCat(path_, ": ", name), entry, data));
+    tensor.file = this;
     ranges.emplace_back(tensor.bytes.data(), tensor.bytes.data() + tensor.bytes.size());
     tensors_.emplace(name, std::move(tensor));
   }
@@ -130,15 +149,15 @@ absl::Status SafetensorsFile::Parse(const std::string& path) {
   const std::byte* at = data.data();
   for (const auto& [begin, end] : ranges) {
     if (begin != at) {
-      return absl::InvalidArgumentError(
-          absl::StrCat(path, ": tensors overlap or leave a hole at byte ", begin - data.data(),
-                       " of the data"));
+      return absl::InvalidArgumentError(absl::StrCat(path_,
+                                                     ": tensors overlap or leave a hole at byte ",
+                                                     begin - data.data(), " of the data"));
     }
     at = end;
   }
   if (at != data.data() + data.size()) {
-    return absl::InvalidArgumentError(absl::StrCat(path, ": ", data.data() + data.size() - at,
-                                                   " bytes after the last tensor"));
+    return absl::InvalidArgumentError(
+        absl::StrCat(path_, ": ", data.data() + data.size() - at, " bytes after the last tensor"));
   }
   return absl::OkStatus();
 }

@@ -14,11 +14,14 @@
 
 namespace ballast {
 
+class SafetensorsFile;
+
 // A tensor in a mapped file; lives as long as the file.
 struct TensorView {
   DType dtype = DType::kF32;
   std::vector<int64_t> shape;
   std::span<const std::byte> bytes;
+  const SafetensorsFile* file = nullptr;
 
   int64_t num_elements() const;
 };
@@ -36,10 +39,18 @@ class SafetensorsFile {
 
   const std::map<std::string, TensorView>& tensors() const { return tensors_; }
 
+  // The bytes of a tensor, from the file and not through the mapping: where the file has changed
+  // since Open, touching the mapping can end the process.
+  // SHAPES to [tensor.bytes.size()]  REQUIRES tensor.file == this
+  // ERRORS kDataLoss: the file is too short by now, or cannot be read; names it and the byte
+  absl::Status Read(const TensorView& tensor, std::span<std::byte> to) const;
+
  private:
   SafetensorsFile() = default;
-  absl::Status Parse(const std::string& path);
+  absl::Status Parse();
 
+  std::string path_;
+  int fd_ = -1;
   void* map_ = nullptr;
   size_t map_bytes_ = 0;
   std::map<std::string, TensorView> tensors_;

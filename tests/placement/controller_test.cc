@@ -359,6 +359,36 @@ TEST_CASE("a plan waits for credit and comes when it is there", "[placement][con
   REQUIRE(why == Decision::kNothingToGain);
 }
 
+TEST_CASE("a plan after an aborted one takes its copies from the other kind of source",
+          "[placement][controller]") {
+  for (const bool retry : {false, true}) {
+    const auto controller = Make({.retry_from_file = retry});
+    Traffic traffic(6);
+    int64_t step = 0;
+    const auto plan_reads = [&] {
+      controller->OnStep(step, OneKind(kTokens, traffic.Step(static_cast<int32_t>(step))));
+      Decision why;
+      const auto plan = controller->Decide(++step, /*force=*/true, &why);
+      REQUIRE(plan.has_value());
+      REQUIRE_FALSE(plan->moves.empty());
+      const auto from_file = [](const Move& m) { return m.from_rank == Move::kFromFile; };
+      const bool reads = from_file(plan->moves[0]);
+      REQUIRE(std::all_of(plan->moves.begin(), plan->moves.end(),
+                          [&](const Move& m) { return from_file(m) == reads; }));
+      return reads;
+    };
+    for (const bool expected : {false, true, false, true}) {
+      REQUIRE(plan_reads() == (retry && expected));
+      controller->OnAborted(controller->last_plan_id(), step);
+    }
+    REQUIRE_FALSE(plan_reads());
+    controller->OnAborted(controller->last_plan_id(), step);
+    REQUIRE(plan_reads() == retry);
+    controller->OnCommitted(controller->last_plan_id(), step);
+    REQUIRE_FALSE(plan_reads());
+  }
+}
+
 TEST_CASE("the window forgets what is older than its tokens", "[placement][controller]") {
   const auto controller = Make({.window_tokens = 1600});
   std::vector<int32_t> counts(kLayers * kExperts, 0);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <catch2/catch.hpp>
+#include <map>
 #include <set>
 #include <tuple>
 
@@ -39,17 +40,35 @@ int64_t CopiesMoved(const Topology& topology, std::span<const int32_t> from,
   return moved;
 }
 
-// The source that the contract names, when each rank has sent `sends` copies so far.
+// The source that the contract names, when each rank has sent `sends` copies so far and the ranks
+// of `relays` have received the expert by earlier moves.
 int32_t ExpectedSource(const Placement& current, const Move& move,
-                       const std::vector<int32_t>& sends) {
+                       const std::vector<int32_t>& sends, const std::set<int32_t>& relays) {
   const Topology& topology = current.topology();
   const int32_t node = topology.node_of_rank[topology.rank_of_slot(move.to_slot)];
-  std::tuple<bool, int32_t, int32_t> best{true, 1 << 30, -1};  // far, sends, rank
+  std::tuple<bool, int32_t, bool, int32_t> best{true, 1 << 30, true, -1};
   for (int32_t r = 0; r < topology.num_ranks(); ++r) {
-    if (!current.Hosts(move.layer, move.expert, r)) continue;
-    best = std::min(best, {topology.node_of_rank[r] != node, sends[r], r});
+    const bool holds = current.Hosts(move.layer, move.expert, r);
+    if (!holds && relays.count(r) == 0) continue;
+    best = std::min(best, {topology.node_of_rank[r] != node, sends[r], !holds, r});
   }
-  return std::get<2>(best);
+  return std::get<3>(best);
+}
+
+// How many moves lie between a holder and the receiver of moves[i], that one included; -1 where no
+// holder is reached. Looks at who sends to whom alone, not at the order of the moves.
+int32_t HopsFromHolder(const Placement& current, const std::vector<Move>& moves, size_t i) {
+  int32_t rank = moves[i].from_rank;
+  for (int32_t hops = 1; hops <= static_cast<int32_t>(moves.size()); ++hops) {
+    if (current.Hosts(moves[i].layer, moves[i].expert, rank)) return hops;
+    const auto feeds = std::find_if(moves.begin(), moves.end(), [&](const Move& m) {
+      return m.layer == moves[i].layer && m.expert == moves[i].expert &&
+             current.topology().rank_of_slot(m.to_slot) == rank;
+    });
+    if (feeds == moves.end()) return -1;
+    rank = feeds->from_rank;
+  }
+  return -1;
 }
 
 TEST_CASE("a plan brings each expert once to each rank that lacked it", "[placement][plan]") {
@@ -75,6 +94,80 @@ TEST_CASE("copies come from the node and from the rank that sends least", "[plac
   REQUIRE(plan.ok());
   // 2 to rank 0 from rank 1; 1 to rank 1 from rank 0; 2 to rank 2 from 3; 0 to rank 3 from 2.
   REQUIRE(plan->moves == std::vector<Move>{{0, 2, 1, 0}, {0, 1, 0, 3}, {0, 2, 3, 5}, {0, 0, 2, 7}});
+}
+
+TEST_CASE("an expert that goes to many ranks is relayed and enters each node once",
+          "[placement][plan]") {
+  // Six ranks on two nodes; expert 0 is on rank 0 alone and goes to all others.
+  const auto current = Placement::Create(1, 6, Topology::Uniform(6, 2, 2),
+                                         {0, -1, 1, -1, 2, -1, 3, -1, 4, -1, 5, -1}, 0);
+  REQUIRE(current.ok());
+  const auto plan = MakeMigrationPlan(*current, {{0, {0, -1, 1, 0, 2, 0, 3, 0, 4, 0, 5, 0}}}, 1);
+  REQUIRE(plan.ok());
+  // 0 sends to 1, which relays to 2. Of these three 2 has sent nothing: it feeds the other node,
+  // where 3 feeds 4 and 4 feeds 5.
+  REQUIRE(plan->moves ==
+          std::vector<Move>{{0, 0, 0, 3}, {0, 0, 1, 5}, {0, 0, 2, 7}, {0, 0, 3, 9}, {0, 0, 4, 11}});
+  REQUIRE(plan->Apply(*current).ok());
+}
+
+TEST_CASE("an expert alone is sent at most once by each rank of a node",
+          "[placement][plan][property]") {
+  Random random(5);
+  for (int i = 0; i < 200; ++i) {
+    const int32_t ranks = 2 + static_cast<int32_t>(random.Below(15));
+    // Expert r is at home on rank r; expert 0 goes to some of the others.
+    std::vector<int32_t> before, after;
+    for (int32_t r = 0; r < ranks; ++r) {
+      for (std::vector<int32_t>* row : {&before, &after}) row->insert(row->end(), {r, kNoExpert});
+      if (r > 0 && random.Below(3) > 0) after.back() = 0;
+    }
+    const auto current = Placement::Create(1, ranks, Topology::Uniform(ranks, 2), before, 0);
+    const auto plan = MakeMigrationPlan(*current, {{0, after}}, 1);
+    REQUIRE(plan.ok());
+    std::vector<int32_t> sends(ranks, 0);
+    for (const Move& move : plan->moves) ++sends[move.from_rank];
+    REQUIRE(*std::max_element(sends.begin(), sends.end()) <= 1);
+  }
+}
+
+TEST_CASE("a source that has nothing to send is refused", "[placement][plan][errors]") {
+  const auto current =
+      Placement::Create(1, 4, Topology::Uniform(4, 2), {0, -1, 1, -1, 2, -1, 3, -1}, 0);
+  const auto plan = MakeMigrationPlan(*current, {{0, {0, -1, 1, 0, 2, 0, 3, 0}}}, 1);
+  REQUIRE(plan.ok());
+  REQUIRE(plan->moves == std::vector<Move>{{0, 0, 0, 3}, {0, 0, 1, 5}, {0, 0, 2, 7}});
+  const auto with_sources = [&](std::vector<int32_t> sources) {
+    MigrationPlan other = *plan;
+    for (size_t i = 0; i < sources.size(); ++i) other.moves[i].from_rank = sources[i];
+    return other.Apply(*current).status();
+  };
+  REQUIRE(with_sources({0, 0, 0}).ok());
+  REQUIRE(with_sources({0, 0, 1}).ok());
+  // A rank that holds something else, one that receives it later, itself, a cycle, no rank.
+  for (const std::vector<int32_t>& sources : std::vector<std::vector<int32_t>>{
+           {2, 1, 2}, {3, 1, 2}, {1, 1, 2}, {2, 1, 0}, {4, 1, 2}, {-2, 1, 2}, {1 << 30, 1, 2}}) {
+    const absl::Status status = with_sources(sources);
+    REQUIRE(status.code() == absl::StatusCode::kInvalidArgument);
+    const std::string text(status.message());
+    CAPTURE(text);
+    REQUIRE(text.find("neither holds it nor receives it by an earlier move") != std::string::npos);
+  }
+}
+
+TEST_CASE("every copy of a plan can come from the checkpoint", "[placement][plan]") {
+  const auto current = Placement::Create(1, 2, Topology::Uniform(2, 2), {0, -1, 1, -1}, 0);
+  const auto plan = MakeMigrationPlan(*current, {{0, {0, 1, 1, 0}}}, 1, CopySource::kFile);
+  REQUIRE(plan.ok());
+  REQUIRE(plan->moves ==
+          std::vector<Move>{{0, 1, Move::kFromFile, 1}, {0, 0, Move::kFromFile, 3}});
+  const auto read = MigrationPlan::Deserialize(plan->Serialize());
+  REQUIRE(read.ok());
+  REQUIRE(*read == *plan);
+  REQUIRE(read->Apply(*current).ok());
+  MigrationPlan other = *plan;
+  other.moves[0].from_rank = Move::kFromFile - 1;
+  REQUIRE_FALSE(MigrationPlan::Deserialize(other.Serialize()).ok());
 }
 
 TEST_CASE("rows that are not valid make no plan", "[placement][plan][errors]") {
@@ -106,12 +199,21 @@ TEST_CASE("plans between random placements are complete and apply", "[placement]
       expected += CopiesMoved(topology, current.expert_of_slot(row.layer), row.expert_of_slot);
     }
     std::vector<int32_t> sends(topology.num_ranks(), 0);
-    for (const Move& move : plan->moves) {
-      violations += move.from_rank != ExpectedSource(current, move, sends);
+    std::map<std::pair<int32_t, int32_t>, std::set<int32_t>> relays;
+    std::map<std::tuple<int32_t, int32_t, int32_t>, int32_t> entered_node;
+    for (size_t m = 0; m < plan->moves.size(); ++m) {
+      const Move& move = plan->moves[m];
+      std::set<int32_t>& relays_of_it = relays[{move.layer, move.expert}];
+      violations += move.from_rank != ExpectedSource(current, move, sends, relays_of_it);
       ++sends[move.from_rank];
       const int32_t to = topology.rank_of_slot(move.to_slot);
+      relays_of_it.insert(to);
+      const int32_t node = topology.node_of_rank[to];
+      if (topology.node_of_rank[move.from_rank] != node) {
+        violations += ++entered_node[{move.layer, move.expert, node}] > 1;
+      }
       violations += !entered.insert({move.layer, move.expert, to}).second;
-      violations += !current.Hosts(move.layer, move.expert, move.from_rank);
+      violations += HopsFromHolder(current, plan->moves, m) < 1;
       violations += current.Hosts(move.layer, move.expert, to);
       violations += target->expert_of_slot(move.layer)[move.to_slot] != move.expert;
     }

@@ -194,6 +194,29 @@ TEST_CASE("numbers that are none are found when a tensor is loaded",
   }
 }
 
+TEST_CASE("a file that becomes shorter after it was opened is an error where it is read",
+          "[runtime][checkpoint][errors]") {
+  TempFolder folder;
+  testing::WriteCheckpoint(folder.path(), TinyModel{});
+  const std::string path = folder.path() + "/model.safetensors";
+  const auto checkpoint = Checkpoint::Open(folder.path());
+  REQUIRE(checkpoint.ok());
+  auto mlp = GatedMlp::Create(PlainKernels(), TinyModel{}.hidden, TinyModel{}.expert_inter,
+                              DType::kF32);
+  REQUIRE(mlp.ok());
+  AlignedBuffer packed((*mlp)->packed_bytes());
+  const auto load = [&] {
+    return (*checkpoint)->LoadMlp(ExpertPrefix(2, 3), mlp->get(), packed.data());
+  };
+  REQUIRE(load().ok());
+  std::filesystem::resize_file(path, 4096);
+  const absl::Status status = load();
+  INFO(status.message());
+  REQUIRE(status.code() == absl::StatusCode::kDataLoss);
+  REQUIRE(Names(status, path));
+  REQUIRE(Names(status, "has become shorter"));
+}
+
 TEST_CASE("configurations that are not served are named by key", "[runtime][checkpoint][errors]") {
   struct Case {
     const char* key;

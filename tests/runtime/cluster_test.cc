@@ -293,6 +293,39 @@ TEST_CASE("a rebalance asked for by hand takes place while nobody is served",
 
 // Plans that follow an aborted one at once used to meet its messages, and were then refused for
 // good.
+TEST_CASE("copies read from the checkpoint are those that ranks send", "[runtime][cluster]") {
+  SetLogLevel(LogLevel::kWarning);
+  TempFolder folder;
+  const TinyModel model;
+  WriteCheckpoint(folder.path(), model);
+  const Reference reference({.model = folder.path()}, 1.0, model.vocab, 8);
+  auto cluster = Cluster::Start(
+      {.model = folder.path(), .num_ranks = 2, .slots_per_rank = 6, .policy = "static"});
+  REQUIRE(cluster.ok());
+  // Five experts on each rank. Of layer 0, expert 0 goes to rank 1, expert 7 to rank 0.
+  const Placement initial =
+      *Placement::Contiguous(2, model.num_experts, Topology::Uniform(2, 6), /*fill_spare=*/false);
+  const auto plan = MakeMigrationPlan(
+      initial, {{0, {0, 1, 2, 3, 4, 7, 5, 6, 7, 8, 9, 0}}}, 1, CopySource::kFile);
+  REQUIRE(plan.ok());
+  REQUIRE((*cluster)->frontend().BroadcastPlan(plan->Serialize()).ok());
+  for (int i = 0; i < 30'000 && (*cluster)->flips() + (*cluster)->aborts() == 0; ++i) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  REQUIRE((*cluster)->flips() == 1);
+  const auto replies = (*cluster)->Generate(reference.requests);
+  REQUIRE(replies.ok());
+  REQUIRE(FirstError((*cluster)->Stop()) == "");
+  REQUIRE(FirstDifference(*replies, reference.replies) == -1);
+  for (int rank = 0; rank < 2; ++rank) {
+    REQUIRE((*cluster)->store(rank).copies_read() == 1);
+    REQUIRE((*cluster)->store(rank).bytes_received() == 0);
+  }
+  for (const int32_t expert : {0, 7}) {
+    REQUIRE((*cluster)->store(0).Checksum(0, expert) == (*cluster)->store(1).Checksum(0, expert));
+  }
+}
+
 TEST_CASE("plans that are given up one after the other leave nothing behind",
           "[runtime][cluster]") {
   TempFolder folder;

@@ -4,33 +4,13 @@
 
 #include <atomic>
 #include <catch2/catch.hpp>
-#include <cstring>
-#include <functional>
 
-#include "base/random.h"
-#include "base/status.h"
-#include "tests/support/run_ranks.h"
+#include "tests/runtime/store_fixture.h"
 
 namespace ballast {
 namespace {
 
-using testing::FirstError;
-using testing::RunRanks;
-
-constexpr int32_t kLayers = 2, kExperts = 6, kRanks = 3, kSlots = 3;
-constexpr size_t kBlockBytes = 1000;  // not a multiple of a chunk or of a cache line
-
-// Byte `i` of the packed expert.
-std::byte ExpertByte(int32_t layer, int32_t expert, size_t i) {
-  return static_cast<std::byte>(RandomBits(static_cast<uint64_t>(layer * 100 + expert), i));
-}
-
-Placement Initial() {
-  auto placement = Placement::Contiguous(kLayers, kExperts, Topology::Uniform(kRanks, kSlots),
-                                         /*fill_spare=*/false);
-  REQUIRE(placement.ok());
-  return *placement;
-}
+using namespace testing;  // NOLINT: the fixture
 
 // Layer 0 gets copies of experts 0, 2 and 4 in the spare slots of the next rank; layer 1 swaps
 // experts between ranks 0 and 1.
@@ -44,75 +24,10 @@ MigrationPlan PlanFrom(const Placement& placement, int64_t plan_id) {
   return *plan;
 }
 
-std::unique_ptr<ExpertStore> FilledStore(Transport* transport, const Placement& placement,
-                                         size_t chunk_bytes = 192, int32_t staging = 4) {
-  auto store = std::make_unique<ExpertStore>(
-      ExpertStore::Options{.rank = transport->rank(),
-                           .num_layers = kLayers,
-                           .num_experts = kExperts,
-                           .block_bytes = kBlockBytes,
-                           .resident_blocks = kLayers * kSlots,
-                           .staging_blocks = staging,
-                           .chunk_bytes = chunk_bytes},
-      transport);
-  for (int32_t layer = 0; layer < kLayers; ++layer) {
-    for (int32_t e = 0; e < kExperts; ++e) {
-      if (!placement.Hosts(layer, e, transport->rank())) continue;
-      const auto block = store->Allocate(layer, e);
-      for (size_t i = 0; i < block.size(); ++i) block[i] = ExpertByte(layer, e, i);
-      store->Seal(layer, e);
-    }
-  }
-  return store;
-}
-
-// The store holds what the placement gives to its rank, byte for byte, and nothing else.
-absl::Status CheckHolds(const ExpertStore& store, const Placement& placement, int32_t rank) {
-  for (int32_t layer = 0; layer < kLayers; ++layer) {
-    for (int32_t e = 0; e < kExperts; ++e) {
-      const std::byte* block = store.Parameters(layer, e);
-      bool right = (block != nullptr) == placement.Hosts(layer, e, rank);
-      for (size_t i = 0; right && block != nullptr && i < kBlockBytes; ++i) {
-        right = block[i] == ExpertByte(layer, e, i);
-      }
-      if (block != nullptr)
-        right = right && store.Checksum(layer, e) == store.SealedChecksum(layer, e);
-      if (!right) {
-        return absl::InternalError(absl::StrCat("layer ", layer, " expert ", e, " is not right"));
-      }
-    }
-  }
-  return absl::OkStatus();
-}
-
-absl::Status PollUntilStaged(ExpertStore* store, size_t budget) {
-  for (int i = 0; i < 10'000'000; ++i) {
-    BALLAST_ASSIGN_OR_RETURN(const bool done, store->Poll(budget));
-    if (done) return absl::OkStatus();
-    sched_yield();
-  }
-  return absl::DeadlineExceededError("never staged");
-}
-
-// Polls until nothing of a discarded plan is under way. All ranks have discarded by then.
-absl::Status PollUntilIdle(ExpertStore* store) {
-  for (int i = 0; i < 10'000'000 && store->staging(); ++i) {
-    BALLAST_RETURN_IF_ERROR(store->Poll(1 << 20).status());
-    sched_yield();
-  }
-  return store->staging() ? absl::DeadlineExceededError("never idle") : absl::OkStatus();
-}
-
-absl::Status Barrier(Communicator* comm) {
-  const std::byte mine{};
-  std::vector<std::byte> all(static_cast<size_t>(comm->size()));
-  return comm->AllGather(0, {&mine, 1}, all);
-}
-
 TEST_CASE("plans move experts byte for byte while the old ones stay", "[runtime][store]") {
   const Placement initial = Initial();
   for (const size_t chunk : {size_t{64}, size_t{192}, size_t{4096}}) {
-    for (const size_t budget : {size_t{1}, size_t{500}, size_t{1} << 20}) {
+    for (const int64_t budget : {int64_t{1}, int64_t{500}, int64_t{1} << 20}) {
       CAPTURE(chunk, budget);
       const MigrationPlan forth = PlanFrom(initial, 1);
       const Placement middle = *forth.Apply(initial);
@@ -158,7 +73,7 @@ TEST_CASE("a plan given up with messages under way leaves everything as it was",
             initial, {{0, {0, 1, 4, 2, 3, 0, 4, 5, 2}}}, plan_id);
         BALLAST_RETURN_IF_ERROR(store->Stage(plan, initial));
         for (int i = 0; i < polls * (rank + 1); ++i) {
-          BALLAST_RETURN_IF_ERROR(store->Poll(100).status());
+          BALLAST_RETURN_IF_ERROR(Poll(store.get(), 100).status());
         }
         BALLAST_RETURN_IF_ERROR(Barrier(comm));
         store->Discard();
@@ -196,7 +111,7 @@ TEST_CASE("a copy of a corrupted expert is found out and never counts as staged"
     if (rank != 0) ++others_staged;
     // Rank 0 takes in the rest of the plan, and must not change its mind.
     for (int i = 0; rank == 0 && (others_staged < 2 || i < 100); ++i) {
-      const auto again = store->Poll(1 << 20);
+      const auto again = Poll(store.get(), 1 << 20);
       if (again.ok() && *again) ++later_true;
       sched_yield();
     }
@@ -215,6 +130,93 @@ TEST_CASE("a copy of a corrupted expert is found out and never counts as staged"
     REQUIRE(text.find(part) != std::string::npos);
   }
   REQUIRE(later_true == 0);
+}
+
+// Expert 0 of layer 0 goes to ranks 1 and 2: rank 1 relays it.
+MigrationPlan RelayPlan(const Placement& placement) {
+  auto plan = MakeMigrationPlan(placement, {{0, {0, 1, kNoExpert, 2, 3, 0, 4, 5, 0}}}, 1);
+  REQUIRE(plan.ok());
+  REQUIRE(plan->moves == std::vector<Move>{{0, 0, 0, 5}, {0, 0, 1, 8}});
+  return *plan;
+}
+
+TEST_CASE("a relay sends an expert on while it still arrives", "[runtime][store]") {
+  const Placement initial = Initial();
+  const MigrationPlan plan = RelayPlan(initial);
+  LocalFabric fabric(kRanks);
+  std::vector<std::unique_ptr<Transport>> transports;
+  std::vector<std::unique_ptr<ExpertStore>> stores;
+  for (int rank = 0; rank < kRanks; ++rank) {
+    transports.push_back(fabric.MakeTransport(rank));
+    stores.push_back(FilledStore(transports.back().get(), initial, /*chunk_bytes=*/64));
+    REQUIRE(stores.back()->Stage(plan, initial).ok());
+  }
+  // One thread polls them in turn, a chunk each way at a time.
+  int64_t most_behind = 0;
+  int32_t staged = 0, rounds = 0;
+  for (; staged < kRanks && rounds < 1000; ++rounds) {
+    staged = 0;
+    for (const auto& store : stores) {
+      const auto done = Poll(store.get(), 1);
+      REQUIRE(done.ok());
+      staged += *done;
+    }
+    const int64_t behind = stores[1]->bytes_received() - stores[2]->bytes_received();
+    REQUIRE(behind >= 0);
+    most_behind = std::max(most_behind, behind);
+  }
+  REQUIRE(staged == kRanks);
+  // 16 chunks: the whole expert at a time would leave rank 2 all 1000 bytes behind.
+  REQUIRE(most_behind <= 4 * 64);
+  for (int rank = 0; rank < kRanks; ++rank) {
+    stores[rank]->Commit(*plan.Apply(initial));
+    REQUIRE(CheckHolds(*stores[rank], *plan.Apply(initial), rank) == absl::OkStatus());
+    REQUIRE(stores[rank]->bytes_received() == (rank == 0 ? 0 : int64_t{kBlockBytes}));
+  }
+}
+
+TEST_CASE("receivers behind a relay find a corrupted expert out too", "[runtime][store]") {
+  const Placement initial = Initial();
+  const MigrationPlan plan = RelayPlan(initial);
+  std::atomic<int> ended = 0;
+  const auto statuses = RunRanks(kRanks, [&](Transport* transport, Communicator* comm, int rank) {
+    const auto store = FilledStore(transport, initial);
+    if (rank == 0) store->Allocate(0, 0)[500] ^= std::byte{1};
+    BALLAST_RETURN_IF_ERROR(store->Stage(plan, initial));
+    const absl::Status status = PollUntilStaged(store.get(), 1 << 20);
+    // A relay that has found it out still sends it on, so that nobody is left waiting.
+    for (++ended; ended < kRanks; sched_yield()) Poll(store.get(), 1 << 20).IgnoreError();
+    BALLAST_RETURN_IF_ERROR(Barrier(comm));
+    store->Discard();
+    BALLAST_RETURN_IF_ERROR(PollUntilIdle(store.get()));
+    if (rank != 0) BALLAST_RETURN_IF_ERROR(CheckHolds(*store, initial, rank));
+    return status;
+  });
+  REQUIRE(statuses[0].ok());
+  for (const int rank : {1, 2}) {
+    REQUIRE(statuses[rank].code() == absl::StatusCode::kDataLoss);
+  }
+}
+
+TEST_CASE("a relayed plan given up at any moment leaves everything as it was",
+          "[runtime][store]") {
+  const Placement initial = Initial();
+  const MigrationPlan plan = RelayPlan(initial);
+  for (int polls = 0; polls < 60; polls += 3) {
+    CAPTURE(polls);
+    const auto statuses = RunRanks(kRanks, [&](Transport* transport, Communicator* comm, int rank) {
+      const auto store = FilledStore(transport, initial, /*chunk_bytes=*/64);
+      BALLAST_RETURN_IF_ERROR(store->Stage(plan, initial));
+      for (int i = 0; i < polls * (kRanks - rank); ++i) {
+        BALLAST_RETURN_IF_ERROR(Poll(store.get(), 1).status());
+      }
+      BALLAST_RETURN_IF_ERROR(Barrier(comm));
+      store->Discard();
+      BALLAST_RETURN_IF_ERROR(PollUntilIdle(store.get()));
+      return CheckHolds(*store, initial, rank);
+    });
+    REQUIRE(FirstError(statuses) == "");
+  }
 }
 
 TEST_CASE("a plan too large for the staging memory is refused by all ranks alike",
@@ -243,7 +245,7 @@ TEST_CASE("a rank that stages late is waited for", "[runtime][store]") {
     while (rank == 1 && polled < 2) sched_yield();
     BALLAST_RETURN_IF_ERROR(store->Stage(plan, initial));
     for (int i = 0; rank != 1 && i < 50; ++i) {
-      BALLAST_ASSIGN_OR_RETURN(const bool done, store->Poll(1 << 20));
+      BALLAST_ASSIGN_OR_RETURN(const bool done, Poll(store.get(), 1 << 20));
       // Rank 1 sends to rank 0 and has expert 0 of layer 0 to come: ranks 0 and 1 cannot be done.
       if (rank == 0 && done) return absl::InternalError("staged without the others");
     }

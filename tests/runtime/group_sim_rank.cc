@@ -130,7 +130,7 @@ void Simulation::RanBody(int32_t r, const std::map<int32_t, Message>& all) {
                                from, " at epoch ", message.epoch));
     }
   }
-  rank.rebalancer->Slice();
+  rank.rebalancer->Slice(SliceOf::kRest);
   EventsFrame events;
   for (auto it = rank.active.begin(); it != rank.active.end();) {
     GenerationRequest& request = it->second;
@@ -151,7 +151,7 @@ void Simulation::RanBody(int32_t r, const std::map<int32_t, Message>& all) {
 
 void Simulation::Rest(int32_t r) {
   Rank& rank = ranks_[r];
-  rank.rebalancer->Slice();
+  rank.rebalancer->Slice(SliceOf::kRest);
   const bool goes_on = rank.opening.busy || rank.rebalancer->busy() || !rank.opening.same_wake ||
                        !rank.inbox.empty() || !rank.group_inbox.empty();
   rank.phase = Phase::kSleeping;

@@ -63,9 +63,10 @@ class SimStore : public CopyStore {
     }
     return absl::OkStatus();
   }
-  absl::StatusOr<bool> Poll(size_t) override {
+  absl::StatusOr<bool> Poll(TransferBudget*) override {
     for (const Move& move : staged_) {
-      if (!alive(move.from_rank)) return false;  // it will never come
+      if (move.from_rank != Move::kFromFile && !alive(move.from_rank))
+        return false;  // it will never come
     }
     if (polls_left_-- > 0) return false;
     if (damaged_ && !staged_.empty()) return absl::DataLossError("damaged");

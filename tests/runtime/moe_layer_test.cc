@@ -192,7 +192,8 @@ class RankRun {
                              MakeMigrationPlan(from, {{0, {row.begin(), row.end()}}}, 1));
     BALLAST_RETURN_IF_ERROR(store_->Stage(plan, from));
     while (true) {
-      BALLAST_ASSIGN_OR_RETURN(const bool done, store_->Poll(1 << 20));
+      TransferBudget budget{1 << 20, 1 << 20};
+      BALLAST_ASSIGN_OR_RETURN(const bool done, store_->Poll(&budget));
       if (done) break;
       sched_yield();
     }

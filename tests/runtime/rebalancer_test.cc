@@ -27,8 +27,9 @@ Placement Initial() {
 }
 
 // Expert 0 goes to rank 1 as well.
-MigrationPlan Plan(const Placement& from, int64_t plan_id) {
-  auto plan = MakeMigrationPlan(from, {{0, {0, 1, kNoExpert, 2, 3, 0}}}, plan_id);
+MigrationPlan Plan(const Placement& from, int64_t plan_id,
+                   CopySource source = CopySource::kRanks) {
+  auto plan = MakeMigrationPlan(from, {{0, {0, 1, kNoExpert, 2, 3, 0}}}, plan_id, source);
   REQUIRE(plan.ok());
   return *plan;
 }
@@ -42,7 +43,11 @@ struct Rank {
                .block_bytes = kBlockBytes,
                .resident_blocks = kSlots,
                .staging_blocks = kSlots,
-               .chunk_bytes = 128},
+               .chunk_bytes = 128,
+               .read = [](int32_t, int32_t e, std::span<std::byte> block) {
+                 std::ranges::fill(block, static_cast<std::byte>(e + 1));
+                 return absl::OkStatus();
+               }},
               transport) {
     for (int32_t e = 0; e < kExperts; ++e) {
       if (!initial.Hosts(0, e, transport->rank())) continue;
@@ -71,7 +76,7 @@ absl::StatusOr<Command> RunStep(Communicator* comm, Rebalancer* rebalancer, int6
   BALLAST_RETURN_IF_ERROR(comm->AllGather(epoch, std::as_bytes(std::span(&command, 1)),
                                           std::as_writable_bytes(std::span(commands))));
   BALLAST_ASSIGN_OR_RETURN(const auto outcome, rebalancer->Execute(commands[0]));
-  rebalancer->Slice();
+  rebalancer->Slice(SliceOf::kRest);
   return outcome.done;
 }
 
@@ -92,7 +97,7 @@ absl::Status Settle(Communicator* comm, Rebalancer* rebalancer) {
     BALLAST_RETURN_IF_ERROR(comm->AllGather(0, std::as_bytes(std::span(&mine, 1)),
                                             std::as_writable_bytes(std::span(all))));
     if (std::ranges::all_of(all, [](uint8_t busy) { return busy == 0; })) return absl::OkStatus();
-    rebalancer->Slice();
+    rebalancer->Slice(SliceOf::kRest);
   }
   return absl::DeadlineExceededError("the ranks stay busy");
 }
@@ -136,6 +141,25 @@ TEST_CASE("one failed vote aborts everywhere and the next plan succeeds",
             rebalancer.OnPlan(Plan(initial, 2));
             BALLAST_ASSIGN_OR_RETURN(done, RunToTheEnd(comm, &rebalancer));
             return Expect(done == Command::kFlip, "a flip");
+          })) == "");
+}
+
+TEST_CASE("what a damaged holder cannot give the checkpoint gives", "[runtime][rebalancer]") {
+  SetLogLevel(LogLevel::kOff);
+  const Placement initial = Initial();
+  REQUIRE(FirstError(RunRanks(kRanks, [&](Transport* transport, Communicator* comm, int rank) {
+            Rank self(transport, initial);
+            Rebalancer& rebalancer = *self.rebalancer;
+            if (rank == 0) self.store.Allocate(0, 0)[100] ^= std::byte{4};
+            rebalancer.OnPlan(Plan(initial, 1));
+            BALLAST_ASSIGN_OR_RETURN(Command done, RunToTheEnd(comm, &rebalancer));
+            BALLAST_RETURN_IF_ERROR(Expect(done == Command::kAbort, "an abort"));
+            BALLAST_RETURN_IF_ERROR(Settle(comm, &rebalancer));
+            rebalancer.OnPlan(Plan(initial, 2, CopySource::kFile));
+            BALLAST_ASSIGN_OR_RETURN(done, RunToTheEnd(comm, &rebalancer));
+            BALLAST_RETURN_IF_ERROR(Expect(done == Command::kFlip, "a flip"));
+            return Expect(rank == 0 || self.store.Parameters(0, 0)[100] == std::byte{1},
+                          "the undamaged copy");
           })) == "");
 }
 
@@ -200,7 +224,7 @@ TEST_CASE("a plan that arrives after its abort is taken in and dropped",
             Rebalancer& rebalancer = *self.rebalancer;
             if (rank == 0) {
               rebalancer.OnPlan(Plan(initial, 1));
-              rebalancer.Slice();
+              rebalancer.Slice(SliceOf::kRest);
             }
             BALLAST_ASSIGN_OR_RETURN(Command done,
                                      RunStep(comm, &rebalancer, int64_t{1} << 62));

@@ -125,6 +125,14 @@ TEST_CASE("a bad flag is named with its value and what is allowed", "[serve]") {
                  {"--ready-file", "/nowhere/ready"});
   RequireRefusal(OnFreePorts(DemoModel(), {"--slots-per-rank", "3"}),
                  {"--slots-per-rank", "3", "at least"});
+  RequireRefusal(OnFreePorts(DemoModel(), {"--staging-experts", "3"}),
+                 {"--staging-experts is 3", "allowed: 0, or at least"});
+  RequireRefusal(OnFreePorts(DemoModel(), {"--migration-bandwidth", "-1"}),
+                 {"--migration-bandwidth", "-1", "0 to 1e+09"});
+  RequireRefusal(OnFreePorts(DemoModel(), {"--migration-share", "0"}),
+                 {"--migration-share", "0", "0.001 to 1"});
+  RequireRefusal(OnFreePorts(DemoModel(), {"--layers-per-plan", "-2"}),
+                 {"--layers-per-plan", "-2", "0 to 1048576"});
   RequireRefusal(OnFreePorts(DemoModel(), {"--step-log", "/nowhere/steps"}),
                  {"--step-log", "/nowhere/steps"});
 }

@@ -238,7 +238,7 @@ absl::Status Cluster::MakeEngines(const ClusterOptions& options, const Placement
   engine.scheduler.max_seqs = options.max_seqs;
   engine.scheduler.max_batch_tokens = options.max_batch_tokens;
   engine.scheduler.prefill_chunk = options.prefill_chunk;
-  engine.rebalancer.slice_bytes = options.slice_bytes;
+  engine.rebalancer.slice.slice_bytes = options.slice_bytes;
   engine.rebalancer.plan_deadline_ms = options.plan_deadline_ms;
   engine.chunk_bytes = options.chunk_bytes;
   engine.step_timeout_ms = options.step_timeout_ms;

@@ -32,7 +32,8 @@ struct ClusterOptions {
   double min_gain = 0.02;
   int32_t prefill_chunk = 128, max_seqs = 64, max_batch_tokens = 512;
   int64_t kv_bytes = 8 << 20;
-  size_t chunk_bytes = 4 << 10, slice_bytes = 16 << 10;
+  size_t chunk_bytes = 4 << 10;
+  int64_t slice_bytes = 16 << 10;
   int64_t plan_deadline_ms = 30'000;
   TraceRecorder* recorder = nullptr;  // of the leader; may be null
   bool survive_losses = false;
