@@ -33,9 +33,9 @@ std::vector<float> Draw(size_t count, Random* random, double spread) {
   return values;
 }
 
-Instance RandomInstance(uint64_t seed, const GateRule& rule, int32_t tokens) {
+Instance RandomInstance(uint64_t seed, const GateRule& rule, int32_t tokens, int32_t hidden = 24) {
   Random random(seed);
-  Instance in{.rule = rule, .hidden = 24, .inter = 16, .tokens = tokens};
+  Instance in{.rule = rule, .hidden = hidden, .inter = 16, .tokens = tokens};
   const size_t experts = static_cast<size_t>(rule.num_experts);
   const size_t h = static_cast<size_t>(in.hidden), f = static_cast<size_t>(in.inter);
   in.router = Draw(experts * h, &random, 1.0);
@@ -243,8 +243,8 @@ class RankRun {
   RouterParameters router_;
 };
 
-// The outputs [T, H] under each placement. Also checks that the ranks know the same counts, and
-// that every copy was computed once.
+// The outputs [T, H] under each placement. Also checks that the ranks know the same counts, that
+// these are logical (those of the first placement), and that every copy was computed once.
 std::vector<std::vector<float>> RunLayer(const Instance& in, const RunOptions& options,
                                          LayerCounts* of_first_round = nullptr) {
   const int ranks = options.placements.front().topology().num_ranks();
@@ -258,7 +258,7 @@ std::vector<std::vector<float>> RunLayer(const Instance& in, const RunOptions& o
   REQUIRE(FirstError(statuses) == "");
   for (size_t i = 0; i < rounds; ++i) {
     for (const auto& own : counts) {
-      REQUIRE(own[i].counts == counts[0][i].counts);
+      REQUIRE(own[i].counts == counts[0][0].counts);
       REQUIRE(own[i].rank_load == counts[0][i].rank_load);
     }
     int64_t load = 0;
@@ -343,6 +343,20 @@ TEST_CASE("the bits depend on neither placement nor split nor ranks nor flips",
         for (const auto& y : RunLayer(in, options)) REQUIRE(SameBits(y, reference[0]));
       }
     }
+  }
+}
+
+// SOURCE DeepEP#731, nccl#2103: refused top-16 and top-22, and hidden sizes of few bytes.
+TEST_CASE("a token may use 32 experts and a row may be 16 bytes", "[runtime][moe]") {
+  Random random(6);
+  for (const auto& [top_k, hidden] : {std::pair{22, 24}, {32, 4}, {64, 20}}) {
+    CAPTURE(top_k, hidden);
+    const Instance in =
+        RandomInstance(random.Next(), {.num_experts = 64, .top_k = top_k}, 21, hidden);
+    const auto alone = RunLayer(in, {.placements = {Contiguous(64, 1)}});
+    const Topology topology = Topology::Uniform(3, 30);
+    REQUIRE(SameBits(RunLayer(in, {.placements = {RandomRows(64, topology, 0, &random)}})[0],
+                     alone[0]));
   }
 }
 

@@ -4,7 +4,6 @@
 #include <string>
 
 #include "base/random.h"
-#include "tests/serve/server.h"
 
 namespace ballast::testing {
 
@@ -37,6 +36,23 @@ std::vector<nlohmann::json> MixedRequests(int count, int longest_answer) {
                         {"return_token_ids", true}});
   }
   return requests;
+}
+
+Reference::Reference(int count, int longest_answer, int concurrency)
+    : requests_(MixedRequests(count, longest_answer)) {
+  Server plain(1, {"--policy", "static"});
+  answers_ = CompleteAll(plain, requests_, concurrency);
+  for (const Answer& answer : answers_) REQUIRE(answer.status == 200);
+  REQUIRE(plain.Stop() == 0);
+}
+
+int Reference::Wrong(const std::vector<Answer>& given) const {
+  REQUIRE(given.size() == answers_.size());
+  int wrong = 0;
+  for (size_t i = 0; i < answers_.size(); ++i) {
+    wrong += given[i].status != 200 || given[i].ids() != answers_[i].ids();
+  }
+  return wrong;
 }
 
 }  // namespace ballast::testing

@@ -264,6 +264,15 @@ int64_t Server::Epoch() const {
   return answer.status == 200 ? answer.json.at("epoch").get<int64_t>() : -1;
 }
 
+bool Server::AwaitState(int rank, const std::string& state) const {
+  for (int i = 0; i < 500; ++i) {
+    const Answer answer = Request("GET", "/v1/ranks");
+    if (answer.status == 200 && answer.json.at("ranks").at(rank).at("state") == state) return true;
+    std::this_thread::sleep_for(milliseconds(20));
+  }
+  return false;
+}
+
 std::vector<int64_t> Server::ResidentBytes() const {
   std::vector<int64_t> bytes;
   for (const pid_t child : process_->Children()) {

@@ -115,6 +115,9 @@ class Server {
   bool AwaitMetric(const std::string& name, double value,
                    const std::vector<std::string>& labels = {}) const;
   int64_t Epoch() const;
+  // Waits until the leader says that the rank is in the state, at most 10 s; whether it came to
+  // that.
+  bool AwaitState(int rank, const std::string& state) const;
   // Resident bytes of every rank.
   std::vector<int64_t> ResidentBytes() const;
   // SIGTERM to rank 0; the exit code of mpirun.

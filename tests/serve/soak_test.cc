@@ -1,5 +1,6 @@
-// Many requests of mixed length while experts move. The hidden case runs 1,000 of them:
-//   tests/serve/soak.sh
+// Many requests of mixed length while experts move. The hidden cases run 1,000 and 500 of them:
+//   tests/serve/long.sh soak
+//   tests/serve/long.sh rebalance
 #include <algorithm>
 #include <catch2/catch.hpp>
 
@@ -74,6 +75,36 @@ TEST_CASE("a thousand requests lose nothing", "[.soak]") {
   REQUIRE(soak.wrong == 0);
   REQUIRE(soak.copies > 0);
   REQUIRE(*std::max_element(soak.growth.begin(), soak.growth.end()) < 0.05);
+}
+
+TEST_CASE("five hundred requests get the same texts with and without rebalancing", "[.rebalance]") {
+  const std::vector<json> requests = MixedRequests(500, kLongestAnswer);
+  std::vector<Answer> still;
+  {
+    Server server(4, {"--policy", "never"});
+    const int64_t epoch = server.Epoch();
+    still = CompleteAll(server, requests, kConcurrency);
+    REQUIRE(server.Epoch() == epoch);
+    REQUIRE(server.Stop() == 0);
+  }
+  Server server(4, {"--rebalance-every", "20"});
+  const int64_t epoch = server.Epoch();
+  const std::vector<Answer> moved = CompleteAll(server, requests, kConcurrency);
+  const int64_t flips = server.Epoch() - epoch;
+  const double copies = server.MetricSum("ballast_expert_copies_total", {R"(result="applied")"});
+  REQUIRE(server.Stop() == 0);
+  int lost = 0, differing = 0;
+  for (size_t i = 0; i < requests.size(); ++i) {
+    lost += still[i].status != 200 || moved[i].status != 200;
+    if (still[i].status != 200 || moved[i].status != 200) continue;
+    differing += moved[i].text() != still[i].text() || moved[i].ids() != still[i].ids();
+  }
+  WARN("500 requests on 4 ranks: " << flips << " flips, " << copies << " copies, " << lost
+                                   << " lost, " << differing << " differing texts");
+  REQUIRE(lost == 0);
+  REQUIRE(differing == 0);
+  REQUIRE(flips > 10);
+  REQUIRE(copies > 10);
 }
 
 }  // namespace

@@ -1,0 +1,27 @@
+# Checks that every test that tests/known_failures.md names in quotes is a case in the sources.
+#   cmake -DROOT=<folder> -P check_known_failures.cmake
+cmake_minimum_required(VERSION 3.25)
+
+file(READ "${ROOT}/tests/known_failures.md" table)
+file(GLOB_RECURSE sources "${ROOT}/tests/*.cc")
+set(cases "")
+foreach(source IN LISTS sources)
+  file(STRINGS "${source}" lines REGEX "^TEST_CASE\\(\"")
+  string(APPEND cases "${lines}\n")
+endforeach()
+
+string(REGEX MATCHALL "\"[^\"\n]+\"" names "${table}")
+list(REMOVE_DUPLICATES names)
+set(missing 0)
+foreach(name IN LISTS names)
+  string(FIND "${cases}" "TEST_CASE(${name}" at)
+  if(at EQUAL -1)
+    message("tests/known_failures.md names ${name}, which is no test case")
+    math(EXPR missing "${missing} + 1")
+  endif()
+endforeach()
+list(LENGTH names num_names)
+if(missing GREATER 0 OR num_names LESS 50)
+  message(FATAL_ERROR "${missing} of ${num_names} names are no test cases")
+endif()
+message(STATUS "${num_names} named tests exist")
