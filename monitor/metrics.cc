@@ -39,7 +39,8 @@ using HotTable = std::vector<HotExpert>;
 constexpr const char* kCopyResults[] = {"applied", "failed"};
 constexpr const char* kRebalanceResults[] = {"applied", "aborted", "rejected", "over_budget"};
 constexpr const char* kRebalanceTriggers[] = {"threshold", "interval", "manual", "failure"};
-constexpr const char* kVerifyFailures[] = {"parameters", "replica_choice", "placement"};
+constexpr const char* kVerifyFailures[] = {"parameters", "replica_choice", "placement",
+                                           "checkpoint"};
 constexpr const char* kRequestResults[] = {"ok", "rejected", "cancelled", "failed"};
 
 const Histogram::BucketBoundaries kStepBuckets = {.0005, .001, .002, .005, .01, .02, .05,

@@ -40,7 +40,7 @@ enum class RebalanceTrigger { kThreshold, kInterval, kManual, kFailure };
 enum class RequestResult { kOk, kRejected, kCancelled, kFailed };
 
 // What verification may find wrong.
-enum class VerifyFailure { kParameters, kReplicaChoice, kPlacement };
+enum class VerifyFailure { kParameters, kReplicaChoice, kPlacement, kCheckpoint };
 
 struct HotExpert {
   int32_t layer;

@@ -94,7 +94,8 @@ struct HaltedFrame {
 // A rank cannot go on, and why: it waits to be told to halt.
 struct TroubleFrame {
   int64_t generation = 0;
-  std::vector<int32_t> missing;  // ranks of the job that it waited for in vain
+  // Ranks of the job that it waited for in vain; none: a new generation of the same ranks will do.
+  std::vector<int32_t> missing;
 };
 // One copy of an expert as it is in a rank's memory, and as it was packed.
 struct VerifiedCopy {

@@ -133,15 +133,24 @@ void Engine::MakeStore(const Placement& initial) {
       });
 }
 
-// Reads the experts that `placement` gives to this rank and that it has not got.
-absl::Status Engine::LoadMissing(const Placement& placement) {
+// Reads the experts that `placement` gives to this rank and that it has not got. A file that cannot
+// be read is tried again for `patience_ms`.
+absl::Status Engine::LoadMissing(const Placement& placement, int64_t patience_ms) {
+  constexpr int64_t kPauseMs = 100;
   for (int32_t layer = 0; layer < placement.num_layers(); ++layer) {
     for (int32_t e = 0; e < placement.num_experts(); ++e) {
       if (!placement.Hosts(layer, e, store_->rank()) || store_->Parameters(layer, e) != nullptr) {
         continue;
       }
-      BALLAST_RETURN_IF_ERROR(
-          decoder_->LoadExpert(checkpoint_, layer, e, store_->Allocate(layer, e).data()));
+      std::byte* const block = store_->Allocate(layer, e).data();
+      absl::Status read = decoder_->LoadExpert(checkpoint_, layer, e, block);
+      for (; !read.ok() && patience_ms > 0; patience_ms -= kPauseMs) {
+        LogWarning("engine", absl::StrCat(std::string(read.message()), "; it is tried again"));
+        observer_->OnVerified({.unreadable = 1});
+        std::this_thread::sleep_for(std::chrono::milliseconds(kPauseMs));
+        read = decoder_->LoadExpert(checkpoint_, layer, e, block);
+      }
+      BALLAST_RETURN_IF_ERROR(read);
       store_->Seal(layer, e);
     }
   }
@@ -150,6 +159,8 @@ absl::Status Engine::LoadMissing(const Placement& placement) {
 
 // Makes everything that belongs to one generation, under the placement in force.
 absl::Status Engine::JoinGroup(Group group, int64_t last_step) {
+  // At the start nothing is served yet: better to say at once what is wrong.
+  const int64_t patience_ms = group.generation == 0 ? 0 : options_.read_patience_ms;
   const Placement& placement = rebalancer_->placement();
   auto transport =
       std::make_unique<MemberTransport>(base_transport_, group.ranks, group.generation);
@@ -165,7 +176,8 @@ absl::Status Engine::JoinGroup(Group group, int64_t last_step) {
   comm_ = std::move(comm);
   transport_ = std::move(transport);
   group_ = std::move(group);
-  protocol_ = std::make_unique<StepProtocol>(group_.member, last_step, rebalancer_.get());
+  protocol_ = std::make_unique<StepProtocol>(group_.member, last_step, rebalancer_.get(),
+                                             options_.rebalancer.plan_deadline_ms * 1'000'000);
   headers_.assign(group_.ranks.size(), {});
   rank_tokens_.assign(group_.ranks.size(), 0);
   const ModelConfig& config = checkpoint_.config();
@@ -173,7 +185,7 @@ absl::Status Engine::JoinGroup(Group group, int64_t last_step) {
                                           TraceRecorder::IdBytes(config.gate.num_experts));
   record_open_ = false;
   decoder_->TakeChoiceHash();  // of a step that not all have finished
-  BALLAST_RETURN_IF_ERROR(LoadMissing(placement));
+  BALLAST_RETURN_IF_ERROR(LoadMissing(placement, patience_ms));
   table_ = std::make_unique<DispatchTable>(placement, group_.member, *store_, nullptr);
   return absl::OkStatus();
 }

@@ -63,6 +63,7 @@ struct Verified {
   int32_t corrupted = 0;   // of these, not as they were packed
   int32_t dissenters = 0;  // members that chose other replicas than most
   int32_t unsound = 0;     // placements or tables that contradict themselves
+  int32_t unreadable = 0;  // failures to read an expert from the checkpoint
 };
 
 // Told what happens, on the step thread: must not block or allocate much.
@@ -89,6 +90,7 @@ struct EngineOptions {
   int32_t staging_experts = 0;     // per rank; 0: as many as the rank has slots in one layer
   size_t chunk_bytes = 256 << 10;
   int64_t step_timeout_ms = 60'000;  // of every wait for another rank
+  int64_t read_patience_ms = 10'000;  // a checkpoint that cannot be read is tried again so long
   // How long to wait for the leader's word when a step cannot go on, or a group is forming.
   int64_t halt_timeout_ms = 60'000;
   int64_t verify_period_ms = 0;  // read all parameters again so often (verifier.h); 0: when asked
@@ -126,7 +128,7 @@ class Engine {
   Engine(const EngineOptions& options, const Checkpoint& checkpoint, const KernelSet& kernels,
          Transport* transport, ControlChannel* channel, EngineObserver* observer);
   void MakeStore(const Placement& initial);
-  absl::Status LoadMissing(const Placement& placement);
+  absl::Status LoadMissing(const Placement& placement, int64_t patience_ms);
   absl::Status JoinGroup(Group group, int64_t last_step);
 
   absl::Status RunSteps();    // until told to stop, or to halt (kAborted)

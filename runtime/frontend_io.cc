@@ -212,10 +212,14 @@ void Frontend::State::HandleLocked(int rank, const EventsFrame& frame) {
   }
 }
 
-// A rank waited in vain for others. The first to run out of patience names the culprit: those that
-// wait for it in turn began later.
+// A rank waited in vain for others, or nobody is missing and still it cannot go on. The first to
+// run out of patience names the culprit: those that wait for it in turn began later.
 void Frontend::State::HandleLocked(int rank, const TroubleFrame& frame) {
   if (group_.halting() || frame.generation != group_.generation()) return;
+  if (frame.missing.empty()) {
+    group_.Renew(NowNs());
+    return RegroupLocked();
+  }
   for (const int32_t missing : frame.missing) {
     if (missing == rank || !group_.is_member(missing)) continue;
     LoseLocked(missing,

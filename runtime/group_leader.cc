@@ -50,6 +50,10 @@ bool GroupLeader::Return(int32_t rank, int64_t now_ns) {
   return true;
 }
 
+void GroupLeader::Renew(int64_t now_ns) {
+  if (!halting_) Halt(now_ns);
+}
+
 void GroupLeader::Halt(int64_t now_ns) {
   ++generation_;
   halting_ = true;

@@ -41,6 +41,9 @@ class GroupLeader {
   // REQUIRES rank > 0. False where that changes nothing or the rank is lost.
   bool Leave(int32_t rank, int64_t now_ns);
   bool Return(int32_t rank, int64_t now_ns);
+  // The same ranks are to begin a generation of their own: what the last one has under way does not
+  // come to its end.
+  void Renew(int64_t now_ns);
   // Time has passed.
   void OnTick(int64_t now_ns);
 

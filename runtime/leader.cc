@@ -42,6 +42,21 @@ struct Vacating {
 };
 using Event = std::variant<StepRecord, PlanEnded, RanksChanged, Forced, Vacating>;
 
+// For each rank the [layer, expert] pairs that it alone holds.
+nlohmann::json OnlyOn(const Placement& placement) {
+  std::vector<nlohmann::json> by_rank(static_cast<size_t>(placement.topology().num_ranks()),
+                                      nlohmann::json::array());
+  for (int32_t layer = 0; layer < placement.num_layers(); ++layer) {
+    const LayerHosts& hosts = placement.hosts(layer);
+    for (int32_t e = 0; e < placement.num_experts(); ++e) {
+      const int32_t first = hosts.host_offsets[e];
+      if (hosts.host_offsets[e + 1] - first > 1) continue;
+      by_rank[static_cast<size_t>(hosts.host_rank[first])].push_back({layer, e});
+    }
+  }
+  return by_rank;
+}
+
 }  // namespace
 
 // A loop with its thread and what waits for it. Held by the leader, and by the thread itself, which
@@ -347,6 +362,7 @@ std::string Leader::PlacementJson() const {
   nlohmann::json json = nlohmann::json::parse(placement.ToJson());
   json["ranks"] = ranks;
   json["reloads_if_lost"] = ReloadsIfLost(placement);
+  json["only_on"] = OnlyOn(placement);
   json["replicas"] = nlohmann::json::array();
   for (int32_t layer = 0; layer < placement.num_layers(); ++layer) {
     nlohmann::json row = nlohmann::json::array();

@@ -59,8 +59,8 @@ class Leader : public EngineObserver {
   void OnRegrouped(const Regrouping& regrouping, const Placement& in_force) override;
 
   // The placement in force as JSON: Placement::ToJson plus "replicas", [layer][expert] slots;
-  // "ranks", the ranks of the job by rank of the placement; and "reloads_if_lost", for each of them
-  // how many (layer, expert) pairs it alone holds.
+  // "ranks", the ranks of the job by rank of the placement; and for each of them "only_on", the
+  // [layer, expert] pairs that it alone holds, and "reloads_if_lost", how many these are.
   std::string PlacementJson() const;
   // Moves what only this rank of the job holds to others, in the background, then has it leave
   // (Options::leave). Returns at once.

@@ -132,6 +132,14 @@ void LeaderLoop::OnRegrouped(const Regrouping& how, const Placement& in_force) {
                                  " experts read from the checkpoint, steps paused for ",
                                  how.pause_ns / 1'000'000, " ms"));
   ranks_ = how.group.ranks;
+  if (controller_->in_flight()) {
+    // A regrouping is one epoch, and a plan that became part of it another one.
+    const bool applied = in_force.epoch() > controller_->placement().epoch() + 1;
+    tether_->Do([applied](LeaderHost& host) {
+      host.metrics->OnRebalance(applied ? RebalanceResult::kApplied : RebalanceResult::kAborted,
+                                RebalanceTrigger::kFailure);
+    });
+  }
   PublishLastCopies(in_force);
   tether_->Do([](LeaderHost& host) {
     if (host.recorder == nullptr || host.recorder->ids_recording() == 0) return;

@@ -35,6 +35,7 @@ void RankObserver::OnVerified(const Verified& verified) {
   metrics_->OnVerifyFailures(VerifyFailure::kParameters, verified.corrupted);
   metrics_->OnVerifyFailures(VerifyFailure::kReplicaChoice, verified.dissenters);
   metrics_->OnVerifyFailures(VerifyFailure::kPlacement, verified.unsound);
+  metrics_->OnVerifyFailures(VerifyFailure::kCheckpoint, verified.unreadable);
 }
 
 void RankObserver::OnRegrouped(const Regrouping& regrouping, const Placement& in_force) {

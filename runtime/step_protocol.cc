@@ -71,6 +71,10 @@ absl::StatusOr<StepProtocol::Opening> StepProtocol::Open(std::span<const StepHea
       })) {
     opening.ended = std::exchange(aborted_, std::nullopt);
   }
+  if (aborted_.has_value() && member_ == kLeader && now_ns - aborted_ns_ > drain_deadline_ns_) {
+    return absl::DeadlineExceededError(
+        absl::StrCat("messages of plan ", aborted_->plan_id, ", which was given up, are missing"));
+  }
   const StepHeader& leader = headers[kLeader];
   opening.stop = leader.stop;
   BALLAST_ASSIGN_OR_RETURN(const Rebalancer::Outcome outcome,
@@ -79,6 +83,7 @@ absl::StatusOr<StepProtocol::Opening> StepProtocol::Open(std::span<const StepHea
     opening.ended = outcome;
   } else if (outcome.done == Command::kAbort) {
     aborted_ = outcome;
+    aborted_ns_ = now_ns;
   } else if (member_ == kLeader) {
     std::vector<PlanVote> votes;
     for (const StepHeader& h : headers) votes.push_back({h.vote_plan_id, h.vote});

@@ -2,6 +2,7 @@
 #define BALLAST_RUNTIME_STEP_PROTOCOL_H_
 
 #include <cstdint>
+#include <limits>
 #include <optional>
 #include <span>
 #include <vector>
@@ -38,9 +39,14 @@ struct StepHeader {
 // Call order: (Begin Open)*.
 class StepProtocol {
  public:
-  // `last_step`: the first step opened is the next one.
-  StepProtocol(int32_t member, int64_t last_step, Rebalancer* rebalancer)
-      : member_(member), step_(last_step), rebalancer_(rebalancer) {}
+  // `last_step`: the first step opened is the next one. `drain_deadline_ns`: how long the messages
+  // of a plan that was given up may be under way.
+  StepProtocol(int32_t member, int64_t last_step, Rebalancer* rebalancer,
+               int64_t drain_deadline_ns = std::numeric_limits<int64_t>::max())
+      : member_(member),
+        step_(last_step),
+        drain_deadline_ns_(drain_deadline_ns),
+        rebalancer_(rebalancer) {}
 
   struct Wish {
     int32_t num_tokens = 0, num_prefill = 0;
@@ -57,13 +63,15 @@ class StepProtocol {
     bool run = false;                 // somebody has tokens: every member joins every layer
     bool same_wake = false;           // all have read the same frames
     bool busy = false;                // members have transfers under way, or a command is
-    int32_t num_dissenters = 0;   // members that chose other replicas in the step before
+    int32_t num_dissenters = 0;       // members that chose other replicas in the step before
     // A plan that came to its end with this header: put in force now, or given up by all.
     std::optional<Rebalancer::Outcome> ended;
   };
   // Does what the leader says. SHAPES headers [members]
   // ERRORS kInternal: a member opens another step; this one chose other replicas in the step
   //        before than most (at a tie: than the leader); told to flip what is not staged
+  //        kDeadlineExceeded, on the leader: messages of a plan that was given up do not come. The
+  //        group can only be renewed, whose messages are other ones
   absl::StatusOr<Opening> Open(std::span<const StepHeader> headers, int64_t now_ns);
 
   int64_t step() const { return step_; }
@@ -71,9 +79,11 @@ class StepProtocol {
  private:
   const int32_t member_;
   int64_t step_;
+  const int64_t drain_deadline_ns_;
   Rebalancer* const rebalancer_;
   PlanCommand next_command_;                    // leader: for the next header
   std::optional<Rebalancer::Outcome> aborted_;  // messages of it are under way
+  int64_t aborted_ns_ = 0;                      // since when
 };
 
 }  // namespace ballast

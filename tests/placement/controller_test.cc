@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "base/random.h"
+#include "placement/regroup.h"
 
 namespace ballast {
 namespace {
@@ -209,8 +210,7 @@ TEST_CASE("policies are made by name, with an argument where they take one",
   for (const std::string& name : PolicyNames()) {
     INFO(name);
     const size_t colon = name.find(':');
-    const std::string given =
-        colon == std::string::npos ? name : name.substr(0, colon + 1) + "8";
+    const std::string given = colon == std::string::npos ? name : name.substr(0, colon + 1) + "8";
     REQUIRE(MakePolicy(given).ok());
   }
   const auto message = [](const std::string& name) {
@@ -446,6 +446,45 @@ TEST_CASE("eplb plans rows that are valid and balance the window", "[placement][
     planner->Adopt(*row);
     REQUIRE(planner->Plan({.window = load}) == row);
   }
+}
+
+// ---- departures
+// ----------------------------------------------------------------------------------
+
+TEST_CASE("a rank is vacated in plans that others have room for", "[controller][vacate]") {
+  for (const int32_t limit : {0, 6, 8}) {
+    CAPTURE(limit);
+    const Topology topology = Topology::Uniform(8, 6, 2);
+    auto made =
+        Controller::Create({.policy = "eplb", .max_incoming_per_rank = limit}, Ring(topology));
+    REQUIRE(made.ok());
+    Controller& controller = **made;
+    constexpr int32_t kRank = 3;
+    REQUIRE(ReloadsIfLost(controller.placement())[kRank] > 0);
+    int plans = 0;
+    while (auto plan = controller.Vacate(/*step=*/plans, kRank)) {
+      REQUIRE(++plans < 20);
+      std::vector<int32_t> incoming(8, 0);
+      for (const Move& move : plan->moves) {
+        const int32_t to = topology.rank_of_slot(move.to_slot);
+        CHECK(to != kRank);
+        ++incoming[static_cast<size_t>(to)];
+      }
+      if (limit > 0) CHECK(*std::ranges::max_element(incoming) <= limit);
+      controller.OnCommitted(plan->plan_id, plans);
+    }
+    CHECK(plans > 0);
+    CHECK(ReloadsIfLost(controller.placement())[kRank] == 0);
+    CHECK(!controller.in_flight());
+  }
+}
+
+TEST_CASE("a rank whose experts have no room elsewhere is not vacated", "[controller][vacate]") {
+  auto full = Placement::Contiguous(kLayers, kExperts, Topology::Uniform(8, 4), false);
+  REQUIRE(full.ok());
+  auto controller = Controller::Create({.policy = "static"}, *full);
+  REQUIRE(controller.ok());
+  CHECK(!(*controller)->Vacate(0, 2).has_value());
 }
 
 }  // namespace

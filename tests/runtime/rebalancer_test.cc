@@ -27,8 +27,7 @@ Placement Initial() {
 }
 
 // Expert 0 goes to rank 1 as well.
-MigrationPlan Plan(const Placement& from, int64_t plan_id,
-                   CopySource source = CopySource::kRanks) {
+MigrationPlan Plan(const Placement& from, int64_t plan_id, CopySource source = CopySource::kRanks) {
   auto plan = MakeMigrationPlan(from, {{0, {0, 1, kNoExpert, 2, 3, 0}}}, plan_id, source);
   REQUIRE(plan.ok());
   return *plan;
@@ -44,10 +43,11 @@ struct Rank {
                .resident_blocks = kSlots,
                .staging_blocks = kSlots,
                .chunk_bytes = 128,
-               .read = [](int32_t, int32_t e, std::span<std::byte> block) {
-                 std::ranges::fill(block, static_cast<std::byte>(e + 1));
-                 return absl::OkStatus();
-               }},
+               .read =
+                   [](int32_t, int32_t e, std::span<std::byte> block) {
+                     std::ranges::fill(block, static_cast<std::byte>(e + 1));
+                     return absl::OkStatus();
+                   }},
               transport) {
     for (int32_t e = 0; e < kExperts; ++e) {
       if (!initial.Hosts(0, e, transport->rank())) continue;
@@ -122,8 +122,7 @@ TEST_CASE("all ranks flip at one step once all have staged", "[runtime][rebalanc
           })) == "");
 }
 
-TEST_CASE("one failed vote aborts everywhere and the next plan succeeds",
-          "[runtime][rebalancer]") {
+TEST_CASE("one failed vote aborts everywhere and the next plan succeeds", "[runtime][rebalancer]") {
   SetLogLevel(LogLevel::kError);
   const Placement initial = Initial();
   REQUIRE(FirstError(RunRanks(kRanks, [&](Transport* transport, Communicator* comm, int rank) {
@@ -174,20 +173,19 @@ TEST_CASE("a plan that does not fit the placement becomes a failed vote",
   no_layer.moves[0].layer = 7;
   other_target.target_fingerprint ^= 1;
   for (const MigrationPlan& bad : {other_epoch, no_source, no_layer, other_target}) {
-    REQUIRE(FirstError(RunRanks(kRanks, [&](Transport* transport, Communicator* comm, int) {
-              Rank self(transport, initial);
-              self.rebalancer->OnPlan(bad);
-              BALLAST_RETURN_IF_ERROR(
-                  Expect(self.rebalancer->vote().vote == Vote::kFailed, "a failed vote"));
-              BALLAST_ASSIGN_OR_RETURN(const Command done,
-                                       RunToTheEnd(comm, self.rebalancer.get()));
-              BALLAST_RETURN_IF_ERROR(Expect(done == Command::kAbort, "an abort"));
-              BALLAST_RETURN_IF_ERROR(Settle(comm, self.rebalancer.get()));
-              self.rebalancer->OnPlan(Plan(initial, 2));
-              BALLAST_ASSIGN_OR_RETURN(const Command next,
-                                       RunToTheEnd(comm, self.rebalancer.get()));
-              return Expect(next == Command::kFlip, "a flip");
-            })) == "");
+    REQUIRE(
+        FirstError(RunRanks(kRanks, [&](Transport* transport, Communicator* comm, int) {
+          Rank self(transport, initial);
+          self.rebalancer->OnPlan(bad);
+          BALLAST_RETURN_IF_ERROR(
+              Expect(self.rebalancer->vote().vote == Vote::kFailed, "a failed vote"));
+          BALLAST_ASSIGN_OR_RETURN(const Command done, RunToTheEnd(comm, self.rebalancer.get()));
+          BALLAST_RETURN_IF_ERROR(Expect(done == Command::kAbort, "an abort"));
+          BALLAST_RETURN_IF_ERROR(Settle(comm, self.rebalancer.get()));
+          self.rebalancer->OnPlan(Plan(initial, 2));
+          BALLAST_ASSIGN_OR_RETURN(const Command next, RunToTheEnd(comm, self.rebalancer.get()));
+          return Expect(next == Command::kFlip, "a flip");
+        })) == "");
   }
 }
 
@@ -216,8 +214,7 @@ TEST_CASE("the leader judges by the votes on its own plan", "[runtime][rebalance
           absl::StatusCode::kInternal);
 }
 
-TEST_CASE("a plan that arrives after its abort is taken in and dropped",
-          "[runtime][rebalancer]") {
+TEST_CASE("a plan that arrives after its abort is taken in and dropped", "[runtime][rebalancer]") {
   const Placement initial = Initial();
   REQUIRE(FirstError(RunRanks(kRanks, [&](Transport* transport, Communicator* comm, int rank) {
             Rank self(transport, initial, {.plan_deadline_ms = 0});
@@ -226,8 +223,7 @@ TEST_CASE("a plan that arrives after its abort is taken in and dropped",
               rebalancer.OnPlan(Plan(initial, 1));
               rebalancer.Slice(SliceOf::kRest);
             }
-            BALLAST_ASSIGN_OR_RETURN(Command done,
-                                     RunStep(comm, &rebalancer, int64_t{1} << 62));
+            BALLAST_ASSIGN_OR_RETURN(Command done, RunStep(comm, &rebalancer, int64_t{1} << 62));
             BALLAST_RETURN_IF_ERROR(Expect(done == Command::kAbort, "an abort"));
             if (rank == 1) rebalancer.OnPlan(Plan(initial, 1));
             BALLAST_RETURN_IF_ERROR(Expect(rebalancer.vote().plan_id == 0, "no vote"));
@@ -237,6 +233,93 @@ TEST_CASE("a plan that arrives after its abort is taken in and dropped",
             BALLAST_ASSIGN_OR_RETURN(done, RunToTheEnd(comm, &rebalancer));
             return Expect(done == Command::kFlip, "a flip");
           })) == "");
+}
+
+// ---- regrouping
+// ----------------------------------------------------------------------------------
+
+TEST_CASE("a plan for an epoch gone by is noted and nothing else", "[runtime][rebalancer]") {
+  LocalFabric fabric(kRanks);
+  const auto transport = fabric.MakeTransport(0);
+  const Placement initial = Initial();
+  Rank self(transport.get(), initial);
+  const MigrationPlan plan = Plan(initial, 7);
+  self.rebalancer->Adopt(*initial.With({}, 3));
+  self.rebalancer->OnPlan(plan);
+  CHECK(self.rebalancer->last_plan_id() == 7);
+  CHECK(self.rebalancer->vote().vote == Vote::kNone);
+  CHECK(!self.rebalancer->busy());
+  CHECK(!self.store.staging());
+}
+
+// Nobody goes on before all have come.
+absl::Status Meet(Communicator* comm) {
+  const uint8_t mine = 1;
+  std::vector<uint8_t> all(static_cast<size_t>(comm->size()));
+  return comm->AllGather(0, std::as_bytes(std::span(&mine, 1)),
+                         std::as_writable_bytes(std::span(all)));
+}
+
+// Both ranks go on as before, or the first alone.
+const std::vector<GroupMember> kBoth = {{.old_rank = 0}, {.old_rank = 1}};
+const std::vector<GroupMember> kFirst = {{.old_rank = 0}};
+
+TEST_CASE("a staged plan that counts is part of the new group's placement",
+          "[runtime][rebalancer][group]") {
+  const Placement initial = Initial();
+  REQUIRE(FirstError(RunRanks(kRanks, [&](Transport* transport, Communicator* comm, int rank) {
+            Rank self(transport, initial);
+            Rebalancer& rebalancer = *self.rebalancer;
+            rebalancer.OnPlan(Plan(initial, 4));
+            while (rebalancer.vote().vote == Vote::kStaging) rebalancer.Slice(SliceOf::kRest);
+            BALLAST_RETURN_IF_ERROR(Expect(rebalancer.vote().vote == Vote::kStaged, "staged"));
+            BALLAST_RETURN_IF_ERROR(Meet(comm));
+            // Rank 0 had been told to flip already.
+            if (rank == 0) {
+              BALLAST_RETURN_IF_ERROR(rebalancer.Execute({4, Command::kFlip}).status());
+            }
+            BALLAST_ASSIGN_OR_RETURN(const Regrouped regrouped,
+                                     rebalancer.Regroup(4, 1, kBoth, rank));
+            BALLAST_RETURN_IF_ERROR(Expect(regrouped.reloads.empty(), "no reloads"));
+            BALLAST_RETURN_IF_ERROR(Expect(rebalancer.placement().epoch() == 2, "epoch 2"));
+            BALLAST_RETURN_IF_ERROR(
+                Expect(rebalancer.placement().num_replicas(0, 0) == 2, "the plan's copy"));
+            BALLAST_RETURN_IF_ERROR(Expect(!rebalancer.busy(), "rest"));
+            return Expect(self.store.Parameters(0, 0) != nullptr, "expert 0 everywhere");
+          })) == "");
+}
+
+TEST_CASE("a staged plan that does not count is given up by the new group",
+          "[runtime][rebalancer][group]") {
+  const Placement initial = Initial();
+  REQUIRE(FirstError(RunRanks(kRanks, [&](Transport* transport, Communicator* comm, int rank) {
+            Rank self(transport, initial);
+            Rebalancer& rebalancer = *self.rebalancer;
+            rebalancer.OnPlan(Plan(initial, 4));
+            while (rebalancer.vote().vote == Vote::kStaging) rebalancer.Slice(SliceOf::kRest);
+            BALLAST_RETURN_IF_ERROR(Meet(comm));
+            BALLAST_RETURN_IF_ERROR(rebalancer.Regroup(0, 0, kBoth, rank).status());
+            BALLAST_RETURN_IF_ERROR(Expect(rebalancer.placement().epoch() == 1, "epoch 1"));
+            BALLAST_RETURN_IF_ERROR(
+                Expect(rebalancer.placement().fingerprint() == initial.fingerprint(), "as before"));
+            BALLAST_RETURN_IF_ERROR(Expect(!rebalancer.busy(), "rest"));
+            return Expect((self.store.Parameters(0, 0) != nullptr) == (rank == 0), "no copy");
+          })) == "");
+}
+
+TEST_CASE("a rank that cannot follow the others says so and must not go on",
+          "[runtime][rebalancer][group][errors]") {
+  LocalFabric fabric(kRanks);
+  const auto transport = fabric.MakeTransport(0);
+  const Placement initial = Initial();
+  const auto fault = [&](int64_t commit, int64_t epoch) {
+    Rank self(transport.get(), initial);
+    const auto regrouped = self.rebalancer->Regroup(commit, epoch, kFirst, 0);
+    REQUIRE(regrouped.status().code() == absl::StatusCode::kInternal);
+    return std::string(regrouped.status().message());
+  };
+  CHECK(fault(4, 1) == "rank 0 is at epoch 0 and has not staged plan 4, which leads to epoch 1");
+  CHECK(fault(0, -1) == "rank 0 is at epoch 0, the others are at -1");
 }
 
 }  // namespace

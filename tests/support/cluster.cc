@@ -66,11 +66,19 @@ class MortalTransport : public Transport {
       : base_(std::move(base)), channel_(channel) {}
 
   void DieAfter(int64_t messages) { left_ = messages; }
+  void CorruptCopies(int chunks) { corrupt_ = chunks; }
+  void LoseCopies(int chunks) { lose_ = chunks; }
+  void SlowDown(int64_t us_per_message) { delay_us_ = us_per_message; }
 
   int rank() const override { return base_->rank(); }
   int size() const override { return base_->size(); }
   absl::StatusOr<Handle> PostSend(int peer, int tag, std::span<const std::byte> bytes) override {
     BALLAST_RETURN_IF_ERROR(Live(1));
+    if (delay_us_ > 0) std::this_thread::sleep_for(std::chrono::microseconds(delay_us_));
+    // Whatever the generation (member_transport.h).
+    const bool copies = tag % kTagsPerGeneration == kTagMigration;
+    if (copies && TakeOne(&lose_)) return kNowhere;
+    if (copies && TakeOne(&corrupt_)) const_cast<std::byte&>(bytes.back()) ^= std::byte{16};
     return base_->PostSend(peer, tag, bytes);
   }
   absl::StatusOr<Handle> PostRecv(int peer, int tag, std::span<std::byte> bytes) override {
@@ -79,6 +87,7 @@ class MortalTransport : public Transport {
   }
   absl::StatusOr<bool> Test(Handle handle, size_t* received) override {
     BALLAST_RETURN_IF_ERROR(Live(0));
+    if (handle == kNowhere) return true;
     return base_->Test(handle, received);
   }
 
@@ -92,6 +101,15 @@ class MortalTransport : public Transport {
     channel_->Shutdown();
     return absl::UnavailableError("killed");
   }
+  static bool TakeOne(std::atomic<int>* left) {
+    if (*left == 0) return false;
+    --*left;
+    return true;
+  }
+  static constexpr int kTagsPerGeneration = 4;
+  static constexpr Handle kNowhere = ~Handle{0};
+  std::atomic<int> corrupt_ = 0, lose_ = 0;
+  std::atomic<int64_t> delay_us_ = 0;
   static constexpr int64_t kImmortal = int64_t{1} << 62;
   std::unique_ptr<Transport> base_;
   ControlChannel* channel_;
@@ -219,7 +237,9 @@ absl::Status Cluster::StartLeader(const ClusterOptions& options, const Placement
   leader.state_period_ms = options.state_period_ms;
   if (options.make_controller) leader.loop.make_controller = options.make_controller;
   leader.leave = [this](int32_t rank) { frontend_->Leave(rank).IgnoreError(); };
-  controller.max_incoming_per_rank = placement.topology().slots_on(0);
+  controller.backoff_steps = options.backoff_steps;
+  controller.max_incoming_per_rank =
+      options.staging_experts > 0 ? 0 : placement.topology().slots_on(0);
   BALLAST_ASSIGN_OR_RETURN(
       leader_,
       Leader::Create(leader, placement,
@@ -241,6 +261,7 @@ absl::Status Cluster::MakeEngines(const ClusterOptions& options, const Placement
   engine.rebalancer.slice.slice_bytes = options.slice_bytes;
   engine.rebalancer.plan_deadline_ms = options.plan_deadline_ms;
   engine.chunk_bytes = options.chunk_bytes;
+  engine.staging_experts = options.staging_experts;
   engine.step_timeout_ms = options.step_timeout_ms;
   engine.verify_period_ms = options.verify_period_ms;
   const KernelSet& kernels = options.kernels != nullptr ? *options.kernels : PlainKernels();
@@ -280,6 +301,18 @@ absl::StatusOr<std::vector<Reply>> Cluster::Generate(std::vector<GenerationReque
 void Cluster::Kill(int rank, int64_t after_messages) {
   ranks_[rank]->transport->DieAfter(after_messages);
   if (after_messages < 0) ranks_[rank]->channel->Shutdown();
+}
+
+void Cluster::CorruptCopies(int rank, int chunks) {
+  ranks_[rank]->transport->CorruptCopies(chunks);
+}
+
+void Cluster::LoseCopies(int rank, int chunks) {
+  ranks_[rank]->transport->LoseCopies(chunks);
+}
+
+void Cluster::SlowDown(int rank, int64_t us_per_message) {
+  ranks_[rank]->transport->SlowDown(us_per_message);
 }
 
 bool Cluster::AwaitMembers(size_t count) {

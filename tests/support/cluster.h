@@ -35,6 +35,9 @@ struct ClusterOptions {
   size_t chunk_bytes = 4 << 10;
   int64_t slice_bytes = 16 << 10;
   int64_t plan_deadline_ms = 30'000;
+  // Memory for copies on their way, in experts; plans then know of no limit. 0: what they need.
+  int32_t staging_experts = 0;
+  int32_t backoff_steps = 256;
   TraceRecorder* recorder = nullptr;  // of the leader; may be null
   bool survive_losses = false;
   int64_t step_timeout_ms = 60'000;
@@ -64,6 +67,12 @@ class Cluster {
   // The rank dies, as by a signal: after so many more messages that it posts (-1: now), and without
   // a word. It may not be rank 0.
   void Kill(int rank, int64_t after_messages = -1);
+  // Of copies of experts that the rank sends from now on, the next `chunks` arrive with one bit
+  // changed, or never.
+  void CorruptCopies(int rank, int chunks);
+  void LoseCopies(int rank, int chunks);
+  // Every message that the rank sends takes so much longer.
+  void SlowDown(int rank, int64_t us_per_message);
   // Waits until `count` ranks serve, under a group of their own.
   bool AwaitMembers(size_t count);
 
