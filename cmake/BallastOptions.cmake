@@ -3,6 +3,7 @@ option(BALLAST_WITH_ONEDNN "Matrix products through oneDNN (OFF: the plain kerne
 option(BALLAST_WITH_CUDA "Compile the CUDA kernels" OFF)
 option(BALLAST_BUILD_TESTS "Build the tests" ${PROJECT_IS_TOP_LEVEL})
 option(BALLAST_WERROR "Warnings are errors" OFF)
+set(BALLAST_UNIT_TEST_SECONDS 300 CACHE STRING "Longest time that a unit test may take")
 set(BALLAST_MARCH "native" CACHE STRING
     "Processor that the host code is compiled for (-march); empty: the compiler's default")
 set(BALLAST_SANITIZE "" CACHE STRING "Sanitizers, as for -fsanitize= (address,undefined or thread)")

@@ -47,7 +47,7 @@ function(ballast_test name)
   add_executable(${name}_test ${arg_SOURCES})
   target_link_libraries(${name}_test PRIVATE ${arg_LIBS} ballast_flags Catch2::Catch2WithMain)
   catch_discover_tests(${name}_test TEST_PREFIX "${name}: "
-    PROPERTIES LABELS unit TIMEOUT 300 SKIP_REGULAR_EXPRESSION "BALLAST_TRACES is not set")
+    PROPERTIES LABELS unit TIMEOUT ${BALLAST_UNIT_TEST_SECONDS} SKIP_REGULAR_EXPRESSION "BALLAST_TRACES is not set")
 endfunction()
 
 # ballast_mpi_test(name NP 1 2 4 SOURCES ... LIBS ...)
