@@ -233,8 +233,10 @@ absl::Status LifeRank::Load() {
     }
   }
   rebalancer_ = std::make_unique<Rebalancer>(
-      Rebalancer::Options{.rank = comm_->rank(), .slice_bytes = script_.slice_bytes}, store_.get(),
-      initial_, [this](const Placement& placement) {
+      Rebalancer::Options{
+          .rank = comm_->rank(),
+          .slice = {.slice_bytes = static_cast<int64_t>(script_.slice_bytes), .step_share = 1.0}},
+      store_.get(), initial_, [this](const Placement& placement) {
         table_ = std::make_unique<DispatchTable>(placement, comm_->rank(), *store_, table_.get());
       });
   table_ = std::make_unique<DispatchTable>(initial_, comm_->rank(), *store_, nullptr);
@@ -251,7 +253,7 @@ absl::Status LifeRank::Run() {
     int32_t num_prefill = 0;
     const std::vector<int32_t> tokens = script_.Batch(step, comm_->rank(), &num_prefill);
     BALLAST_RETURN_IF_ERROR(Open(step, static_cast<int32_t>(tokens.size()), num_prefill));
-    if (!opening_.run) rebalancer_->Slice();
+    if (!opening_.run) rebalancer_->Slice(SliceOf::kRest);
     for (int32_t l = 0; opening_.run && l < initial_.num_layers(); ++l) {
       BALLAST_RETURN_IF_ERROR(Forward(l, tokens, num_prefill));
       Compare(script_.layers[l], tokens);
@@ -365,7 +367,7 @@ absl::Status LifeRank::Forward(int32_t layer, std::span<const int32_t> tokens,
                                        .router = &data.router,
                                        .while_waiting =
                                            [this] {
-                                             rebalancer_->Slice();
+                                             rebalancer_->Slice(SliceOf::kStep);
                                              return absl::OkStatus();
                                            },
                                        .base = base_.data(),

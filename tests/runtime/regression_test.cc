@@ -54,7 +54,7 @@ struct Rank {
                .staging_blocks = staging,
                .chunk_bytes = 64},
               transport),
-        rebalancer({.rank = transport->rank(), .slice_bytes = 64}, &store, initial,
+        rebalancer({.rank = transport->rank(), .slice = {.slice_bytes = 64}}, &store, initial,
                    [this](const Placement&) { ++flips; }),
         protocol(transport->rank(), 0, &rebalancer),
         headers(static_cast<size_t>(communicator->size())) {
@@ -75,7 +75,7 @@ struct Rank {
                                             std::as_bytes(std::span(&mine, 1)),
                                             std::as_writable_bytes(std::span(headers))));
     auto opening = protocol.Open(headers, now_ns);
-    rebalancer.Slice();
+    rebalancer.Slice(SliceOf::kRest);
     return opening;
   }
   // Steps until the plan has ended; how. From step `late` on the leader's patience is at its end.
