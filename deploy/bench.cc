@@ -1,4 +1,5 @@
-// `ballast bench`: how long the brain takes, against a baseline in the same run.
+// `ballast bench`: how long the brain takes, and what migrations do to steps, against a baseline in
+// the same run.
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <cmath>
@@ -13,6 +14,7 @@
 #include "base/random.h"
 #include "base/status.h"
 #include "deploy/bench_batch.h"
+#include "deploy/bench_rebalance.h"
 #include "deploy/commands.h"
 #include "deploy/lab.h"
 #include "placement/eplb.h"
@@ -242,19 +244,61 @@ absl::Status RunBench(const std::string& what, const std::string& json_path) {
   return WriteFile(json_path, Json{{"commit", BALLAST_COMMIT}, {what, rows}}.dump(2) + "\n");
 }
 
+void AddRebalanceFlags(CLI::App* app, RebalanceBenchFlags* f) {
+  const char* group = "rebalance";
+  app->add_option("--steps", f->steps, "Steps to sample of each kind")
+      ->check(CLI::Range(int64_t{1}, int64_t{10'000'000}))
+      ->group(group);
+  app->add_option("--layers", f->layers, "MoE layers")->check(CLI::Range(1, 1024))->group(group);
+  app->add_option("--experts-per-rank", f->experts_per_rank, "Experts of a rank in each layer")
+      ->check(CLI::Range(1, 4096))
+      ->group(group);
+  app->add_option("--top-k", f->top_k, "Experts of a token")
+      ->check(CLI::Range(1, 64))
+      ->group(group);
+  app->add_option("--hidden", f->hidden, "Width of a row")
+      ->check(CLI::Range(1, 1 << 16))
+      ->group(group);
+  app->add_option("--inter", f->inter, "Inner width of an expert")
+      ->check(CLI::Range(1, 1 << 16))
+      ->group(group);
+  app->add_option("--tokens", f->tokens, "Tokens of a rank in a step")
+      ->check(CLI::Range(1, 65536))
+      ->group(group);
+  app->add_option("--dtype", f->dtype, "Parameters; auto: bf16 where the processor multiplies it")
+      ->check(CLI::IsMember({"auto", "bf16", "fp32"}))
+      ->group(group);
+  app->add_option("--migration-bandwidth", f->bandwidth_mb, "As of serve")
+      ->check(CLI::Range(0.0, 1e9))
+      ->group(group);
+  app->add_option("--migration-share", f->share, "As of serve")
+      ->check(CLI::Range(0.001, 1.0))
+      ->group(group);
+  app->add_option("--migration-slice-bytes", f->slice_bytes, "As of serve")
+      ->transform(CLI::AsSizeValue(false))
+      ->check(CLI::Range(4096.0, 1e12))
+      ->group(group);
+  app->add_option("--migration-chunk-bytes", f->chunk_bytes, "As of serve")
+      ->transform(CLI::AsSizeValue(false))
+      ->check(CLI::Range(4096.0, 1e9))
+      ->group(group);
+}
+
 }  // namespace
 
 RunCommand AddBenchCommand(CLI::App* app) {
   auto what = std::make_shared<std::string>();
   auto flags = std::make_shared<BatchBenchFlags>();
+  auto rebalance = std::make_shared<RebalanceBenchFlags>();
   AddConfigFlag(app);
   app->add_option(
          "what", *what,
          "split: one exact split, on EPLB's placements and on full plans (the hardest), at "
          "loads 2 % off; plan: a plan of all layers, without renaming; batch: the predicted time "
-         "of a layer under three splits at 1 to 16,384 tokens")
+         "of a layer under three splits at 1 to 16,384 tokens; rebalance (under mpirun -n 2 or "
+         "more): steps while copies of experts move, against steps while none do")
       ->required()
-      ->check(CLI::IsMember({"split", "plan", "batch"}));
+      ->check(CLI::IsMember({"split", "plan", "batch", "rebalance"}));
   app->add_option("--json", flags->json, "Write the figures to this file");
   const char* group = "batch";
   app->add_option("--trace", flags->traces,
@@ -270,16 +314,20 @@ RunCommand AddBenchCommand(CLI::App* app) {
       ->group(group);
   app->add_option("--report", flags->report, "Write a page with charts to this file (HTML)")
       ->group(group);
+  AddRebalanceFlags(app, rebalance.get());
   app->footer(
       "Loads are Zipf 0.8, 1.2 and 1.6. mean_us, p50_us, p99_us: the exact solve, from the demand\n"
       "per expert to quotas and certificate. Medians: sum_us adds the counts up over the sources,\n"
       "partition_us cuts the quotas over the sources for one rank, total_us is all of it.\n"
       "max_gap_tokens: largest rank load minus what its certificate proves unavoidable.\n"
       "max_over_mean: the worst layer, under the exact split.\n"
-      "batch ends with 1 if the cost split is worse than a pure one in any layer and step.");
-  return [what, flags](int*, char***) {
-    if (*what != "batch") return Finish(RunBench(*what, flags->json));
-    const absl::StatusOr<int> code = RunBatchBench(*flags);
+      "batch ends with 1 if the cost split is worse than a pure one in any layer and step,\n"
+      "rebalance if any output has other bits while copies move or after they have.");
+  return [what, flags, rebalance](int* argc, char*** argv) {
+    rebalance->json = flags->json;
+    if (*what == "split" || *what == "plan") return Finish(RunBench(*what, flags->json));
+    const absl::StatusOr<int> code = *what == "batch" ? RunBatchBench(*flags)
+                                                      : RunRebalanceBench(*rebalance, argc, argv);
     return code.ok() ? *code : Finish(code.status());
   };
 }

@@ -1,12 +1,10 @@
 // `ballast doctor`: is this machine fit, and what are the constants of its cost model?
 #include <dlfcn.h>
-#include <sched.h>
 #include <sys/statvfs.h>
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
 #include <cstdio>
-#include <fstream>
 #include <iostream>
 #include <memory>
 #include <nlohmann/json.hpp>
@@ -38,24 +36,6 @@ struct DoctorFlags {
   int32_t ranks = 2;
   std::string json;
 };
-
-int CoresHere() {
-  cpu_set_t cores;
-  CPU_ZERO(&cores);
-  sched_getaffinity(0, sizeof cores, &cores);
-  return std::max(1, CPU_COUNT(&cores));
-}
-
-std::string CpuModel() {
-  std::ifstream info("/proc/cpuinfo");
-  for (std::string line; std::getline(info, line);) {
-    const size_t colon = line.find(": ");
-    if (line.rfind("model name", 0) == 0 && colon != std::string::npos) {
-      return line.substr(colon + 2);
-    }
-  }
-  return "unknown";
-}
 
 // ---- checks ------------------------------------------------------------------------------------
 

@@ -36,6 +36,10 @@ std::string Fixed(double value, int digits);
 // Nearest rank; `share` of the values do not exceed it. 0 without values.
 double PercentileOf(std::vector<double> values, double share);
 
+// Cores that this process may use, and what their processor calls itself.
+int CoresHere();
+std::string CpuModel();
+
 // A bar on stderr while something takes long; nothing unless stderr is a terminal.
 class ProgressBar {
  public:

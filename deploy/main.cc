@@ -51,7 +51,7 @@ int Main(int argc, char** argv) {
   commands.emplace_back(convert, AddConvertCommand(convert));
   CLI::App* record = app.add_subcommand("record", "Record the routing of a running server");
   commands.emplace_back(record, AddRecordCommand(record));
-  CLI::App* bench = app.add_subcommand("bench", "Measure the split or the planners");
+  CLI::App* bench = app.add_subcommand("bench", "Measure splits, planners or migrations");
   commands.emplace_back(bench, AddBenchCommand(bench));
   CLI::App* doctor =
       app.add_subcommand("doctor", "Check this machine, or measure its constants");

@@ -80,9 +80,13 @@ TEST_CASE("no stretch of time carries more than the bandwidth allows", "[runtime
   const double rate = 2e6;
   Slicer slicer({.slice_bytes = 1 << 20, .bytes_per_second = rate}, /*poll_ns=*/0);
   Random random(1);
+  const double most_saved_ns = SliceBudget::kBurst * 1e9;
+  double granted_ns = 0.0;
   for (int i = 0; i < 20'000; ++i) {
     // Pauses from none to 40 ms, after which there is a burst to be had.
-    slicer.store.now_ns += random.Below(100) == 0 ? 40 * kMs : random.Below(300) * kUs;
+    const int64_t pause = random.Below(100) == 0 ? 40 * kMs : random.Below(300) * kUs;
+    slicer.store.now_ns += pause;
+    granted_ns += std::min(static_cast<double>(pause), most_saved_ns);
     slicer.rebalancer.Slice(random.Below(2) == 0 ? SliceOf::kRest : SliceOf::kStep);
   }
   const std::vector<Moved>& polls = slicer.store.moved;
@@ -90,9 +94,8 @@ TEST_CASE("no stretch of time carries more than the bandwidth allows", "[runtime
   const double burst = SliceBudget::kBurst * rate;
   REQUIRE(MostAbove(polls, rate * 1e-9, bytes) <= burst + kChunk);
   REQUIRE(MostAbove(polls, rate * 1e-9, bytes) >= burst);
-  // And what is allowed is used.
-  const double seconds = static_cast<double>(polls.back().at_ns - polls[0].at_ns) * 1e-9;
-  REQUIRE(static_cast<double>(slicer.bytes()) >= 0.7 * rate * seconds);
+  // And what is allowed is used, but for what long pauses let go to waste.
+  REQUIRE(static_cast<double>(slicer.bytes()) >= 0.9 * rate * granted_ns * 1e-9);
 }
 
 TEST_CASE("slices of steps take no more than their share of time and make progress",
@@ -125,7 +128,8 @@ TEST_CASE("a quiet time before a slice does not make it longer", "[runtime][slic
   REQUIRE(slicer.store.moved.size() == 10);
   slicer.store.now_ns += 100 * kUs;
   slicer.rebalancer.Slice(SliceOf::kStep);
-  REQUIRE(slicer.store.moved.size() <= 11);
+  // The 1.1 ms since it began earn one poll and the beginning of another.
+  REQUIRE(slicer.store.moved.size() == 12);
   // Time without slices, then a new plan: it begins with nothing.
   slicer.store.now_ns += 1000 * kMs;
   auto next = MakeMigrationPlan(slicer.rebalancer.placement(), {{0, {0, 0}}}, 2);

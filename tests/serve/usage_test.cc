@@ -128,9 +128,9 @@ TEST_CASE("a bad flag is named with its value and what is allowed", "[serve]") {
   RequireRefusal(OnFreePorts(DemoModel(), {"--staging-experts", "3"}),
                  {"--staging-experts is 3", "allowed: 0, or at least"});
   RequireRefusal(OnFreePorts(DemoModel(), {"--migration-bandwidth", "-1"}),
-                 {"--migration-bandwidth", "-1", "0 to 1e+09"});
+                 {"--migration-bandwidth", "-1", "0.000000 to 1000000000.000000"});
   RequireRefusal(OnFreePorts(DemoModel(), {"--migration-share", "0"}),
-                 {"--migration-share", "0", "0.001 to 1"});
+                 {"--migration-share", "0", "0.001000 to 1.000000"});
   RequireRefusal(OnFreePorts(DemoModel(), {"--layers-per-plan", "-2"}),
                  {"--layers-per-plan", "-2", "0 to 1048576"});
   RequireRefusal(OnFreePorts(DemoModel(), {"--step-log", "/nowhere/steps"}),
