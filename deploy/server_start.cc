@@ -23,6 +23,8 @@ namespace ballast {
 namespace {
 
 constexpr int kStartTimeoutMs = 60'000;
+// Under load a rank reads some megabytes per step.
+constexpr int64_t kVerifyTimeoutMs = 600'000;
 
 // A request past its deadline counts as failed.
 RequestResult ResultOf(RequestEnd end) {
@@ -150,7 +152,8 @@ absl::Status Server::MakeFrontend(std::vector<std::unique_ptr<ControlChannel>> c
                                                            .num_experts = config.gate.num_experts,
                                                            .top_k = config.gate.top_k});
   verification_ = std::make_unique<Verification>(
-      Verification::Options{.ask = [this](uint64_t id) { return frontend_->AskToVerify(id); },
+      Verification::Options{.timeout_ms = kVerifyTimeoutMs,
+                            .ask = [this](uint64_t id) { return frontend_->AskToVerify(id); },
                             .serving = [this] { return frontend_->serving(); }});
   BALLAST_ASSIGN_OR_RETURN(
       frontend_,

@@ -190,10 +190,12 @@ absl::Status Frontend::State::BeginLeaving(int rank) {
 absl::Status Frontend::State::Leave(int rank) {
   const std::lock_guard lock(mutex_);
   BALLAST_RETURN_IF_ERROR(CheckChangeLocked(rank));
-  if (!group_.Leave(rank, NowNs())) {
-    return absl::FailedPreconditionError(absl::StrCat("rank ", rank, " does not serve already"));
+  if (!leaving_[rank]) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("rank ", rank, " is not to leave (any more)"));
   }
   leaving_[rank] = false;
+  group_.Leave(rank, NowNs());
   book_.SetOpen(rank, false);
   book_.Orphan(rank);
   RegroupLocked();
@@ -203,6 +205,11 @@ absl::Status Frontend::State::Leave(int rank) {
 absl::Status Frontend::State::Return(int rank) {
   const std::lock_guard lock(mutex_);
   BALLAST_RETURN_IF_ERROR(CheckChangeLocked(rank));
+  if (leaving_[rank]) {
+    leaving_[rank] = false;
+    book_.SetOpen(rank, !group_.halting());
+    return absl::OkStatus();
+  }
   if (!group_.Return(rank, NowNs())) {
     return absl::FailedPreconditionError(absl::StrCat("rank ", rank, " serves already"));
   }

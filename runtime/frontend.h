@@ -83,9 +83,12 @@ class Frontend {
   // ERRORS kInvalidArgument: rank 0, or out of range; kFailedPrecondition: it is lost, or does not
   //        serve; kUnavailable: stopped or failed
   absl::Status BeginLeaving(int rank);
-  // It serves no more until Return: the others regroup without it, and go on with its requests. It
-  // keeps its connection. ERRORS as BeginLeaving; Return: kFailedPrecondition where it serves
+  // One that is about to leave serves no more until Return: the others regroup without it, and go on
+  // with its requests. It keeps its connection. ERRORS as BeginLeaving; kFailedPrecondition also
+  // where its departure was called off
   absl::Status Leave(int rank);
+  // It serves again; one that has not left yet stays. ERRORS as BeginLeaving; kFailedPrecondition
+  // where it serves
   absl::Status Return(int rank);
   // Of each rank of the job. While the ranks regroup, what they will be.
   enum class RankState { kServes, kLeaving, kLeft, kLost };

@@ -21,7 +21,8 @@ HttpReply AnswerVerify(Verification* verification);
 // has come of it is in /v1/ranks.
 //
 //   drain    `vacate` is to move what only this rank holds elsewhere, and then to have it leave
-//   undrain  the rank serves again, as soon as the others have regrouped with it
+//   undrain  the rank serves again, as soon as the others have regrouped with it; one that has not
+//            left yet stays
 //
 // ERRORS 400: the body, with field, value and what is allowed; 409: the rank is not in a state for
 //        it. Errors have OpenAI's form.

@@ -89,7 +89,7 @@ class Watched {
     options.loop.make_controller = [this](ControllerOptions o, Placement p) {
       return Controller::CreateWith(std::make_unique<ScriptedPolicy>(&script), o, p);
     };
-    options.stall_deadline_ms = 100;
+    options.stall_deadline_ms = 1000;  // far longer than anything but a hang takes
     auto leader = Leader::Create(options, placement, RankObserver(0, kRanks, 1, metrics_.get()),
                                  metrics_.get(), [this](std::vector<std::byte> bytes) {
                                    const std::lock_guard lock(mutex_);
@@ -129,7 +129,7 @@ class Watched {
   }
   template <typename Fn>
   static bool Await(const Fn& fn) {
-    for (int i = 0; i < 5000 && !fn(); ++i) {
+    for (int i = 0; i < 30'000 && !fn(); ++i) {
       std::this_thread::sleep_for(std::chrono::milliseconds(1));
     }
     return fn();

@@ -77,10 +77,11 @@ TEST_CASE("a rank that leaves and comes back is not noticed", "[runtime][loss]")
     // Catch2's assertions are not thread-safe: the operator records.
     bool left = false, left_twice = false, two = false, returned = false, three = false;
     std::thread operator_thread([&] {
-      left = (*cluster)->frontend().Leave(1).ok();
-      left_twice = (*cluster)->frontend().Leave(1).ok();
+      Frontend& frontend = (*cluster)->frontend();
+      left = frontend.BeginLeaving(1).ok() && frontend.Leave(1).ok();
+      left_twice = frontend.BeginLeaving(1).ok() || frontend.Leave(1).ok();
       two = (*cluster)->AwaitMembers(2);
-      returned = (*cluster)->frontend().Return(1).ok();
+      returned = frontend.Return(1).ok();
       three = (*cluster)->AwaitMembers(3);
     });
     const auto replies = (*cluster)->Generate(reference.requests);
@@ -113,6 +114,15 @@ TEST_CASE("only ranks that can leave may leave", "[runtime][loss][errors]") {
   using State = Frontend::RankState;
   REQUIRE(frontend.rank_states() ==
           std::vector<State>{State::kServes, State::kServes, State::kLost});
+  // A departure that is called off does not take place.
+  REQUIRE(absl::IsFailedPrecondition(frontend.Leave(1)));
+  REQUIRE(frontend.BeginLeaving(1).ok());
+  REQUIRE(absl::IsFailedPrecondition(frontend.BeginLeaving(1)));
+  REQUIRE(frontend.rank_states()[1] == State::kLeaving);
+  REQUIRE(frontend.Return(1).ok());
+  REQUIRE(frontend.rank_states()[1] == State::kServes);
+  REQUIRE(absl::IsFailedPrecondition(frontend.Leave(1)));
+  REQUIRE(frontend.BeginLeaving(1).ok());
   REQUIRE(frontend.Leave(1).ok());
   REQUIRE((*cluster)->AwaitMembers(1));
   const auto replies = (*cluster)->Generate(reference.requests);
