@@ -216,6 +216,15 @@ absl::Status Server::StartLeader() {
                            GatedMlp::Create(*kernels_, config.hidden, config.expert_inter, dtype_));
   options.loop.copy_bytes = static_cast<int64_t>(expert->packed_bytes());
   options.loop.copy_bytes_per_second = flags_.copy_budget_mb * 1e6;
+  const double most_ms = static_cast<double>(controller.max_incoming_per_rank) *
+                         static_cast<double>(options.loop.copy_bytes) /
+                         (flags_.migration_bandwidth_mb * 1e3);
+  if (flags_.migration_bandwidth_mb > 0.0 &&
+      most_ms > static_cast<double>(flags_.plan_timeout_ms)) {
+    LogWarning("serve", absl::StrCat("at --migration-bandwidth ", flags_.migration_bandwidth_mb,
+                                     " the largest plan takes ", static_cast<int64_t>(most_ms),
+                                     " ms, and --plan-timeout-ms is ", flags_.plan_timeout_ms));
+  }
   options.window = window_;
   options.step_log = flags_.step_log;
   options.stall_deadline_ms = flags_.controller_timeout_ms;

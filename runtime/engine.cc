@@ -177,7 +177,7 @@ absl::Status Engine::JoinGroup(Group group, int64_t last_step) {
   transport_ = std::move(transport);
   group_ = std::move(group);
   protocol_ = std::make_unique<StepProtocol>(group_.member, last_step, rebalancer_.get(),
-                                             options_.rebalancer.plan_deadline_ms * 1'000'000);
+                                             options_.step_timeout_ms * 1'000'000);
   headers_.assign(group_.ranks.size(), {});
   rank_tokens_.assign(group_.ranks.size(), 0);
   const ModelConfig& config = checkpoint_.config();

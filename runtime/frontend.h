@@ -83,8 +83,8 @@ class Frontend {
   // ERRORS kInvalidArgument: rank 0, or out of range; kFailedPrecondition: it is lost, or does not
   //        serve; kUnavailable: stopped or failed
   absl::Status BeginLeaving(int rank);
-  // One that is about to leave serves no more until Return: the others regroup without it, and go on
-  // with its requests. It keeps its connection. ERRORS as BeginLeaving; kFailedPrecondition also
+  // One that is about to leave serves no more until Return: the others regroup without it, and go
+  // on with its requests. It keeps its connection. ERRORS as BeginLeaving; kFailedPrecondition also
   // where its departure was called off
   absl::Status Leave(int rank);
   // It serves again; one that has not left yet stays. ERRORS as BeginLeaving; kFailedPrecondition

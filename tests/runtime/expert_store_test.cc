@@ -236,6 +236,22 @@ TEST_CASE("a plan too large for the staging memory is refused by all ranks alike
   }
 }
 
+TEST_CASE("a regrouped store can stage a layer of the largest rank", "[runtime][store]") {
+  const Placement initial = Initial();
+  auto larger = Placement::Contiguous(kLayers, kExperts, Topology::Uniform(kRanks, 4),
+                                      /*fill_spare=*/false);
+  REQUIRE(larger.ok());
+  // Two experts for rank 0.
+  const auto plan = MakeMigrationPlan(*larger, {{0, {0, 1, 2, 4, 2, 3, -1, -1, 4, 5, -1, -1}}}, 1);
+  REQUIRE(plan.ok());
+  LocalFabric fabric(kRanks);
+  const auto transport = fabric.MakeTransport(0);
+  const auto store = FilledStore(transport.get(), initial, 192, /*staging=*/1);
+  REQUIRE(store->Stage(*plan, *larger).code() == absl::StatusCode::kResourceExhausted);
+  store->Regroup(0, transport.get(), *larger);
+  REQUIRE(store->Stage(*plan, *larger).ok());
+}
+
 TEST_CASE("a rank that stages late is waited for", "[runtime][store]") {
   const Placement initial = Initial();
   const MigrationPlan plan = PlanFrom(initial, 1);

@@ -101,7 +101,7 @@ TEST_CASE("a corrupted chunk is an abort, and the next plan commits", "[fault][c
 // What is lost is the vote that would have followed it: the plan's deadline passes. Its messages
 // can never be complete again, so the ranks begin a generation of their own.
 TEST_CASE("a vote that never comes is an abort, and the next plan commits", "[fault][cluster]") {
-  Faulty server({.model = "", .plan_deadline_ms = 1500});
+  Faulty server({.model = "", .plan_deadline_ms = 1500, .step_timeout_ms = 5000});
   for (int rank = 0; rank < kRanks; ++rank) server.cluster->LoseCopies(rank, 1);
   const auto began = std::chrono::steady_clock::now();
   REQUIRE(server.ServeUntilPlanEnds());

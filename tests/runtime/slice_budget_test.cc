@@ -24,12 +24,12 @@ class FakeStore : public CopyStore {
  public:
   int64_t now_ns = 5 * kMs;
   int64_t poll_ns = 0;
-  bool staged = false;
+  bool peers_ready = true;
   std::vector<Moved> moved;
 
   absl::Status Stage(const MigrationPlan&, const Placement&) override { return absl::OkStatus(); }
   absl::StatusOr<bool> Poll(TransferBudget* budget) override {
-    if (staged || (budget->send <= 0 && budget->receive <= 0)) return staged;
+    if (!peers_ready || (budget->send <= 0 && budget->receive <= 0)) return false;
     REQUIRE((budget->send > 0 && budget->receive > 0));
     budget->send -= kChunk;
     budget->receive -= kChunk;
@@ -138,6 +138,16 @@ TEST_CASE("a quiet time before a slice does not make it longer", "[runtime][slic
   slicer.store.now_ns += 900 * kUs;
   slicer.rebalancer.Slice(SliceOf::kStep);
   REQUIRE(slicer.store.moved.size() == before + 1);
+  // Nor do slices that found nothing to move save up for one that does.
+  slicer.store.peers_ready = false;
+  for (int i = 0; i < 100; ++i) {
+    slicer.store.now_ns += 900 * kUs;
+    slicer.rebalancer.Slice(SliceOf::kStep);
+  }
+  slicer.store.peers_ready = true;
+  slicer.store.now_ns += 900 * kUs;
+  slicer.rebalancer.Slice(SliceOf::kStep);
+  REQUIRE(slicer.store.moved.size() == before + 2);
 }
 
 TEST_CASE("slices at rest are bounded by their bytes alone", "[runtime][slice]") {
