@@ -61,7 +61,8 @@ class Faulty {
   // are right.
   bool ServeUntilPlanEnds() {
     const int64_t ended = cluster->flips() + cluster->aborts() + cluster->regroupings();
-    for (int i = 0; i < 50; ++i) {
+    const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(60);
+    while (std::chrono::steady_clock::now() < deadline) {
       cluster->leader().Rebalance();
       if (!ServesRight()) return false;
       if (cluster->flips() + cluster->aborts() + cluster->regroupings() > ended) return true;

@@ -292,7 +292,9 @@ absl::Status LifeRank::TakePlan(int64_t step) {
 }
 
 absl::Status LifeRank::Open(int64_t step, int32_t num_tokens, int32_t num_prefill) {
-  const StepHeader mine = protocol_->Begin({.num_tokens = num_tokens, .num_prefill = num_prefill});
+  const StepHeader mine = protocol_->Begin({.num_tokens = num_tokens,
+                                            .num_prefill = num_prefill,
+                                            .choice_hash = executor_->TakeChoiceHash()});
   BALLAST_RETURN_IF_ERROR(comm_->AllGather(rebalancer_->placement().epoch(),
                                            std::as_bytes(std::span(&mine, 1)),
                                            std::as_writable_bytes(std::span(headers_))));
