@@ -15,7 +15,7 @@ if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND CMAKE_CXX_COMPILER_VERSION VERSION_G
    AND CMAKE_CXX_COMPILER_VERSION VERSION_LESS 13 AND CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
   target_compile_options(ballast_flags INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-mmove-max=128;-mstore-max=128>)
 endif()
-# It also takes the members that a std::variant does not hold for uninitialised when one is moved.
+# GCC takes the members that a std::variant does not hold for uninitialised when one is moved.
 if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
   target_compile_options(ballast_flags INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-Wno-maybe-uninitialized>)
 endif()
@@ -73,20 +73,20 @@ function(ballast_mpi_test name)
   endforeach()
 endfunction()
 
-# ballast_serve_test(name SOURCES ... LIBS ...)
-# One Catch2 program that starts servers with mpirun, registered as one test per case under the label `serve`.
+# ballast_serve_test(name [ALONE] SOURCES ... LIBS ...)
+# One Catch2 program that runs the command with mpirun, registered as one test per case under the label `serve`. ALONE: no
+# other test runs meanwhile, for the time within which a server hears a signal.
 function(ballast_serve_test name)
-  cmake_parse_arguments(arg "" "" "SOURCES;LIBS" ${ARGN})
+  cmake_parse_arguments(arg "ALONE" "" "SOURCES;LIBS" ${ARGN})
   add_executable(${name}_test ${arg_SOURCES})
   target_link_libraries(${name}_test PRIVATE ${arg_LIBS} ballast_flags Catch2::Catch2WithMain)
   target_compile_definitions(${name}_test PRIVATE
     BALLAST_SOURCE_DIR="${PROJECT_SOURCE_DIR}" BALLAST_COMMAND="$<TARGET_FILE:ballast>")
   add_dependencies(${name}_test ballast)
-  # Alone on the machine: ports, and the time within which a server hears a signal. Open MPI leaks by design.
-  # Under a sanitizer a part of them has to do: they take minutes.
+  # Open MPI leaks by design. Under a sanitizer a part of them has to do: they take minutes.
   if(BALLAST_SANITIZE)
     set(cases TEST_SPEC "[sanitized]")
   endif()
   catch_discover_tests(${name}_test TEST_PREFIX "${name}: " ${cases}
-    PROPERTIES LABELS serve TIMEOUT 600 PROCESSORS 2 RUN_SERIAL TRUE ENVIRONMENT ASAN_OPTIONS=detect_leaks=0)
+    PROPERTIES LABELS serve TIMEOUT 600 RUN_SERIAL ${arg_ALONE} ENVIRONMENT ASAN_OPTIONS=detect_leaks=0)
 endfunction()

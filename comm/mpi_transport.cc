@@ -139,16 +139,14 @@ class MpiRuntimeImpl : public MpiRuntime {
   }
 
   absl::Status Broadcast(std::string* bytes) override {
-    BALLAST_CHECK(bytes->size() <= kBroadcastBytes);
+    BALLAST_CHECK(bytes->size() <= INT32_MAX);
     int length = static_cast<int>(bytes->size());
-    bytes->resize(kBroadcastBytes);
     int code = MPI_Bcast(&length, 1, MPI_INT, 0, comm_);
     if (code == MPI_SUCCESS) {
-      code = MPI_Bcast(bytes->data(), static_cast<int>(kBroadcastBytes), MPI_BYTE, 0, comm_);
+      bytes->resize(static_cast<size_t>(length));
+      code = MPI_Bcast(bytes->data(), length, MPI_BYTE, 0, comm_);
     }
-    if (code != MPI_SUCCESS) return MpiError("MPI_Bcast", code);
-    bytes->resize(static_cast<size_t>(length));
-    return absl::OkStatus();
+    return code == MPI_SUCCESS ? absl::OkStatus() : MpiError("MPI_Bcast", code);
   }
 
   int Highest(int value) override {
@@ -167,7 +165,6 @@ class MpiRuntimeImpl : public MpiRuntime {
   }
 
  private:
-  static constexpr size_t kBroadcastBytes = 4096;
   MPI_Comm comm_ = MPI_COMM_NULL;
   int rank_ = 0, size_ = 1, local_rank_ = 0, local_size_ = 1;
   std::vector<int32_t> node_of_rank_;

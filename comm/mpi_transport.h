@@ -28,7 +28,7 @@ class MpiRuntime {
   virtual std::vector<int32_t> node_of_rank() const = 0;
   virtual std::string library_version() const = 0;
 
-  // COLLECTIVE, start-up only: every rank gets the leader's bytes (at most 4096).
+  // COLLECTIVE, start-up only: every rank gets the leader's bytes (less than 2 GiB).
   virtual absl::Status Broadcast(std::string* bytes) = 0;
   // COLLECTIVE, start-up only: the highest of the ranks' values. With it the ranks agree on whether
   // start-up failed anywhere before any of them leaves.

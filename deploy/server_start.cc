@@ -16,6 +16,8 @@
 #include "deploy/commands.h"
 #include "deploy/server.h"
 #include "kernels/gated_mlp.h"
+#include "placement/placement_check.h"
+#include "placement/policy.h"
 #include "runtime/ranks_api.h"
 #include "runtime/record_api.h"
 
@@ -74,6 +76,9 @@ absl::StatusOr<ServerState> Server::ReadState() const {
                     .placement = *placement_,
                     .window_load = {}};
   BALLAST_RETURN_IF_ERROR(CheckFits(state, fresh));
+  BALLAST_RETURN_IF_ERROR(CheckPlacement(state.placement));
+  BALLAST_ASSIGN_OR_RETURN(const auto policy, MakePolicy(flags_.policy));
+  BALLAST_RETURN_IF_ERROR(policy->CheckSupport(state.placement));
   if (flags_.policy == "static" || flags_.policy == "never") {
     return absl::FailedPreconditionError(
         absl::StrCat("policy ", flags_.policy, " has a placement of its own"));

@@ -87,7 +87,7 @@ const char* NameOf(Decision decision);
 // Under a budget (copy_burst > 0) a plan is made of credit, which begins at copy_burst and grows by
 // GrantCopies up to it:
 //
-//   copies of all plans made between two moments <= grants between them + copy_burst
+//   copies of all plans of Decide between two moments <= grants between them + copy_burst
 //
 // The layers with the largest gain go first; the first that credit does not last for, and all after
 // it, wait, so that none is passed over for good. A forced plan waits too. An aborted plan's copies
@@ -125,7 +125,7 @@ class Controller {
 
   // A plan that gives other ranks copies of what only `rank` holds, as much as
   // max_incoming_per_rank allows at a time; nothing where that is nothing, or where the others have
-  // no room. REQUIRES none in flight, another rank
+  // no room. An operator asked for it, so it takes no credit. REQUIRES none in flight, another rank
   std::optional<MigrationPlan> Vacate(int64_t step, int32_t rank);
 
   // REQUIRES plan_id is the plan in flight.

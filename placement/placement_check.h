@@ -12,7 +12,7 @@ namespace ballast {
 // fingerprint is that of the slots.
 //
 // Slow and obvious: O(layers * (slots + experts * ranks)). Meant for each new placement before it
-// may count, and for GET /v1/verify; never for a step.
+// may count, and for GET /v1/verify; not for every step.
 // ERRORS kInternal names the layer, and the slot, expert or rank that is wrong
 absl::Status CheckPlacement(const Placement& placement);
 

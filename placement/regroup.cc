@@ -47,7 +47,9 @@ Topology TopologyOf(const Placement& current, std::span<const GroupMember> membe
     const bool stays = member.old_rank >= 0;
     const int32_t slots = (stays ? old.slots_on(member.old_rank) : member.slots) + more_slots;
     topology.slot_offsets.push_back(topology.slot_offsets.back() + slots);
-    topology.node_of_rank.push_back(stays ? old.node_of_rank[member.old_rank] : member.node);
+    topology.node_of_rank.push_back(member.node == GroupMember::kSameNode && stays
+                                        ? old.node_of_rank[member.old_rank]
+                                        : std::max(member.node, 0));
   }
   std::vector<int32_t> nodes = topology.node_of_rank;
   std::sort(nodes.begin(), nodes.end());

@@ -14,7 +14,10 @@ namespace ballast {
 struct GroupMember {
   int32_t old_rank = -1;  // its rank in the placement in force; -1: it comes with empty slots
   int32_t slots = 0;      // of a rank that comes; one that stays keeps its own
-  int32_t node = 0;       // of a rank that comes; any number
+  // Any number, the same for all of one node; kSameNode, for all or for none: as in the placement.
+  int32_t node = kSameNode;
+
+  static constexpr int32_t kSameNode = -1;
 
   bool operator==(const GroupMember&) const = default;
 };

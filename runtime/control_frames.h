@@ -106,10 +106,10 @@ struct VerifiedCopy {
 // What a rank found when it was told to verify.
 struct VerifiedFrame {
   uint64_t id = 0;
-  int64_t step = 0;                // the last one it began
-  int64_t epoch = 0;               // of its placement in force
-  uint64_t fingerprint = 0;        // of that placement
-  std::vector<std::byte> fault;    // what is wrong with its tables, as text; empty: nothing
+  int64_t step = 0;              // the last one it began
+  int64_t epoch = 0;             // of its placement in force
+  uint64_t fingerprint = 0;      // of that placement
+  std::vector<std::byte> fault;  // what is wrong with its tables, as text; empty: nothing
   std::vector<VerifiedCopy> copies;
 };
 struct RankFrame {

@@ -133,34 +133,48 @@ void Engine::MakeStore(const Placement& initial) {
       });
 }
 
-// Reads the experts that `placement` gives to this rank and that it has not got. A file that cannot
-// be read is tried again for `patience_ms`.
-absl::Status Engine::LoadMissing(const Placement& placement, int64_t patience_ms) {
-  constexpr int64_t kPauseMs = 100;
+// Reads the experts that `placement` gives to this rank and that it has not got.
+// ERRORS kAborted: told to halt again; what has been read is kept
+absl::Status Engine::LoadMissing(const Placement& placement) {
   for (int32_t layer = 0; layer < placement.num_layers(); ++layer) {
     for (int32_t e = 0; e < placement.num_experts(); ++e) {
       if (!placement.Hosts(layer, e, store_->rank()) || store_->Parameters(layer, e) != nullptr) {
         continue;
       }
-      std::byte* const block = store_->Allocate(layer, e).data();
-      absl::Status read = decoder_->LoadExpert(checkpoint_, layer, e, block);
-      for (; !read.ok() && patience_ms > 0; patience_ms -= kPauseMs) {
-        LogWarning("engine", absl::StrCat(std::string(read.message()), "; it is tried again"));
-        observer_->OnVerified({.unreadable = 1});
-        std::this_thread::sleep_for(std::chrono::milliseconds(kPauseMs));
-        read = decoder_->LoadExpert(checkpoint_, layer, e, block);
+      BALLAST_RETURN_IF_ERROR(TakeFrames());
+      if (!group_inbox_.empty()) return absl::AbortedError("told to halt");
+      store_->Allocate(layer, e);
+      const absl::Status read = ReadExpertPatiently(layer, e);
+      if (!read.ok()) {
+        store_->Drop(layer, e);
+        return read;
       }
-      BALLAST_RETURN_IF_ERROR(read);
       store_->Seal(layer, e);
     }
   }
   return absl::OkStatus();
 }
 
+// Fills the expert's block from the checkpoint. Once this rank serves, a file that cannot be read
+// is tried again for a while. ERRORS kAborted: told to halt meanwhile
+absl::Status Engine::ReadExpertPatiently(int32_t layer, int32_t expert) {
+  constexpr int64_t kPauseMs = 100;
+  std::byte* const block = store_->Allocate(layer, expert).data();
+  absl::Status read = decoder_->LoadExpert(checkpoint_, layer, expert, block);
+  int64_t patience_ms = protocol_->step() == 0 ? 0 : options_.read_patience_ms;
+  for (; !read.ok() && patience_ms > 0; patience_ms -= kPauseMs) {
+    LogWarning("engine", absl::StrCat(std::string(read.message()), "; it is tried again"));
+    observer_->OnVerified({.unreadable = 1});
+    BALLAST_RETURN_IF_ERROR(TakeFrames());
+    if (!group_inbox_.empty()) return absl::AbortedError("told to halt");
+    std::this_thread::sleep_for(std::chrono::milliseconds(kPauseMs));
+    read = decoder_->LoadExpert(checkpoint_, layer, expert, block);
+  }
+  return read;
+}
+
 // Makes everything that belongs to one generation, under the placement in force.
 absl::Status Engine::JoinGroup(Group group, int64_t last_step) {
-  // At the start nothing is served yet: better to say at once what is wrong.
-  const int64_t patience_ms = group.generation == 0 ? 0 : options_.read_patience_ms;
   const Placement& placement = rebalancer_->placement();
   auto transport =
       std::make_unique<MemberTransport>(base_transport_, group.ranks, group.generation);
@@ -185,7 +199,7 @@ absl::Status Engine::JoinGroup(Group group, int64_t last_step) {
                                           TraceRecorder::IdBytes(config.gate.num_experts));
   record_open_ = false;
   decoder_->TakeChoiceHash();  // of a step that not all have finished
-  BALLAST_RETURN_IF_ERROR(LoadMissing(placement, patience_ms));
+  BALLAST_RETURN_IF_ERROR(LoadMissing(placement));
   table_ = std::make_unique<DispatchTable>(placement, group_.member, *store_, nullptr);
   return absl::OkStatus();
 }

@@ -89,7 +89,7 @@ struct EngineOptions {
   Rebalancer::Options rebalancer;  // rank is filled in
   int32_t staging_experts = 0;     // per rank; 0: as many as the rank has slots in one layer
   size_t chunk_bytes = 256 << 10;
-  int64_t step_timeout_ms = 60'000;  // of every wait for another rank
+  int64_t step_timeout_ms = 60'000;   // of every wait for another rank
   int64_t read_patience_ms = 10'000;  // a checkpoint that cannot be read is tried again so long
   // How long to wait for the leader's word when a step cannot go on, or a group is forming.
   int64_t halt_timeout_ms = 60'000;
@@ -128,7 +128,8 @@ class Engine {
   Engine(const EngineOptions& options, const Checkpoint& checkpoint, const KernelSet& kernels,
          Transport* transport, ControlChannel* channel, EngineObserver* observer);
   void MakeStore(const Placement& initial);
-  absl::Status LoadMissing(const Placement& placement, int64_t patience_ms);
+  absl::Status LoadMissing(const Placement& placement);
+  absl::Status ReadExpertPatiently(int32_t layer, int32_t expert);
   absl::Status JoinGroup(Group group, int64_t last_step);
 
   absl::Status RunSteps();    // until told to stop, or to halt (kAborted)

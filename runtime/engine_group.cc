@@ -35,7 +35,10 @@ absl::Status Engine::Regroup() {
     serves = group.member >= 0;
     parked = !serves;
     if (serves) {
-      BALLAST_RETURN_IF_ERROR(Resume(resume, std::move(group)));
+      const absl::Status resumed = Resume(resume, std::move(group));
+      // Told to halt again on the way.
+      serves = !absl::IsAborted(resumed) || group_inbox_.empty();
+      if (serves) BALLAST_RETURN_IF_ERROR(resumed);
     } else {
       Park();
     }
@@ -90,6 +93,7 @@ absl::Status Engine::Resume(const ResumeFrame& frame, Group group) {
 
 // Serves no more until it is called back: its sequences go on elsewhere.
 void Engine::Park() {
+  rebalancer_->GiveUp();
   scheduler_->Clear();
   events_.clear();
   ShowLoad();

@@ -1,5 +1,6 @@
 // How an engine makes sure that what it serves from is what it was given (verifier.h).
 #include <algorithm>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -48,25 +49,27 @@ absl::Status Engine::Verify() {
   Verified verified{.copies = verifier_->copies_read() - read_before};
   const std::vector<VerifiedCopy> corrupted = verifier_->TakeCorrupted();
   verified.corrupted = static_cast<int32_t>(corrupted.size());
+  std::optional<RankFrame> report;
   if (auto pass = verifier_->TakePass(); pass.has_value()) {
-    VerifiedFrame report{.id = verify_id_,
-                         .step = protocol_->step(),
-                         .epoch = rebalancer_->placement().epoch(),
-                         .fingerprint = rebalancer_->placement().fingerprint(),
-                         .fault = {},
-                         .copies = *std::move(pass)};
+    VerifiedFrame found{.id = verify_id_,
+                        .step = protocol_->step(),
+                        .epoch = rebalancer_->placement().epoch(),
+                        .fingerprint = rebalancer_->placement().fingerprint(),
+                        .fault = {},
+                        .copies = *std::move(pass)};
     const absl::Status tables =
         CheckTables(rebalancer_->placement(), group_.member, *store_, table_.get());
     if (!tables.ok()) {
       verified.unsound = 1;
       LogError("engine", std::string(tables.message()));
-      for (const char c : tables.message()) report.fault.push_back(static_cast<std::byte>(c));
+      for (const char c : tables.message()) found.fault.push_back(static_cast<std::byte>(c));
     }
-    BALLAST_RETURN_IF_ERROR(channel_->Send(Serialize(RankFrame{std::move(report)})));
+    report = RankFrame{std::move(found)};
   }
   observer_->OnVerified(verified);
   for (const VerifiedCopy& copy : corrupted) BALLAST_RETURN_IF_ERROR(Repair(copy));
-  return absl::OkStatus();
+  // Last: whoever has the answer finds what was wrong counted, and mended.
+  return report.has_value() ? channel_->Send(Serialize(*report)) : absl::OkStatus();
 }
 
 // Reads an expert again whose parameters have changed in memory.
@@ -74,8 +77,7 @@ absl::Status Engine::Repair(const VerifiedCopy& copy) {
   LogError("engine", absl::StrCat("layer ", copy.layer, ", expert ", copy.expert,
                                   ": the parameters in memory are not those that were loaded; "
                                   "they are read from the checkpoint again"));
-  BALLAST_RETURN_IF_ERROR(decoder_->LoadExpert(checkpoint_, copy.layer, copy.expert,
-                                               store_->Allocate(copy.layer, copy.expert).data()));
+  BALLAST_RETURN_IF_ERROR(ReadExpertPatiently(copy.layer, copy.expert));
   if (store_->Checksum(copy.layer, copy.expert) == copy.expected) return absl::OkStatus();
   return absl::DataLossError(absl::StrCat("layer ", copy.layer, ", expert ", copy.expert,
                                           ": the checkpoint does not hold what it held when it "

@@ -94,6 +94,10 @@ void ExpertStore::Seal(int32_t layer, int32_t expert) {
   sealed_checksum_[At(layer, expert)] = Checksum(layer, expert);
 }
 
+void ExpertStore::Drop(int32_t layer, int32_t expert) {
+  free_blocks_.push_back(std::exchange(block_of_expert_[At(layer, expert)], -1));
+}
+
 const std::byte* ExpertStore::Parameters(int32_t layer, int32_t expert) const {
   const int32_t block = block_of_expert_[At(layer, expert)];
   return block < 0 ? nullptr : Block(block);

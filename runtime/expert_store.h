@@ -57,6 +57,8 @@ class ExpertStore : public CopyStore {
   // Start-up: a block for the expert, to be filled by the caller, then sealed with Seal.
   std::span<std::byte> Allocate(int32_t layer, int32_t expert);
   void Seal(int32_t layer, int32_t expert);
+  // Gives the block back. REQUIRES it was allocated, and no table knows of it
+  void Drop(int32_t layer, int32_t expert);
 
   // The packed parameters, or nullptr where this rank does not hold the expert.
   const std::byte* Parameters(int32_t layer, int32_t expert) const;

@@ -210,6 +210,11 @@ absl::Status Frontend::State::Return(int rank) {
     book_.SetOpen(rank, !group_.halting());
     return absl::OkStatus();
   }
+  if (!group_.is_member(rank) && group_.halting()) {
+    // It may not have heard yet that it has left, and would keep what others go on with.
+    return absl::FailedPreconditionError(
+        absl::StrCat("rank ", rank, ": the ranks are regrouping; try again"));
+  }
   if (!group_.Return(rank, NowNs())) {
     return absl::FailedPreconditionError(absl::StrCat("rank ", rank, " serves already"));
   }

@@ -88,7 +88,7 @@ class Frontend {
   // where its departure was called off
   absl::Status Leave(int rank);
   // It serves again; one that has not left yet stays. ERRORS as BeginLeaving; kFailedPrecondition
-  // where it serves
+  // where it serves, or while the ranks regroup
   absl::Status Return(int rank);
   // Of each rank of the job. While the ranks regroup, what they will be.
   enum class RankState { kServes, kLeaving, kLeft, kLost };

@@ -81,7 +81,8 @@ void Frontend::State::FailLocked(int rank, absl::Status status) {
 
 void Frontend::State::LoseLocked(int rank, const absl::Status& status) {
   closed_[rank] = true;
-  if (group_.is_lost(rank) || stopped_) return;
+  // Once all are told to stop, ranks go as they end, unless they have yet to meet to hear of it.
+  if (group_.is_lost(rank) || (stopped_ && !group_.halting())) return;
   if (why_lost_[rank].ok()) why_lost_[rank] = status;
   group_.OnLost(rank, NowNs());
   RegroupLocked();
@@ -216,7 +217,8 @@ void Frontend::State::HandleLocked(int rank, const EventsFrame& frame) {
 // run out of patience names the culprit: those that wait for it in turn began later.
 void Frontend::State::HandleLocked(int rank, const TroubleFrame& frame) {
   if (group_.halting() || frame.generation != group_.generation()) return;
-  if (frame.missing.empty()) {
+  // Somebody was lost over the stop: the others have to begin anew to hear of it.
+  if (frame.missing.empty() || stopped_) {
     group_.Renew(NowNs());
     return RegroupLocked();
   }
@@ -233,7 +235,7 @@ void Frontend::State::ExpireLocked() {
        next = book_.next_deadline()) {
     AbandonLocked(next->second, FinishReason::kDeadline);
   }
-  if (stopped_ || failed_) return;
+  if ((stopped_ && !group_.halting()) || failed_) return;
   for (int r = 0; options_.silence_ms > 0 && r < static_cast<int>(channels_.size()); ++r) {
     // One that has said nothing yet may still be loading the model.
     if (closed_[r] || heard_ns_[r] == 0) continue;

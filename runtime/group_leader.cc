@@ -76,10 +76,12 @@ void GroupLeader::OnHalted(int32_t rank, const HaltedFrame& report, int64_t now_
 
 void GroupLeader::OnTick(int64_t now_ns) {
   if (!halting_ || now_ns < deadline_ns_) return;
-  const std::vector<int32_t> asked = members_;
-  for (const int32_t r : asked) {
-    if (!reports_[r].has_value()) OnLost(r, now_ns);
+  // All of them before any is lost: a loss begins a generation that nobody has reported in yet.
+  std::vector<int32_t> silent;
+  for (const int32_t r : members_) {
+    if (!reports_[r].has_value()) silent.push_back(r);
   }
+  for (const int32_t r : silent) OnLost(r, now_ns);
 }
 
 void GroupLeader::Resume(int64_t now_ns) {

@@ -4,13 +4,11 @@
 #include <chrono>
 #include <cstring>
 #include <deque>
-#include <future>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <utility>
 #include <variant>
 
-#include "base/check.h"
 #include "base/log.h"
 #include "base/status.h"
 #include "placement/regroup.h"
@@ -21,26 +19,7 @@ namespace {
 constexpr std::chrono::seconds kAnswerDeadline(10);
 constexpr std::chrono::milliseconds kGlance(20);  // of the watching thread
 constexpr int32_t kMostReplaced = 3;              // workers; then there are no more plans
-// Steps that may wait for the controller; more are left out of its statistics.
-constexpr int32_t kMostWaitingSteps = 256;
 constexpr int64_t kNsPerMs = 1'000'000;
-constexpr int64_t kPublishEveryNs = 1'000 * kNsPerMs;
-
-struct PlanEnded {
-  Rebalancer::Outcome outcome;
-  Placement in_force;
-};
-struct RanksChanged {
-  Regrouping how;
-  Placement in_force;
-};
-struct Forced {
-  std::promise<std::string> answer;
-};
-struct Vacating {
-  int32_t rank = 0;
-};
-using Event = std::variant<StepRecord, PlanEnded, RanksChanged, Forced, Vacating>;
 
 // For each rank the [layer, expert] pairs that it alone holds.
 nlohmann::json OnlyOn(const Placement& placement) {
@@ -59,112 +38,6 @@ nlohmann::json OnlyOn(const Placement& placement) {
 
 }  // namespace
 
-// A loop with its thread and what waits for it. Held by the leader, and by the thread itself, which
-// may outlive the leader if it never comes back.
-class Leader::Worker : public std::enable_shared_from_this<Leader::Worker> {
- public:
-  static absl::StatusOr<std::shared_ptr<Worker>> Start(const LeaderLoopOptions& options,
-                                                       LeaderLoop::Start start, LeaderHost* host) {
-    auto worker = std::make_shared<Worker>();
-    worker->tether_ = std::make_shared<Tether>(host);
-    worker->window_ = std::make_shared<LeaderLoop::Window>(start.window);
-    BALLAST_ASSIGN_OR_RETURN(worker->loop_,
-                             LeaderLoop::Create(options, std::move(start), worker->tether_));
-    worker->thread_ = std::thread([worker] { worker->Loop(); });
-    return worker;
-  }
-
-  void Push(Event event) {
-    {
-      const std::lock_guard lock(mutex_);
-      if (std::holds_alternative<StepRecord>(event) && ++waiting_steps_ > kMostWaitingSteps) {
-        --waiting_steps_;
-        return;
-      }
-      events_.push_back(std::move(event));
-    }
-    wake_.notify_one();
-  }
-
-  // Ends when nothing waits any more. REQUIRES not given up
-  void Finish() {
-    {
-      const std::lock_guard lock(mutex_);
-      stop_ = true;
-    }
-    wake_.notify_one();
-    thread_.join();
-  }
-
-  // Reaches nobody from then on. What waited for it; nothing where it cannot be given up just now.
-  std::optional<std::deque<Event>> GiveUp() {
-    if (!tether_->TryCut()) return std::nullopt;
-    const std::lock_guard lock(mutex_);
-    stop_ = true;
-    thread_.detach();
-    return std::exchange(events_, {});
-  }
-
-  // How long it has been at one thing; 0: it waits.
-  int64_t busy_ns() const {
-    const int64_t since = busy_since_ns_;
-    return since == 0 ? 0 : NowNs() - since;
-  }
-
-  std::shared_ptr<const LeaderLoop::Window> window() const {
-    const std::lock_guard lock(mutex_);
-    return window_;
-  }
-
- private:
-  void Loop() {
-    int64_t published_ns = 0;
-    loop_->Begin();
-    while (true) {
-      std::unique_lock lock(mutex_);
-      wake_.wait(lock, [this] { return stop_ || !events_.empty(); });
-      if (events_.empty()) return;
-      Event event = std::move(events_.front());
-      events_.pop_front();
-      waiting_steps_ -= std::holds_alternative<StepRecord>(event);
-      // Planning can take longer than a step: the counts of waiting steps come first.
-      may_plan_ = events_.empty();
-      const bool last = stop_ && events_.empty();
-      lock.unlock();
-      const int64_t began = NowNs();
-      busy_since_ns_ = began;
-      std::visit([this](auto& e) { Handle(e); }, event);
-      loop_->AdvanceVacating();
-      if (last || began - published_ns >= kPublishEveryNs) {
-        published_ns = began;
-        auto window = std::make_shared<const LeaderLoop::Window>(loop_->window());
-        lock.lock();
-        window_ = std::move(window);
-        lock.unlock();
-      }
-      busy_since_ns_ = 0;
-    }
-  }
-  void Handle(const StepRecord& record) { loop_->OnStep(record, may_plan_); }
-  void Handle(const PlanEnded& ended) { loop_->OnPlanEnded(ended.outcome, ended.in_force); }
-  void Handle(const RanksChanged& e) { loop_->OnRegrouped(e.how, e.in_force); }
-  void Handle(Forced& forced) { forced.answer.set_value(loop_->Rebalance()); }
-  void Handle(const Vacating& vacating) { loop_->Vacate(vacating.rank); }
-
-  std::shared_ptr<Tether> tether_;
-  std::unique_ptr<LeaderLoop> loop_;  // the thread's
-  bool may_plan_ = true;              // the thread's
-  std::atomic<int64_t> busy_since_ns_ = 0;
-  mutable std::mutex mutex_;
-  // State below is protected by mutex_.
-  std::condition_variable wake_;
-  std::deque<Event> events_;
-  int32_t waiting_steps_ = 0;  // among them
-  bool stop_ = false;
-  std::shared_ptr<const LeaderLoop::Window> window_;  // as it was a moment ago
-  std::thread thread_;
-};
-
 absl::StatusOr<std::unique_ptr<Leader>> Leader::Create(
     const Options& options, const Placement& initial, RankObserver rank_observer,
     RankMetrics* metrics, std::function<absl::Status(std::vector<std::byte>)> send_plan) {
@@ -173,9 +46,9 @@ absl::StatusOr<std::unique_ptr<Leader>> Leader::Create(
   BALLAST_RETURN_IF_ERROR(leader->OpenStepLog());
   BALLAST_ASSIGN_OR_RETURN(
       leader->worker_,
-      Worker::Start(leader->options_.loop,
-                    {.placement = initial, .ranks = leader->ranks_, .window = options.window},
-                    &leader->host_));
+      LeaderWorker::Start(leader->options_.loop,
+                          {.placement = initial, .ranks = leader->ranks_, .window = options.window},
+                          &leader->host_));
   leader->watch_ = std::thread(&Leader::Watch, leader.get());
   if (!options.state_file.empty()) {
     leader->keeper_ = std::make_unique<StateKeeper>(StateKeeper::Options{
@@ -206,7 +79,7 @@ Leader::Leader(const Options& options, const Placement& initial, RankObserver ra
                  const std::lock_guard lock(mutex_);
                  plan_under_way_ = 0;
                },
-           .leave = options.leave};
+           .leave = [this](int32_t rank) { Depart(rank); }};
 }
 
 absl::Status Leader::OpenStepLog() {
@@ -230,21 +103,13 @@ Leader::~Leader() {
   }
   wake_.notify_all();
   if (watch_.joinable()) watch_.join();
-  if (worker_ != nullptr) {
-    // One that works on something for so long may do so for ever.
-    const bool stalls = options_.stall_deadline_ms > 0 &&
-                        worker_->busy_ns() > options_.stall_deadline_ms * kNsPerMs;
-    if (!stalls || !worker_->GiveUp().has_value()) worker_->Finish();
+  // One that works on something for so long may do so for ever.
+  if (worker_ != nullptr && !worker_->Finish(options_.stall_deadline_ms) &&
+      !worker_->GiveUp().has_value()) {
+    worker_->Finish(0);  // it is in the middle of a call to this leader, which it must not outlive
   }
   keeper_.reset();  // after the last window
   if (log_ != nullptr) std::fclose(log_);
-}
-
-// Under the mutex, so that nothing goes to a worker that is just being given up.
-template <typename T>
-void Leader::Push(T event) {
-  const std::lock_guard lock(mutex_);
-  worker_->Push(std::move(event));
 }
 
 absl::Status Leader::SendPlan(const MigrationPlan& plan) {
@@ -256,6 +121,7 @@ absl::Status Leader::SendPlan(const MigrationPlan& plan) {
     }
     last_plan_id_ = plan.plan_id;
     plan_under_way_ = plan.plan_id;
+    plan_has_ended_ = false;
   }
   absl::Status sent = send_plan_(plan.Serialize());
   if (sent.ok()) return sent;
@@ -266,27 +132,41 @@ absl::Status Leader::SendPlan(const MigrationPlan& plan) {
 
 void Leader::OnStep(const StepRecord& record) {
   rank_observer_.OnStep(record);
-  Push(record);
+  const std::lock_guard lock(mutex_);
+  worker_->Push(record);
 }
 
+// What a worker is told and what the next one would begin with change together.
 void Leader::OnPlanEnded(const Rebalancer::Outcome& outcome, const Placement& in_force) {
   rank_observer_.OnPlanEnded(outcome, in_force);
-  {
-    const std::lock_guard lock(mutex_);
-    placement_ = in_force;
-  }
-  Push(PlanEnded{outcome, in_force});
+  const std::lock_guard lock(mutex_);
+  placement_ = in_force;
+  plan_has_ended_ = true;
+  worker_->Push(LeaderWorker::PlanEnded{outcome, in_force});
 }
 
 void Leader::OnRegrouped(const Regrouping& regrouping, const Placement& in_force) {
   rank_observer_.OnRegrouped(regrouping, in_force);
+  metrics_->SetRanksServing(static_cast<int64_t>(regrouping.group.ranks.size()));
+  const std::lock_guard lock(mutex_);
+  placement_ = in_force;
+  ranks_ = regrouping.group.ranks;
+  plan_has_ended_ = true;
+  worker_->Push(LeaderWorker::RanksChanged{regrouping, in_force});
+}
+
+void Leader::Vacate(int32_t rank) {
+  const std::lock_guard lock(mutex_);
+  departures_.push_back(rank);
+  worker_->Push(LeaderWorker::Vacating{.rank = rank});
+}
+
+void Leader::Depart(int32_t rank) {
   {
     const std::lock_guard lock(mutex_);
-    placement_ = in_force;
-    ranks_ = regrouping.group.ranks;
+    std::erase(departures_, rank);
   }
-  metrics_->SetRanksServing(static_cast<int64_t>(regrouping.group.ranks.size()));
-  Push(RanksChanged{regrouping, in_force});
+  if (options_.leave) options_.leave(rank);
 }
 
 void Leader::Watch() {
@@ -300,8 +180,13 @@ void Leader::Watch() {
 
 // The controller works on one thing for too long.
 void Leader::ReplaceLocked(int64_t busy_ms) {
-  std::optional<std::deque<Event>> waiting = worker_->GiveUp();
-  if (!waiting.has_value()) return;  // in the middle of a call: at the next glance
+  std::optional<std::deque<LeaderWorker::Event>> waiting = worker_->GiveUp();
+  if (!waiting.has_value()) {
+    // It cannot be given up in the middle of a call, but it is reported.
+    if (note_.empty()) LogError("leader", "the controller hangs in a call: in a write or a send");
+    note_ = absl::StrCat("the controller has been in one call for ", busy_ms, " ms");
+    return;
+  }
   ++replaced_;
   metrics_->OnControllerStalled();
   LeaderLoopOptions loop = options_.loop;
@@ -316,15 +201,22 @@ void Leader::ReplaceLocked(int64_t busy_ms) {
       "the controller made no progress for ", busy_ms, " ms (lost ", replaced_,
       last ? " times): there are no more plans" : " times): another one has taken its place");
   LogError("leader", note_);
-  absl::StatusOr<std::shared_ptr<Worker>> next = Worker::Start(loop,
-                                                               {.placement = placement_,
-                                                                .ranks = ranks_,
-                                                                .last_plan_id = last_plan_id_,
-                                                                .window = *worker_->window()},
-                                                               &host_);
-  BALLAST_CHECK(next.ok());  // it was made of these options before
-  worker_ = *std::move(next);
-  for (Event& event : *waiting) worker_->Push(std::move(event));
+  // The old one may have been lost over the end of the plan.
+  if (plan_has_ended_) plan_under_way_ = 0;
+  worker_ = LeaderWorker::StartAnyhow(loop,
+                                      {.placement = placement_,
+                                       .ranks = ranks_,
+                                       .last_plan_id = last_plan_id_,
+                                       .departures = departures_,
+                                       .window = *worker_->window()},
+                                      &host_);
+  for (LeaderWorker::Event& event : *waiting) {
+    // The new one begins with what the others led to.
+    if (std::holds_alternative<StepRecord>(event) ||
+        std::holds_alternative<LeaderWorker::Forced>(event)) {
+      worker_->Push(std::move(event));
+    }
+  }
 }
 
 std::string Leader::ControllerNote() const {
@@ -350,10 +242,6 @@ std::shared_ptr<const ServerState> Leader::CurrentState() {
   return state_;
 }
 
-void Leader::Vacate(int32_t rank) {
-  Push(Vacating{.rank = rank});
-}
-
 std::string Leader::PlacementJson() const {
   std::unique_lock lock(mutex_);
   const Placement placement = placement_;
@@ -374,9 +262,12 @@ std::string Leader::PlacementJson() const {
 }
 
 std::string Leader::Rebalance() {
-  Forced forced;
+  LeaderWorker::Forced forced;
   auto answer = forced.answer.get_future();
-  Push(std::move(forced));
+  {
+    const std::lock_guard lock(mutex_);
+    worker_->Push(std::move(forced));
+  }
   if (answer.wait_for(kAnswerDeadline) != std::future_status::ready) {
     return R"({"planned":false,"reason":"the controller did not answer in time"})";
   }

@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
-#include "runtime/leader_loop.h"
+#include "runtime/leader_worker.h"
 #include "runtime/rank_observer.h"
 #include "runtime/server_state.h"
 
@@ -25,9 +25,10 @@ namespace ballast {
 //
 // Another thread watches it. A controller that works on one thing for longer than
 // `stall_deadline_ms` is reported (log, metric, note) and given up: a new one takes its place, with
-// the placement in force and the load that the old one knew last. The old thread is left to itself,
-// reaches nobody any more, and ends should it ever come back. After a few such losses there is no
-// new one: serving goes on with the placement in force.
+// the placement in force, the departures under way and the load that the old one knew last. The old
+// thread is left to itself, reaches nobody any more, and ends should it ever come back. After a few
+// such losses there are no more plans: serving goes on with the placement in force. One that hangs
+// in a call of this class (a write of the step log, a send) is reported and not given up.
 // THREADS OnStep, OnPlanEnded and OnRest from the step thread; the others from any thread.
 class Leader : public EngineObserver {
  public:
@@ -72,14 +73,11 @@ class Leader : public EngineObserver {
   std::string ControllerNote() const;
 
  private:
-  class Worker;
-
   Leader(const Options& options, const Placement& initial, RankObserver rank_observer,
          RankMetrics* metrics, std::function<absl::Status(std::vector<std::byte>)> send_plan);
   absl::Status OpenStepLog();
   absl::Status SendPlan(const MigrationPlan& plan);
-  template <typename T>
-  void Push(T event);
+  void Depart(int32_t rank);
   void Watch();
   void ReplaceLocked(int64_t busy_ms);
   std::shared_ptr<const ServerState> CurrentState();
@@ -94,11 +92,13 @@ class Leader : public EngineObserver {
   // State below is protected by mutex_.
   std::condition_variable wake_;  // of the watching thread
   bool stop_ = false;
-  Placement placement_;         // in force
-  std::vector<int32_t> ranks_;  // of the job, by rank of placement_
-  int64_t last_plan_id_ = 0;    // sent
-  int64_t plan_under_way_ = 0;  // sent, and not yet ended; 0: none
-  std::shared_ptr<Worker> worker_;
+  Placement placement_;              // in force
+  std::vector<int32_t> ranks_;       // of the job, by rank of placement_
+  int64_t last_plan_id_ = 0;         // sent
+  int64_t plan_under_way_ = 0;       // sent, and not yet ended; 0: none
+  bool plan_has_ended_ = false;      // on the ranks, if not in the worker's books
+  std::vector<int32_t> departures_;  // ranks that are being vacated
+  std::shared_ptr<LeaderWorker> worker_;
   int32_t replaced_ = 0;  // workers
   std::string note_;
   std::shared_ptr<const ServerState> state_;  // the last one that was made

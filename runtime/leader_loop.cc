@@ -24,24 +24,30 @@ void AppendArray(std::string* text, const std::vector<T>& values) {
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<LeaderLoop>> LeaderLoop::Create(const LeaderLoopOptions& options,
-                                                               Start start,
-                                                               std::shared_ptr<Tether> tether) {
-  std::unique_ptr<LeaderLoop> loop(new LeaderLoop(options, start, std::move(tether)));
-  BALLAST_RETURN_IF_ERROR(
-      loop->MakeController(options.controller, start.placement, start.last_plan_id));
-  loop->Feed(start.window);
-  return loop;
-}
-
 LeaderLoop::LeaderLoop(const LeaderLoopOptions& options, Start start,
                        std::shared_ptr<Tether> tether)
     : options_(options),
       tether_(std::move(tether)),
-      counts_(static_cast<size_t>(kNumTokenKinds) * start.placement.num_layers() *
-              start.placement.num_experts()),
-      ranks_(std::move(start.ranks)),
-      granted_ns_(options.now_ns()) {}
+      start_(std::move(start)),
+      counts_(static_cast<size_t>(kNumTokenKinds) * start_.placement.num_layers() *
+              start_.placement.num_experts()),
+      ranks_(start_.ranks),
+      granted_ns_(options.now_ns()) {
+  for (const int32_t rank : start_.departures) Vacate(rank);
+}
+
+absl::Status LeaderLoop::Begin() {
+  BALLAST_RETURN_IF_ERROR(
+      MakeController(options_.controller, start_.placement, start_.last_plan_id));
+  Feed(start_.window);
+  PublishLastCopies(start_.placement);
+  return absl::OkStatus();
+}
+
+void LeaderLoop::BeginAnyhow() {
+  BeginAnew(start_.placement, start_.window, start_.last_plan_id);
+  PublishLastCopies(start_.placement);
+}
 
 absl::Status LeaderLoop::MakeController(ControllerOptions options, const Placement& placement,
                                         int64_t last_plan_id) {
@@ -112,7 +118,9 @@ void LeaderLoop::OnPlanEnded(const Rebalancer::Outcome& outcome, const Placement
                        outcome.stall_ns / 1000, " us"));
   if (!controller_->in_flight()) {
     // A plan of a loop before this one.
-    if (in_force.epoch() != controller_->placement().epoch()) BeginAnew(in_force);
+    if (in_force.epoch() > controller_->placement().epoch()) {
+      BeginAnew(in_force, window(), controller_->last_plan_id());
+    }
   } else if (applied) {
     controller_->OnCommitted(outcome.plan_id, step_);
   } else {
@@ -146,14 +154,12 @@ void LeaderLoop::OnRegrouped(const Regrouping& how, const Placement& in_force) {
     LogWarning("leader", "the recording of ids ends: the ranks have changed");
     host.recorder->Stop().IgnoreError();
   });
-  BeginAnew(in_force);
+  BeginAnew(in_force, window(), controller_->last_plan_id());
   tether_->Do([](LeaderHost& host) { host.on_settled(); });
 }
 
 // A new controller, where the old one's placement is not what it expects any more.
-void LeaderLoop::BeginAnew(const Placement& placement) {
-  const Window known = window();
-  const int64_t last_plan_id = controller_->last_plan_id();
+void LeaderLoop::BeginAnew(const Placement& placement, const Window& known, int64_t last_plan_id) {
   const absl::Status made = MakeController(options_.controller, placement, last_plan_id);
   if (!made.ok()) {
     LogWarning("leader", absl::StrCat("no more plans: ", std::string(made.message())));
@@ -243,9 +249,8 @@ void LeaderLoop::AdvanceVacating() {
       const auto plan = controller_->Vacate(step_, static_cast<int32_t>(at - ranks_.begin()));
       if (plan.has_value()) {
         trigger_ = RebalanceTrigger::kManual;
-        if (Send(*plan)) return;
-        ++next.aborts;
-        continue;
+        if (!Send(*plan)) ++next.aborts;  // tried again when something happens
+        return;
       }
     }
     const int32_t rank = next.rank;

@@ -63,8 +63,8 @@ struct LeaderLoopOptions {
   int32_t num_job_ranks = 0;
   int32_t hot_experts = 8;  // per layer, in the metrics; 0: none
   int64_t hot_experts_every_tokens = 4096;
-  // Bytes per second, over all ranks, that plans may copy; 0: no limit. What is not used adds up to
-  // one second's, or to the slots of a layer where these are more.
+  // Bytes per second, over all ranks, that plans may copy, but for departures; 0: no limit. What is
+  // not used adds up to one second's, or to the slots of a layer where these are more.
   double copy_bytes_per_second = 0.0;
   int64_t copy_bytes = 1;                   // of one copy
   std::function<int64_t()> now_ns = NowNs;  // any monotonic clock
@@ -72,7 +72,7 @@ struct LeaderLoopOptions {
 
 // What the leader does about what happens, one thing after the other: feeds the controller, sends
 // its plans, has ranks leave.
-// THREADS one at a time; `Tether` and `Window` are all that others see of it.
+// THREADS one at a time
 class LeaderLoop {
  public:
   // What a loop begins with, and could hand on.
@@ -84,15 +84,16 @@ class LeaderLoop {
     Placement placement;         // in force
     std::vector<int32_t> ranks;  // of the job, by rank of the placement
     int64_t last_plan_id = 0;
+    std::vector<int32_t> departures = {};  // ranks of the job that are to be vacated
     Window window = {};
   };
-  // ERRORS kInvalidArgument: the controller's options
-  static absl::StatusOr<std::unique_ptr<LeaderLoop>> Create(const LeaderLoopOptions& options,
-                                                            Start start,
-                                                            std::shared_ptr<Tether> tether);
+  LeaderLoop(const LeaderLoopOptions& options, Start start, std::shared_ptr<Tether> tether);
 
-  // Publishes what it begins with. To be called once, before the following.
-  void Begin() { PublishLastCopies(controller_->placement()); }
+  // Makes the controller; one of the following, first of all. Policies are at work in it already.
+  // ERRORS kInvalidArgument: the controller's options
+  absl::Status Begin();
+  // Where the options do not fit the placement there will be no plans, which is logged.
+  void BeginAnyhow();
   // A step took place. `may_plan`: there is time for it now.
   void OnStep(const StepRecord& record, bool may_plan);
   void OnPlanEnded(const Rebalancer::Outcome& outcome, const Placement& in_force);
@@ -101,7 +102,7 @@ class LeaderLoop {
   std::string Rebalance();
   // Moves what only this rank of the job holds to others, by plans, then has it leave.
   void Vacate(int32_t rank) { vacating_.push_back({.rank = rank}); }
-  // To be called after each of the above.
+  // To be called after each of the above, and first of all.
   void AdvanceVacating();
 
   Window window() const;
@@ -112,11 +113,9 @@ class LeaderLoop {
     int32_t aborts = 0;  // of its plans
   };
 
-  LeaderLoop(const LeaderLoopOptions& options, Start start, std::shared_ptr<Tether> tether);
   absl::Status MakeController(ControllerOptions options, const Placement& placement,
                               int64_t last_plan_id);
-  // From `placement` on, with what is known of the load.
-  void BeginAnew(const Placement& placement);
+  void BeginAnew(const Placement& placement, const Window& known, int64_t last_plan_id);
   void Feed(const Window& window);
   void PublishLastCopies(const Placement& placement);
   void PublishHotExperts();
@@ -128,6 +127,7 @@ class LeaderLoop {
 
   const LeaderLoopOptions options_;
   const std::shared_ptr<Tether> tether_;
+  const Start start_;
   std::unique_ptr<Controller> controller_;
   std::vector<int32_t> counts_;  // [2, layers, E] of a step: prefill, decode
   int64_t step_ = 0;

@@ -120,6 +120,13 @@ void Rebalancer::Commit() {
   if (on_flip_) on_flip_(placement_);
 }
 
+void Rebalancer::GiveUp() {
+  store_->Abandon();
+  plan_.reset();
+  target_.reset();
+  vote_ = Vote::kNone;
+}
+
 absl::StatusOr<Regrouped> Rebalancer::Regroup(int64_t commit_plan_id, int64_t epoch,
                                               std::span<const GroupMember> members, int32_t rank) {
   if (placement_.epoch() < epoch) {

@@ -87,6 +87,8 @@ class Rebalancer {
   };
   absl::StatusOr<Outcome> Execute(PlanCommand command);
 
+  // Gives up what is staged, without the others.
+  void GiveUp();
   // This rank comes to a group that has `placement` in force. REQUIRES no plan is staged
   void Adopt(Placement placement) { placement_ = std::move(placement); }
   // Other ranks go on than before, this one as `rank`. First `commit_plan_id` (0: none) is put in

@@ -41,8 +41,8 @@ absl::Status CheckFits(const ServerState& state, const ServerState& fresh);
 
 // Keeps the state in a file, so that a restart can go on from it: at the start of every period in
 // which it changed, and at the end. A failed attempt leaves the file as it was, and is repeated
-// with the next period. One thread of its own: a slow disk holds up nobody. THREADS Start to
-// destruction from any one thread.
+// with the next period. One thread of its own: a slow disk holds up nobody.
+// THREADS made and destroyed by any thread
 class StateKeeper {
  public:
   struct Options {

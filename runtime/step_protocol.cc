@@ -60,9 +60,9 @@ absl::StatusOr<StepProtocol::Opening> StepProtocol::Open(std::span<const StepHea
   const uint64_t choice = MostCommonChoice(headers);
   for (const StepHeader& h : headers) opening.num_dissenters += h.choice_hash != choice;
   if (headers[static_cast<size_t>(member_)].choice_hash != choice) {
-    return absl::InternalError(
-        absl::StrCat("member ", member_, " chose other replicas in step ", step_ - 1,
-                     " than the others: it can no longer be trusted"));
+    return absl::InternalError(absl::StrCat("member ", member_, " chose other replicas in step ",
+                                            step_ - 1,
+                                            " than the others: it can no longer be trusted"));
   }
   // An aborted plan has ended when every member has received it and has nothing of it under way any
   // more. Until then the controller must not send another: its messages would meet the old ones.

@@ -92,7 +92,8 @@ void Verification::Cancel() {
 }
 
 absl::StatusOr<std::string> Verification::Run() {
-  const std::lock_guard turn(one_at_a_time_);
+  const std::unique_lock turn(one_at_a_time_, std::try_to_lock);
+  if (!turn.owns_lock()) return absl::ResourceExhaustedError("a check is under way");
   std::unique_lock lock(mutex_);
   reports_.clear();
   const uint64_t id = ++id_;

@@ -36,11 +36,11 @@ class Verification {
   // A rank's report has come. Reports of other checks are ignored.
   void OnVerified(int rank, VerifiedFrame report);
 
-  // Asks and waits; one check at a time, callers queue.
+  // Asks and waits; one check at a time.
   //   {"ok":true,"copies":n,"findings":["..."],
   //    "ranks":[{"rank":0,"step":..,"epoch":..,"placement":"16 hex digits","copies":n},..]}
   // A rank that leaves or is lost meanwhile need not answer; one that does not answer in time is a
-  // finding. ERRORS of `ask`; kUnavailable: Cancel was called
+  // finding. ERRORS of `ask`; kResourceExhausted: one is under way; kUnavailable: Cancel was called
   absl::StatusOr<std::string> Run();
   // Ends what waits.
   void Cancel();

@@ -152,14 +152,22 @@ TEST_CASE("a regrouping and the end of a store wait for the read under way", "[r
   REQUIRE(store->Stage(plan, initial).ok());
   while (reader.begun < 1) sched_yield();
   store->Abandon();
-  std::thread allow([&] { reader.allowed = 1; });
+  const auto allow_later = [&reader](int reads) {
+    return std::thread([&reader, reads] {
+      std::this_thread::sleep_for(std::chrono::milliseconds(50));
+      reader.allowed = reads;
+    });
+  };
+  std::thread allow = allow_later(1);
   store->Regroup(1, transport.get(), initial);
+  REQUIRE(reader.allowed == 1);  // it did not return before
   allow.join();
   // The one spare block is there again at once.
   REQUIRE(store->Stage(plan, initial).ok());
   while (reader.begun < 2) sched_yield();
-  std::thread allow_again([&] { reader.allowed = 2; });
+  std::thread allow_again = allow_later(2);
   store.reset();
+  REQUIRE(reader.allowed == 2);
   allow_again.join();
 }
 

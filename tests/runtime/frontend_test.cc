@@ -333,19 +333,19 @@ TEST_CASE("requests of a lost rank go on at the others and get every token once"
 TEST_CASE("a rank that is silent for too long is lost", "[runtime][unit]") {
   FakeRanks ranks({.num_ranks = 2, .step = std::chrono::milliseconds(20)});
   FrontendOptions options = Surviving();
-  options.silence_ms = 300;
+  options.silence_ms = 3000;
   const auto frontend = Start(ranks, options);
-  std::this_thread::sleep_for(std::chrono::milliseconds(500));
+  std::this_thread::sleep_for(std::chrono::milliseconds(3500));
   // They have not begun to speak.
   using State = Frontend::RankState;
   REQUIRE(frontend->rank_states() == std::vector<State>{State::kServes, State::kServes});
   const auto first = std::make_shared<Recorder>(), second = std::make_shared<Recorder>();
-  REQUIRE(frontend->Submit(Request(1, 50), first).ok());  // keeps rank 0 busy for a second
+  REQUIRE(frontend->Submit(Request(1, 250), first).ok());  // keeps rank 0 busy for five seconds
   REQUIRE(frontend->Submit(Request(1, 2), second).ok());
   REQUIRE(second->Finish() == FinishReason::kLength);
   REQUIRE(Eventually([&] { return frontend->rank_states()[1] == State::kLost; }));
   REQUIRE(first->Finish() == FinishReason::kLength);
-  REQUIRE(first->tokens().size() == 50);
+  REQUIRE(first->tokens().size() == 250);
 }
 
 TEST_CASE("destruction ends what is pending", "[runtime][unit]") {

@@ -104,6 +104,32 @@ TEST_CASE("a rank that cannot follow is given up", "[runtime][group]") {
   CHECK(RanksOf(TakeAll(leader).halts) == std::vector<int32_t>{0, 3});
 }
 
+TEST_CASE("a silent rank is lost alone, whatever stands after it", "[runtime][group]") {
+  GroupLeader leader = Leader(5);
+  leader.OnLost(4, 0);
+  leader.TakeLost();
+  TakeAll(leader);
+  for (const int32_t r : {0, 2, 3}) leader.OnHalted(r, At(1, 1, 0), 50);
+  leader.OnTick(100);
+  CHECK(leader.TakeLost() == std::vector<int32_t>{1});
+  CHECK(leader.members() == std::vector<int32_t>{0, 2, 3});
+  CHECK(leader.generation() == 2);
+}
+
+TEST_CASE("the same ranks begin anew when they are told to", "[runtime][group]") {
+  GroupLeader leader = Leader(3);
+  leader.Renew(10);
+  CHECK(leader.halting());
+  CHECK(leader.generation() == 1);
+  CHECK(RanksOf(TakeAll(leader).halts) == std::vector<int32_t>{0, 1, 2});
+  leader.Renew(20);  // under way already
+  CHECK(leader.generation() == 1);
+  for (const int32_t r : {0, 1, 2}) leader.OnHalted(r, At(1, 7, 3), 30);
+  CHECK_FALSE(leader.halting());
+  CHECK(leader.members() == std::vector<int32_t>{0, 1, 2});
+  CHECK(leader.TakeLost().empty());
+}
+
 TEST_CASE("a loss on the way, also a silent one, begins again", "[runtime][group]") {
   GroupLeader leader = Leader(4);
   leader.OnLost(1, 0);

@@ -28,7 +28,7 @@ struct Script {
 // Puts expert 0 into the last slot, or does what the script says.
 class ScriptedPlanner : public LayerPlanner {
  public:
-  explicit ScriptedPlanner(Script* script) : script_(script) {}
+  explicit ScriptedPlanner(std::shared_ptr<Script> script) : script_(std::move(script)) {}
   void OnBatch(std::span<const int32_t>, TokenKind, float) override {
     HangIn(&script_->batch_hangs);
   }
@@ -53,12 +53,12 @@ class ScriptedPlanner : public LayerPlanner {
     while (!script_->release) std::this_thread::sleep_for(std::chrono::milliseconds(1));
     --script_->hanging;
   }
-  Script* script_;
+  std::shared_ptr<Script> script_;
 };
 
 class ScriptedPolicy : public Policy {
  public:
-  explicit ScriptedPolicy(Script* script) : script_(script) {}
+  explicit ScriptedPolicy(std::shared_ptr<Script> script) : script_(std::move(script)) {}
   std::unique_ptr<LayerPlanner> MakeLayerPlanner(const PolicyContext& context,
                                                  int32_t layer) const override {
     auto planner = std::make_unique<ScriptedPlanner>(script_);
@@ -67,10 +67,12 @@ class ScriptedPolicy : public Policy {
   }
 
  private:
-  Script* script_;
+  std::shared_ptr<Script> script_;
 };
 
 class Watched {
+  std::shared_ptr<Script> shared_ = std::make_shared<Script>();
+
  public:
   explicit Watched(Leader::Options options = {}) {
     auto metrics = RankMetrics::Create({.rank = 0,
@@ -86,8 +88,8 @@ class Watched {
     REQUIRE(metrics.ok());
     metrics_ = *std::move(metrics);
     options.loop.controller = {.policy = "scripted", .window_tokens = 100, .min_gain = 100.0};
-    options.loop.make_controller = [this](ControllerOptions o, Placement p) {
-      return Controller::CreateWith(std::make_unique<ScriptedPolicy>(&script), o, p);
+    options.loop.make_controller = [shared = shared_](ControllerOptions o, Placement p) {
+      return Controller::CreateWith(std::make_unique<ScriptedPolicy>(shared), o, p);
     };
     options.stall_deadline_ms = 1000;  // far longer than anything but a hang takes
     auto leader = Leader::Create(options, placement, RankObserver(0, kRanks, 1, metrics_.get()),
@@ -103,8 +105,6 @@ class Watched {
     script.release = true;
     leader_.reset();
     Await([this] { return script.hanging == 0; });
-    // Threads that were given up end by themselves; this test's objects must outlive them.
-    std::this_thread::sleep_for(std::chrono::milliseconds(50));
   }
 
   void Step() {
@@ -139,7 +139,8 @@ class Watched {
   }
   Leader& leader() { return *leader_; }
 
-  Script script;
+  // Threads that were given up may outlive the test: the script is theirs too.
+  Script& script = *shared_;
   Placement placement =
       *Placement::Contiguous(1, kExperts, Topology::Uniform(kRanks, kSlots), false);
 
@@ -192,6 +193,7 @@ TEST_CASE("a new controller waits for the plan of the old one, and goes on from 
   watched.Step();
   REQUIRE(watched.Rebalance()["planned"] == true);
   REQUIRE(watched.plans().size() == 1);
+  std::this_thread::sleep_for(std::chrono::milliseconds(1200));  // the load is known by then
   watched.script.batch_hangs = 1;
   watched.Step();
   REQUIRE(watched.Await([&] { return !watched.leader().ControllerNote().empty(); }));
@@ -207,6 +209,50 @@ TEST_CASE("a new controller waits for the plan of the old one, and goes on from 
   CHECK(watched.plans()[1].base_epoch == 1);
   watched.EndLastPlan();  // Apply checks that it fits
   CHECK(watched.placement.epoch() == 2);
+  watched.script.release = true;
+  SetLogLevel(LogLevel::kInfo);
+}
+
+// What the next one begins with is what the last one hung in.
+TEST_CASE("a controller that hangs in the load it is given anew is replaced as well",
+          "[leader][watch]") {
+  SetLogLevel(LogLevel::kOff);
+  Watched watched;
+  watched.Step();
+  REQUIRE(watched.Rebalance()["planned"] == true);
+  watched.EndLastPlan();
+  std::this_thread::sleep_for(std::chrono::milliseconds(1200));  // the load is known by then
+  watched.script.batch_hangs = 2;
+  watched.Step();
+  REQUIRE(watched.Await(
+      [&] { return watched.Shows("ballast_controller_stalls_total{rank=\"0\"} 2"); }));
+  watched.Step();
+  CHECK(watched.leader().PlacementJson().size() > 0);
+  CHECK(watched.Rebalance()["planned"] == true);
+  watched.script.release = true;
+  SetLogLevel(LogLevel::kInfo);
+}
+
+TEST_CASE("a departure under way outlives its controller", "[leader][watch]") {
+  SetLogLevel(LogLevel::kOff);
+  std::atomic<int> left = -1;
+  Leader::Options options;
+  options.leave = [&](int32_t rank) { left = rank; };
+  Watched watched(options);
+  watched.Step();
+  watched.leader().Vacate(2);
+  REQUIRE(watched.Await([&] { return !watched.plans().empty(); }));
+  // Its plan is under way; the controller hangs, and the plan ends meanwhile.
+  watched.script.batch_hangs = 1;
+  watched.Step();
+  REQUIRE(watched.Await([&] { return watched.script.hanging == 1; }));
+  watched.EndLastPlan();
+  REQUIRE(watched.Await([&] { return !watched.leader().ControllerNote().empty(); }));
+  REQUIRE(watched.Await([&] {
+    const MigrationPlan last = watched.plans().back();
+    if (last.base_epoch == watched.placement.epoch()) watched.EndLastPlan();
+    return left == 2;
+  }));
   watched.script.release = true;
   SetLogLevel(LogLevel::kInfo);
 }

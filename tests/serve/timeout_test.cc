@@ -52,9 +52,9 @@ TEST_CASE("a rank that is stopped for too long is lost and costs no request", "[
   CAPTURE(by_silence);
   const std::vector<std::string> flags =
       by_silence ? std::vector<std::string>{"--rank-timeout-ms", "1000"}
-                 : std::vector<std::string>{"--rank-timeout-ms", "0", "--step-timeout-ms", "1000"};
+                 : std::vector<std::string>{"--rank-timeout-ms", "0", "--step-timeout-ms", "2500"};
   Server server(4, flags, kRecovery);
-  CHECK(reference.Wrong(CompleteWithPause(server, reference, milliseconds(4000))) == 0);
+  CHECK(reference.Wrong(CompleteWithPause(server, reference, milliseconds(6000))) == 0);
   CHECK(server.AwaitState(2, "lost"));
   CHECK(server.Metrics(0).Sum("ballast_ranks_serving") == 3);
   CHECK(server.Metrics(0).Sum("ballast_regroupings_total") >= 1);
