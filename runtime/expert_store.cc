@@ -115,6 +115,15 @@ size_t ExpertStore::resident_bytes() const {
   return static_cast<size_t>(held) * options_.block_bytes;
 }
 
+size_t ExpertStore::memory_bytes() const {
+  size_t bytes = 0;
+  for (const AlignedBuffer& memory : memory_) bytes += memory.size();
+  for (const auto* flows : {&sends_, &receives_}) {
+    for (const auto& flow : *flows) bytes += flow->buffer.size();
+  }
+  return bytes;
+}
+
 uint64_t ExpertStore::SealedChecksum(int32_t layer, int32_t expert) const {
   return sealed_checksum_[At(layer, expert)];
 }

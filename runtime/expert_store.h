@@ -93,6 +93,11 @@ class ExpertStore : public CopyStore {
   int32_t rank() const { return options_.rank; }
   // Of the experts that this rank holds.
   size_t resident_bytes() const;
+  // All that it has allocated for parameters and their transfers, whatever is under way:
+  //   (resident_blocks + staging_blocks) * block_bytes, each block in whole cache lines,
+  //   + a chunk and its header, both ways, for every other rank
+  // After a regrouping with the larger counts that it brought.
+  size_t memory_bytes() const;
   int64_t bytes_received() const { return bytes_received_; }
   int64_t copies_received() const { return copies_received_; }
   int64_t copies_read() const { return copies_read_; }  // from the checkpoint, by plans

@@ -217,8 +217,15 @@ void Frontend::State::HandleLocked(int rank, const EventsFrame& frame) {
 // run out of patience names the culprit: those that wait for it in turn began later.
 void Frontend::State::HandleLocked(int rank, const TroubleFrame& frame) {
   if (group_.halting() || frame.generation != group_.generation()) return;
-  // Somebody was lost over the stop: the others have to begin anew to hear of it.
-  if (frame.missing.empty() || stopped_) {
+  if (stopped_) {
+    // Somebody was lost over the stop: the others have to begin anew to hear of it.
+    for (const int32_t missing : frame.missing) {
+      if (group_.is_member(missing) && closed_[missing]) group_.OnLost(missing, NowNs());
+    }
+    group_.Renew(NowNs());
+    return RegroupLocked();
+  }
+  if (frame.missing.empty()) {
     group_.Renew(NowNs());
     return RegroupLocked();
   }

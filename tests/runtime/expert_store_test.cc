@@ -31,30 +31,32 @@ TEST_CASE("plans move experts byte for byte while the old ones stay", "[runtime]
       CAPTURE(chunk, budget);
       const MigrationPlan forth = PlanFrom(initial, 1);
       const Placement middle = *forth.Apply(initial);
-      const MigrationPlan back = *MakeMigrationPlan(
-          middle, {{0, {0, 1, kNoExpert, 2, 3, kNoExpert, 4, 5, kNoExpert}},
-                   {1, {0, 1, kNoExpert, 2, 3, kNoExpert, 4, 5, kNoExpert}}}, 2);
+      const MigrationPlan back =
+          *MakeMigrationPlan(middle,
+                             {{0, {0, 1, kNoExpert, 2, 3, kNoExpert, 4, 5, kNoExpert}},
+                              {1, {0, 1, kNoExpert, 2, 3, kNoExpert, 4, 5, kNoExpert}}},
+                             2);
       const Placement end = *back.Apply(middle);
-      const auto statuses = RunRanks(kRanks, [&](Transport* transport, Communicator* comm,
-                                                 int rank) {
-        const auto store = FilledStore(transport, initial, chunk);
-        for (int round = 0; round < 2; ++round) {
-          BALLAST_RETURN_IF_ERROR(store->Stage(forth, initial));
-          BALLAST_RETURN_IF_ERROR(PollUntilStaged(store.get(), budget));
-          BALLAST_RETURN_IF_ERROR(CheckHolds(*store, initial, rank));
-          BALLAST_RETURN_IF_ERROR(Barrier(comm));
-          store->Commit(middle);
-          BALLAST_RETURN_IF_ERROR(CheckHolds(*store, middle, rank));
-          BALLAST_RETURN_IF_ERROR(store->Stage(back, middle));
-          BALLAST_RETURN_IF_ERROR(PollUntilStaged(store.get(), budget));
-          BALLAST_RETURN_IF_ERROR(Barrier(comm));
-          store->Commit(end);
-          BALLAST_RETURN_IF_ERROR(CheckHolds(*store, end, rank));
-        }
-        const bool counted = store->bytes_received() ==
-                             store->copies_received() * static_cast<int64_t>(kBlockBytes);
-        return counted ? absl::OkStatus() : absl::InternalError("bytes are miscounted");
-      });
+      const auto statuses =
+          RunRanks(kRanks, [&](Transport* transport, Communicator* comm, int rank) {
+            const auto store = FilledStore(transport, initial, chunk);
+            for (int round = 0; round < 2; ++round) {
+              BALLAST_RETURN_IF_ERROR(store->Stage(forth, initial));
+              BALLAST_RETURN_IF_ERROR(PollUntilStaged(store.get(), budget));
+              BALLAST_RETURN_IF_ERROR(CheckHolds(*store, initial, rank));
+              BALLAST_RETURN_IF_ERROR(Barrier(comm));
+              store->Commit(middle);
+              BALLAST_RETURN_IF_ERROR(CheckHolds(*store, middle, rank));
+              BALLAST_RETURN_IF_ERROR(store->Stage(back, middle));
+              BALLAST_RETURN_IF_ERROR(PollUntilStaged(store.get(), budget));
+              BALLAST_RETURN_IF_ERROR(Barrier(comm));
+              store->Commit(end);
+              BALLAST_RETURN_IF_ERROR(CheckHolds(*store, end, rank));
+            }
+            const bool counted = store->bytes_received() ==
+                                 store->copies_received() * static_cast<int64_t>(kBlockBytes);
+            return counted ? absl::OkStatus() : absl::InternalError("bytes are miscounted");
+          });
       REQUIRE(FirstError(statuses) == "");
     }
   }
@@ -69,8 +71,8 @@ TEST_CASE("a plan given up with messages under way leaves everything as it was",
     const auto statuses = RunRanks(kRanks, [&](Transport* transport, Communicator* comm, int rank) {
       const auto store = FilledStore(transport, initial);
       for (int64_t plan_id = 1; plan_id <= 3; ++plan_id) {
-        const MigrationPlan plan = *MakeMigrationPlan(
-            initial, {{0, {0, 1, 4, 2, 3, 0, 4, 5, 2}}}, plan_id);
+        const MigrationPlan plan =
+            *MakeMigrationPlan(initial, {{0, {0, 1, 4, 2, 3, 0, 4, 5, 2}}}, plan_id);
         BALLAST_RETURN_IF_ERROR(store->Stage(plan, initial));
         for (int i = 0; i < polls * (rank + 1); ++i) {
           BALLAST_RETURN_IF_ERROR(Poll(store.get(), 100).status());
@@ -86,8 +88,7 @@ TEST_CASE("a plan given up with messages under way leaves everything as it was",
         BALLAST_RETURN_IF_ERROR(Barrier(comm));
       }
       // All blocks are free again: a whole plan still fits.
-      const MigrationPlan plan = *MakeMigrationPlan(
-          initial, {{0, {0, 1, 4, 2, 3, 0, 4, 5, 2}}}, 4);
+      const MigrationPlan plan = *MakeMigrationPlan(initial, {{0, {0, 1, 4, 2, 3, 0, 4, 5, 2}}}, 4);
       BALLAST_RETURN_IF_ERROR(store->Stage(plan, initial));
       BALLAST_RETURN_IF_ERROR(PollUntilStaged(store.get(), 300));
       store->Commit(*plan.Apply(initial));
@@ -198,8 +199,7 @@ TEST_CASE("receivers behind a relay find a corrupted expert out too", "[runtime]
   }
 }
 
-TEST_CASE("a relayed plan given up at any moment leaves everything as it was",
-          "[runtime][store]") {
+TEST_CASE("a relayed plan given up at any moment leaves everything as it was", "[runtime][store]") {
   const Placement initial = Initial();
   const MigrationPlan plan = RelayPlan(initial);
   for (int polls = 0; polls < 60; polls += 3) {
@@ -234,6 +234,34 @@ TEST_CASE("a plan too large for the staging memory is refused by all ranks alike
     REQUIRE(status.code() == absl::StatusCode::kResourceExhausted);
     REQUIRE(status == statuses[0]);
   }
+}
+
+// SOURCE vllm#24537: the memory of redundancy was unknown. TRT-LLM#10759: twice the parameters
+// while they moved.
+TEST_CASE("a store takes the memory that is documented, also while experts move",
+          "[runtime][store]") {
+  const Placement initial = Initial();
+  constexpr int32_t kStaging = 4;
+  constexpr size_t kBlock = 1024;  // 1,000 bytes in whole cache lines
+  constexpr size_t kExpected =
+      (kLayers * kSlots + kStaging) * kBlock + 2 * (kRanks - 1) * (kCacheLineBytes + 192);
+  REQUIRE(FirstError(RunRanks(kRanks, [&](Transport* transport, Communicator*, int) {
+            const auto store = FilledStore(transport, initial, 192, kStaging);
+            for (int64_t id = 1; id <= 2; ++id) {
+              const MigrationPlan plan = PlanFrom(initial, id);
+              BALLAST_RETURN_IF_ERROR(store->Stage(plan, initial));
+              bool staged = false;
+              while (!staged) {
+                TransferBudget budget{1 << 10, 1 << 10};
+                BALLAST_ASSIGN_OR_RETURN(staged, store->Poll(&budget));
+                if (store->memory_bytes() != kExpected) return absl::InternalError("more memory");
+                sched_yield();
+              }
+              store->Discard();
+            }
+            return store->memory_bytes() == kExpected ? absl::OkStatus()
+                                                      : absl::InternalError("more memory");
+          })) == "");
 }
 
 TEST_CASE("a regrouped store can stage a layer of the largest rank", "[runtime][store]") {

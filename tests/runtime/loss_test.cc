@@ -98,6 +98,25 @@ TEST_CASE("a rank that leaves and comes back is not noticed", "[runtime][loss]")
   for (const absl::Status& status : (*cluster)->Stop()) REQUIRE(status.ok());
 }
 
+TEST_CASE("a rank that dies over the stop holds nobody up", "[runtime][loss]") {
+  SetLogLevel(LogLevel::kOff);
+  const Reference reference(2);
+  for (const int64_t messages : {0, 1, 2, 3, 5, 8}) {
+    CAPTURE(messages);
+    auto cluster = Cluster::Start({.model = reference.folder.path(),
+                                   .num_ranks = 3,
+                                   .survive_losses = true,
+                                   .step_timeout_ms = 2000});
+    REQUIRE(cluster.ok());
+    REQUIRE(*(*cluster)->Generate(reference.requests) == reference.replies);
+    (*cluster)->Kill(2, messages);
+    const std::vector<absl::Status> statuses = (*cluster)->Stop();
+    CHECK(statuses[0].ok());
+    CHECK(statuses[1].ok());
+  }
+  SetLogLevel(LogLevel::kInfo);
+}
+
 TEST_CASE("only ranks that can leave may leave", "[runtime][loss][errors]") {
   const Reference reference(1);
   auto cluster =

@@ -71,6 +71,7 @@ class Prometheus {
     config = Replace(config, "evaluation_interval: 5s", "evaluation_interval: 1s");
     REQUIRE(config.find("targets/*.json") != std::string::npos);
     WriteText(dir_ / "prometheus.yml", config);
+    WriteText(dir_ / "rules.yml", ReadText(BALLAST_SOURCE_DIR "/deploy/prometheus/rules.yml"));
     json targets = json::array();
     for (const int port : server.metrics_ports()) {
       targets.push_back("127.0.0.1:" + std::to_string(port));
