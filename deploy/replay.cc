@@ -12,6 +12,7 @@
 #include "base/file.h"
 #include "base/status.h"
 #include "deploy/commands.h"
+#include "deploy/controller_flags.h"
 #include "deploy/lab.h"
 #include "deploy/replay_report.h"
 
@@ -30,14 +31,9 @@ struct ReplayFlags {
   std::vector<std::string> splits = {"exact"};
   std::string when = "after-step";
   std::vector<double> rhos = {0.3};
-  std::string windows = "separate";
-  int64_t window_tokens = 8192;
-  int64_t batch_tokens = 1;
-  double min_gain = 0.02;
-  int32_t min_steps_between = 0;
+  ControllerFlags controller;
   std::string cost_constants;
   std::string cluster;
-  PlacementRules rules;
   double copy_budget = 0.0;
   std::string json;
   std::string report;
@@ -90,12 +86,7 @@ absl::StatusOr<ReplayOptions> OptionsFromFlags(const ReplayFlags& flags, int32_t
   }
   options.rhos = flags.rhos;
   BALLAST_ASSIGN_OR_RETURN(options.when, ParsePlanTime(flags.when));
-  options.controller.separate_kinds = flags.windows == "separate";
-  options.controller.window_tokens = flags.window_tokens;
-  options.controller.batch_tokens = flags.batch_tokens;
-  options.controller.min_gain = flags.min_gain;
-  options.controller.min_steps_between = flags.min_steps_between;
-  options.controller.rules = flags.rules;
+  options.controller = flags.controller.Options();
   options.copy_budget = flags.copy_budget;
   options.now_ns = NowNs;
   return options;
@@ -210,7 +201,7 @@ absl::Status RunReplay(const ReplayFlags& flags) {
             << " tokens dropped at the ends of the files\n"
             << TableOf(options, result) << PredictionOf(options, result);
   std::optional<ReplayResult> uncovered;
-  if (flags.rules.coverage == 1) {
+  if (flags.controller.rules.coverage == 1) {
     ReplayOptions without = options;
     without.controller.rules.coverage = 0;
     BALLAST_ASSIGN_OR_RETURN(uncovered, Replay(trace, without));
@@ -223,42 +214,6 @@ absl::Status RunReplay(const ReplayFlags& flags) {
     BALLAST_RETURN_IF_ERROR(WriteFile(flags.report, ReplayReport(trace, options, result)));
   }
   return absl::OkStatus();
-}
-
-void AddControllerFlags(CLI::App* app, ReplayFlags* f) {
-  const char* group = "Controller (as in serve)";
-  app->add_option("--windows", f->windows,
-                  "separate: prefill and decode have windows and batches of their own, where the "
-                  "trace tells them apart; joint: one for both")
-      ->check(CLI::IsMember({"separate", "joint"}))
-      ->group(group);
-  app->add_option("--window-tokens", f->window_tokens,
-                  "Tokens, of each kind, that a decision looks back over")
-      ->check(CLI::Range(int64_t{1}, int64_t{1} << 40))
-      ->group(group);
-  app->add_option("--batch-tokens", f->batch_tokens,
-                  "Tokens of a kind, of steps in a row, that a planner takes as one batch")
-      ->check(CLI::Range(int64_t{1}, int64_t{1} << 40))
-      ->group(group);
-  app->add_option("--min-gain", f->min_gain, "Smallest fall of imbalance that is worth moving for")
-      ->check(CLI::Range(0.0, 100.0))
-      ->group(group);
-  app->add_option("--min-steps-between", f->min_steps_between, "Steps from one plan to the next")
-      ->check(CLI::Range(0, 1 << 30))
-      ->group(group);
-  app->add_option("--coverage", f->rules.coverage,
-                  "1: the loss of any one rank leaves each of the hottest experts, as many as "
-                  "there are spare slots, a copy; replayed without coverage too. Policy regret")
-      ->check(CLI::Range(0, 1))
-      ->group(group);
-  app->add_flag("--node-local", f->rules.node_local,
-                "Copies stay on the node of their expert. Policies regret, never, static")
-      ->group(group);
-  app->add_option("--copy-budget", f->copy_budget,
-                  "Copies per step, over all layers and ranks, that the controller may make; 0: no "
-                  "limit")
-      ->check(CLI::Range(0.0, 1e12))
-      ->group(group);
 }
 
 void AddFlags(CLI::App* app, ReplayFlags* f) {
@@ -301,6 +256,13 @@ void AddFlags(CLI::App* app, ReplayFlags* f) {
   app->add_option(
       "--cluster", f->cluster,
       "JSON file of a cluster (docs/cluster-320.json): predict the time of steps there");
+  const char* group = "Controller (as in serve)";
+  AddControllerFlags(app, group, &f->controller);
+  app->add_option("--copy-budget", f->copy_budget,
+                  "Copies per step, over all layers and ranks, that the controller may make; 0: no "
+                  "limit")
+      ->check(CLI::Range(0.0, 1e12))
+      ->group(group);
   app->add_option("--json", f->json, "Write the figures to this file");
   app->add_option("--report", f->report, "Write a page with charts to this file (HTML)");
 }
@@ -311,9 +273,9 @@ RunCommand AddReplayCommand(CLI::App* app) {
   auto flags = std::make_shared<ReplayFlags>();
   AddConfigFlag(app);
   AddFlags(app, flags.get());
-  AddControllerFlags(app, flags.get());
   app->footer(
       "cost = mean over layers and steps of imbalance + rho * copies received by the busiest rank\n"
+      "With --coverage 1 everything is replayed without coverage too, to see what it costs.\n"
       "Example: ballast replay --trace monday.npy,friday.npy --ranks 8 --slots 72 \\\n"
       "           --policy never,eplb-interval:8,regret --split exact,even --rho .03,.3,3");
   return [flags](int*, char***) { return Finish(RunReplay(*flags)); };

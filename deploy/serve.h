@@ -5,7 +5,7 @@
 #include <string>
 
 #include "absl/status/status.h"
-#include "placement/rules.h"
+#include "deploy/controller_flags.h"
 
 namespace ballast {
 
@@ -31,14 +31,9 @@ struct ServeFlags {
   int64_t request_timeout_ms = 300'000;
   int64_t drain_timeout_ms = 30'000;
   int32_t threads = 0;
-  std::string windows = "separate";
-  int64_t window_tokens = 8192;
-  int64_t batch_tokens = 1024;
+  ControllerFlags controller = {.batch_tokens = 1024};
   double rho = 0.1;
   int32_t rebalance_every = 0;
-  int32_t min_steps_between = 0;
-  double min_gain = 0.02;
-  PlacementRules rules;
   double copy_budget_mb = 0.0;
   double migration_bandwidth_mb = 0.0;
   double migration_share = 0.05;

@@ -4,6 +4,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "deploy/commands.h"
+#include "deploy/controller_flags.h"
 #include "deploy/serve.h"
 #include "placement/policy.h"
 #include "placement/split.h"
@@ -118,38 +119,11 @@ void AddPlacementFlags(CLI::App* app, ServeFlags* f) {
   app->add_option("--when", f->when, "When a plan is in force: after-step, some steps later")
       ->check(CheckWhen, "{after-step}")
       ->group(group);
-  app->add_option("--windows", f->windows,
-                  "separate: prefill and decode have windows and batches of their own; joint: one "
-                  "for both")
-      ->check(CLI::IsMember({"separate", "joint"}))
-      ->group(group);
-  app->add_option("--window-tokens", f->window_tokens,
-                  "Tokens, of each kind, that a decision looks back over")
-      ->check(CLI::Range(int64_t{1}, int64_t{1} << 40))
-      ->group(group);
-  app->add_option("--batch-tokens", f->batch_tokens,
-                  "Policy regret: steps are added up to batches of so many tokens of a kind")
-      ->check(CLI::Range(int64_t{1}, int64_t{1} << 40))
-      ->group(group);
+  AddControllerFlags(app, group, &f->controller);
   app->add_option("--rho", f->rho,
                   "Policy regret: what the transfer of one expert costs, in ideal times of a layer "
                   "and batch")
       ->check(CLI::Range(1e-6, 1e6))
-      ->group(group);
-  app->add_option("--min-gain", f->min_gain,
-                  "Policy eplb: smallest fall of a layer's imbalance (max/mean) worth moving for")
-      ->check(CLI::Range(0.0, 100.0))
-      ->group(group);
-  app->add_option("--min-steps-between", f->min_steps_between, "Steps from one plan to the next")
-      ->check(CLI::Range(0, 1 << 30))
-      ->group(group);
-  app->add_option("--coverage", f->rules.coverage,
-                  "1: the loss of any one rank leaves each of the hottest experts, as many as "
-                  "there are spare slots, a copy. Policy regret")
-      ->check(CLI::Range(0, 1))
-      ->group(group);
-  app->add_flag("--node-local", f->rules.node_local,
-                "Copies stay on the node of their expert. Policies regret, never, static")
       ->group(group);
   app->add_option("--copy-budget-mb", f->copy_budget_mb,
                   "Megabytes (10^6 bytes) of expert parameters per second, over all ranks, that "
@@ -198,7 +172,7 @@ void AddMigrationFlags(CLI::App* app, ServeFlags* f) {
       ->group(group);
 }
 
-void AddControllerFlags(CLI::App* app, ServeFlags* f) {
+void AddWatchFlags(CLI::App* app, ServeFlags* f) {
   const char* group = "Controller";
   app->add_option("--controller-timeout-ms", f->controller_timeout_ms,
                   "A controller that works on one thing for so long is given up, and another takes "
@@ -225,7 +199,7 @@ RunCommand AddServeCommand(CLI::App* app) {
   AddServerFlags(app, flags.get());
   AddEngineFlags(app, flags.get());
   AddPlacementFlags(app, flags.get());
-  AddControllerFlags(app, flags.get());
+  AddWatchFlags(app, flags.get());
   AddMigrationFlags(app, flags.get());
   app->footer(
       "Every flag can be set by an environment variable (BALLAST_PORT for --port) or in the file "

@@ -109,12 +109,13 @@ absl::Status Server::MakePlacement() {
   Topology topology = Topology::Uniform(ranks, slots);
   topology.node_of_rank = mpi_->node_of_rank();
   BALLAST_ASSIGN_OR_RETURN(const auto policy, MakePolicy(flags_.policy));
+  const PlacementRules& rules = flags_.controller.rules;
   BALLAST_RETURN_IF_ERROR(
-      CheckRules(flags_.policy, policy->rules_kept(), flags_.rules, topology, gate.num_experts));
+      CheckRules(flags_.policy, policy->rules_kept(), rules, topology, gate.num_experts));
   BALLAST_ASSIGN_OR_RETURN(
       placement_,
       Placement::Contiguous(checkpoint_->config().num_moe_layers(), gate.num_experts, topology,
-                            policy->fills_spare_slots_at_start(), flags_.rules.node_local));
+                            policy->fills_spare_slots_at_start(), rules.node_local));
   return absl::OkStatus();
 }
 

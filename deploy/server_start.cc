@@ -72,7 +72,7 @@ absl::StatusOr<ServerState> Server::ReadState() const {
   BALLAST_ASSIGN_OR_RETURN(const std::string text, ReadFile(flags_.state_file));
   BALLAST_ASSIGN_OR_RETURN(ServerState state, ParseServerState(text));
   ServerState fresh{.model = checkpoint_->config().name,
-                    .rules = flags_.rules,
+                    .rules = flags_.controller.rules,
                     .placement = *placement_,
                     .window_load = {}};
   BALLAST_RETURN_IF_ERROR(CheckFits(state, fresh));
@@ -203,15 +203,10 @@ absl::Status Server::StartLeader() {
   const ModelConfig& config = checkpoint_->config();
   Leader::Options options;
   ControllerOptions& controller = options.loop.controller;
+  controller = flags_.controller.Options();
   controller.policy = flags_.policy;
   controller.num_groups = config.gate.num_groups;
-  controller.separate_kinds = flags_.windows == "separate";
-  controller.window_tokens = flags_.window_tokens;
-  controller.batch_tokens = flags_.batch_tokens;
   controller.rho = flags_.rho;
-  controller.min_gain = flags_.min_gain;
-  controller.rules = flags_.rules;
-  controller.min_steps_between = flags_.min_steps_between;
   controller.force_every_steps = flags_.rebalance_every;
   controller.layers_per_plan = flags_.layers_per_plan;
   controller.max_incoming_per_rank =

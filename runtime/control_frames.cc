@@ -34,6 +34,22 @@ absl::Status Malformed(const char* what) {
   return absl::InvalidArgumentError(absl::StrCat("control frame: malformed ", what));
 }
 
+// A list is its length and its items, each as `put` or `get` has it.
+template <class T, class Put>
+void PutList(const std::vector<T>& list, ByteWriter& out, Put put) {
+  out.Put(static_cast<uint32_t>(list.size()));
+  for (const T& item : list) put(item);
+}
+
+template <class T, class Get>
+std::vector<T> GetList(ByteReader& in, Get get) {
+  std::vector<T> list;
+  const auto count = in.Get<uint32_t>();
+  // The count is not believed: the loop ends with the bytes.
+  for (uint32_t i = 0; i < count && in.ok(); ++i) list.push_back(get());
+  return list;
+}
+
 void PutRequest(const GenerationRequest& request, ByteWriter& out) {
   out.Put(request.id);
   out.PutArray(request.prompt);
@@ -56,32 +72,40 @@ GenerationRequest GetRequest(ByteReader& in) {
   return request;
 }
 
+void PutEvents(const EventsFrame& frame, ByteWriter& out) {
+  PutList(frame.events, out, [&](const TokenEvent& event) {
+    out.Put(event.request_id);
+    out.Put(event.token);
+    out.Put(event.finish);
+    out.Put(event.index);
+  });
+}
+
 absl::StatusOr<EventsFrame> GetEvents(ByteReader& in) {
   EventsFrame frame;
-  const auto count = in.Get<uint32_t>();
-  // The count is not believed: the loop ends with the bytes.
-  for (uint32_t i = 0; i < count && in.ok(); ++i) {
+  bool known = true;
+  frame.events = GetList<TokenEvent>(in, [&] {
     TokenEvent event;
     event.request_id = in.Get<uint64_t>();
     event.token = in.Get<int32_t>();
     const auto finish = in.Get<uint8_t>();
-    if (finish > static_cast<uint8_t>(FinishReason::kFailed)) return Malformed("finish reason");
+    known &= finish <= static_cast<uint8_t>(FinishReason::kFailed);
     event.finish = static_cast<FinishReason>(finish);
     event.index = in.Get<int32_t>();
-    frame.events.push_back(event);
-  }
+    return event;
+  });
+  if (!known) return Malformed("finish reason");
   return frame;
 }
 
 void PutResume(const ResumeFrame& frame, ByteWriter& out) {
   out.Put(frame.generation);
-  out.Put(static_cast<uint32_t>(frame.members.size()));
-  for (const ResumeFrame::Member& member : frame.members) {
+  PutList(frame.members, out, [&](const ResumeFrame::Member& member) {
     out.Put(member.rank);
     out.Put(member.old_rank);
     out.Put(member.slots);
     out.Put(member.node);
-  }
+  });
   out.Put(frame.commit_plan_id);
   out.Put(frame.step);
   out.Put(frame.epoch);
@@ -91,16 +115,14 @@ void PutResume(const ResumeFrame& frame, ByteWriter& out) {
 ResumeFrame GetResume(ByteReader& in) {
   ResumeFrame frame;
   frame.generation = in.Get<int64_t>();
-  const auto count = in.Get<uint32_t>();
-  // The count is not believed: the loop ends with the bytes.
-  for (uint32_t i = 0; i < count && in.ok(); ++i) {
+  frame.members = GetList<ResumeFrame::Member>(in, [&] {
     ResumeFrame::Member member;
     member.rank = in.Get<int32_t>();
     member.old_rank = in.Get<int32_t>();
     member.slots = in.Get<int32_t>();
     member.node = in.Get<int32_t>();
-    frame.members.push_back(member);
-  }
+    return member;
+  });
   frame.commit_plan_id = in.Get<int64_t>();
   frame.step = in.Get<int64_t>();
   frame.epoch = in.Get<int64_t>();
@@ -114,13 +136,12 @@ void PutVerified(const VerifiedFrame& frame, ByteWriter& out) {
   out.Put(frame.epoch);
   out.Put(frame.fingerprint);
   out.PutArray(frame.fault);
-  out.Put(static_cast<uint32_t>(frame.copies.size()));
-  for (const VerifiedCopy& copy : frame.copies) {
+  PutList(frame.copies, out, [&](const VerifiedCopy& copy) {
     out.Put(copy.layer);
     out.Put(copy.expert);
     out.Put(copy.found);
     out.Put(copy.expected);
-  }
+  });
 }
 
 VerifiedFrame GetVerified(ByteReader& in) {
@@ -130,16 +151,14 @@ VerifiedFrame GetVerified(ByteReader& in) {
   frame.epoch = in.Get<int64_t>();
   frame.fingerprint = in.Get<uint64_t>();
   frame.fault = in.GetArray<std::byte>();
-  const auto count = in.Get<uint32_t>();
-  // The count is not believed: the loop ends with the bytes.
-  for (uint32_t i = 0; i < count && in.ok(); ++i) {
+  frame.copies = GetList<VerifiedCopy>(in, [&] {
     VerifiedCopy copy;
     copy.layer = in.Get<int32_t>();
     copy.expert = in.Get<int32_t>();
     copy.found = in.Get<uint64_t>();
     copy.expected = in.Get<uint64_t>();
-    frame.copies.push_back(copy);
-  }
+    return copy;
+  });
   return frame;
 }
 
@@ -186,13 +205,7 @@ std::vector<std::byte> Serialize(const RankFrame& frame) {
   ByteWriter out;
   std::visit(Overloaded{[&](const EventsFrame& body) {
                           out.Put(FrameKind::kEvents);
-                          out.Put(static_cast<uint32_t>(body.events.size()));
-                          for (const TokenEvent& event : body.events) {
-                            out.Put(event.request_id);
-                            out.Put(event.token);
-                            out.Put(event.finish);
-                            out.Put(event.index);
-                          }
+                          PutEvents(body, out);
                         },
                         [&](const RankStatusFrame& body) {
                           out.Put(FrameKind::kRankStatus);

@@ -4,6 +4,8 @@
 #include <catch2/catch.hpp>
 #include <nlohmann/json.hpp>
 
+#include "tests/support/test_metrics.h"
+
 namespace ballast {
 namespace {
 
@@ -14,16 +16,7 @@ constexpr int64_t kSecond = 1'000'000'000;
 class Bench {
  public:
   explicit Bench(double copy_bytes_per_second) {
-    auto metrics = RankMetrics::Create({.rank = 0,
-                                        .node = "test",
-                                        .backend = "cpu",
-                                        .version = "test",
-                                        .commit = "",
-                                        .model = "tiny",
-                                        .num_layers = 1,
-                                        .num_experts = kExperts,
-                                        .top_k = 1,
-                                        .num_ranks = kRanks});
+    auto metrics = testing::TestMetrics({.num_experts = kExperts, .num_ranks = kRanks});
     REQUIRE(metrics.ok());
     metrics_ = *std::move(metrics);
     Leader::Options options;

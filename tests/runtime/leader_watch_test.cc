@@ -10,6 +10,7 @@
 #include "base/log.h"
 #include "placement/policy.h"
 #include "runtime/leader.h"
+#include "tests/support/test_metrics.h"
 
 namespace ballast {
 namespace {
@@ -75,16 +76,7 @@ class Watched {
 
  public:
   explicit Watched(Leader::Options options = {}) {
-    auto metrics = RankMetrics::Create({.rank = 0,
-                                        .node = "test",
-                                        .backend = "cpu",
-                                        .version = "test",
-                                        .commit = "",
-                                        .model = "tiny",
-                                        .num_layers = 1,
-                                        .num_experts = kExperts,
-                                        .top_k = 1,
-                                        .num_ranks = kRanks});
+    auto metrics = testing::TestMetrics({.num_experts = kExperts, .num_ranks = kRanks});
     REQUIRE(metrics.ok());
     metrics_ = *std::move(metrics);
     options.loop.controller = {.policy = "scripted", .window_tokens = 100, .min_gain = 100.0};

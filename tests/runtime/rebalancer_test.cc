@@ -63,6 +63,10 @@ struct Rank {
   std::unique_ptr<Rebalancer> rebalancer;
 };
 
+absl::Status Expect(bool condition, const char* what) {
+  return condition ? absl::OkStatus() : absl::InternalError(std::string(what) + " does not hold");
+}
+
 // Every rank hears the votes of all; the leader judges, and all do what it says at the same step.
 absl::StatusOr<Command> RunStep(Communicator* comm, Rebalancer* rebalancer, int64_t now_ns) {
   const PlanVote mine = rebalancer->vote();
@@ -89,6 +93,14 @@ absl::StatusOr<Command> RunToTheEnd(Communicator* comm, Rebalancer* rebalancer) 
   return absl::DeadlineExceededError("the plan does not end");
 }
 
+// Hands a plan to this rank, as the others do to theirs, and sees how it ends.
+absl::Status EndsIn(Command end, const MigrationPlan& plan, Communicator* comm,
+                    Rebalancer* rebalancer) {
+  rebalancer->OnPlan(plan);
+  BALLAST_ASSIGN_OR_RETURN(const Command done, RunToTheEnd(comm, rebalancer));
+  return Expect(done == end, end == Command::kFlip ? "a flip" : "an abort");
+}
+
 // Steps until nobody is busy.
 absl::Status Settle(Communicator* comm, Rebalancer* rebalancer) {
   for (int step = 0; step < 100'000; ++step) {
@@ -100,10 +112,6 @@ absl::Status Settle(Communicator* comm, Rebalancer* rebalancer) {
     rebalancer->Slice(SliceOf::kRest);
   }
   return absl::DeadlineExceededError("the ranks stay busy");
-}
-
-absl::Status Expect(bool condition, const char* what) {
-  return condition ? absl::OkStatus() : absl::InternalError(std::string(what) + " does not hold");
 }
 
 TEST_CASE("all ranks flip at one step once all have staged", "[runtime][rebalancer]") {
@@ -130,16 +138,12 @@ TEST_CASE("one failed vote aborts everywhere and the next plan succeeds", "[runt
             Rebalancer& rebalancer = *self.rebalancer;
             // The only holder's memory is damaged: the receiver finds out.
             if (rank == 0) self.store.Allocate(0, 0)[100] ^= std::byte{4};
-            rebalancer.OnPlan(Plan(initial, 1));
-            BALLAST_ASSIGN_OR_RETURN(Command done, RunToTheEnd(comm, &rebalancer));
-            BALLAST_RETURN_IF_ERROR(Expect(done == Command::kAbort, "an abort"));
+            BALLAST_RETURN_IF_ERROR(EndsIn(Command::kAbort, Plan(initial, 1), comm, &rebalancer));
             BALLAST_RETURN_IF_ERROR(Expect(rebalancer.placement() == initial, "the old placement"));
             BALLAST_RETURN_IF_ERROR(Expect(self.table_epoch == 0, "the old table"));
             BALLAST_RETURN_IF_ERROR(Settle(comm, &rebalancer));
             if (rank == 0) self.store.Allocate(0, 0)[100] ^= std::byte{4};
-            rebalancer.OnPlan(Plan(initial, 2));
-            BALLAST_ASSIGN_OR_RETURN(done, RunToTheEnd(comm, &rebalancer));
-            return Expect(done == Command::kFlip, "a flip");
+            return EndsIn(Command::kFlip, Plan(initial, 2), comm, &rebalancer);
           })) == "");
 }
 
@@ -150,13 +154,10 @@ TEST_CASE("what a damaged holder cannot give the checkpoint gives", "[runtime][r
             Rank self(transport, initial);
             Rebalancer& rebalancer = *self.rebalancer;
             if (rank == 0) self.store.Allocate(0, 0)[100] ^= std::byte{4};
-            rebalancer.OnPlan(Plan(initial, 1));
-            BALLAST_ASSIGN_OR_RETURN(Command done, RunToTheEnd(comm, &rebalancer));
-            BALLAST_RETURN_IF_ERROR(Expect(done == Command::kAbort, "an abort"));
+            BALLAST_RETURN_IF_ERROR(EndsIn(Command::kAbort, Plan(initial, 1), comm, &rebalancer));
             BALLAST_RETURN_IF_ERROR(Settle(comm, &rebalancer));
-            rebalancer.OnPlan(Plan(initial, 2, CopySource::kFile));
-            BALLAST_ASSIGN_OR_RETURN(done, RunToTheEnd(comm, &rebalancer));
-            BALLAST_RETURN_IF_ERROR(Expect(done == Command::kFlip, "a flip"));
+            BALLAST_RETURN_IF_ERROR(
+                EndsIn(Command::kFlip, Plan(initial, 2, CopySource::kFile), comm, &rebalancer));
             return Expect(rank == 0 || self.store.Parameters(0, 0)[100] == std::byte{1},
                           "the undamaged copy");
           })) == "");
@@ -229,9 +230,7 @@ TEST_CASE("a plan that arrives after its abort is taken in and dropped", "[runti
             BALLAST_RETURN_IF_ERROR(Expect(rebalancer.vote().plan_id == 0, "no vote"));
             BALLAST_RETURN_IF_ERROR(Settle(comm, &rebalancer));
             BALLAST_RETURN_IF_ERROR(Expect(rebalancer.placement() == initial, "the old placement"));
-            rebalancer.OnPlan(Plan(initial, 2));
-            BALLAST_ASSIGN_OR_RETURN(done, RunToTheEnd(comm, &rebalancer));
-            return Expect(done == Command::kFlip, "a flip");
+            return EndsIn(Command::kFlip, Plan(initial, 2), comm, &rebalancer);
           })) == "");
 }
 

@@ -7,6 +7,7 @@
 
 #include "base/random.h"
 #include "base/status.h"
+#include "tests/support/test_metrics.h"
 
 namespace ballast::testing {
 namespace {
@@ -213,16 +214,10 @@ absl::Status Cluster::Prepare(const ClusterOptions& options) {
 
 absl::Status Cluster::StartLeader(const ClusterOptions& options, const Placement& placement) {
   const ModelConfig& config = checkpoint_->config();
-  BALLAST_ASSIGN_OR_RETURN(metrics_, RankMetrics::Create({.rank = 0,
-                                                          .node = "test",
-                                                          .backend = "cpu",
-                                                          .version = "test",
-                                                          .commit = "",
-                                                          .model = "tiny",
-                                                          .num_layers = config.num_moe_layers(),
-                                                          .num_experts = config.gate.num_experts,
-                                                          .top_k = config.gate.top_k,
-                                                          .num_ranks = options.num_ranks}));
+  BALLAST_ASSIGN_OR_RETURN(metrics_, TestMetrics({.num_layers = config.num_moe_layers(),
+                                                  .num_experts = config.gate.num_experts,
+                                                  .top_k = config.gate.top_k,
+                                                  .num_ranks = options.num_ranks}));
   Leader::Options leader;
   ControllerOptions& controller = leader.loop.controller;
   controller.policy = options.policy;
