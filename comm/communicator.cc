@@ -137,7 +137,6 @@ absl::Status Communicator::Exchange::Post(int64_t epoch, std::span<const size_t>
     auto handle = comm.transport_->PostSend(peer, kTagCollective,
                                             {send_[p].data(), kHeaderRoom + send_bytes[p]});
     if (!handle.ok()) return comm.Fail(handle.status());
-    comm.payload_bytes_sent_ += static_cast<int64_t>(send_bytes[p]);
     pending_.push_back({peer, false, *handle});
   }
   return absl::OkStatus();

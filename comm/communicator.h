@@ -95,7 +95,6 @@ class Communicator {
   // Time, and CPU time, that this rank has spent in Wait and AllGather since the start.
   int64_t wait_ns() const { return wait_ns_; }
   int64_t wait_cpu_ns() const { return wait_cpu_ns_; }
-  int64_t payload_bytes_sent() const { return payload_bytes_sent_; }
 
  private:
   absl::Status Fail(absl::Status status);
@@ -107,7 +106,6 @@ class Communicator {
   uint64_t sequence_ = 0;
   int64_t wait_ns_ = 0;
   int64_t wait_cpu_ns_ = 0;
-  int64_t payload_bytes_sent_ = 0;
   std::unique_ptr<Exchange> gather_;
   std::vector<size_t> gather_bytes_;
 };

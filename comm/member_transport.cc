@@ -6,13 +6,6 @@
 #include "base/check.h"
 
 namespace ballast {
-namespace {
-
-// MPI promises tags up to 32,767. The first ones are those of whoever uses `base` itself.
-constexpr int kTagsPerGeneration = 4;
-static_assert((MemberTransport::kGenerations + 1) * kTagsPerGeneration <= 32'767);
-
-}  // namespace
 
 MemberTransport::MemberTransport(Transport* base, std::vector<int32_t> members, int64_t generation)
     : base_(base),
@@ -22,6 +15,11 @@ MemberTransport::MemberTransport(Transport* base, std::vector<int32_t> members, 
   const auto mine = std::find(members_.begin(), members_.end(), base->rank());
   BALLAST_CHECK(mine != members_.end());
   rank_ = static_cast<int>(mine - members_.begin());
+  for (std::vector<int64_t>& sent : bytes_sent_) sent.resize(members_.size());
+}
+
+int64_t MemberTransport::TakeBytesSent(int peer, int tag) {
+  return std::exchange(bytes_sent_[tag][peer], 0);
 }
 
 int MemberTransport::TagOf(int tag) const {

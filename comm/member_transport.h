@@ -1,6 +1,7 @@
 #ifndef BALLAST_COMM_MEMBER_TRANSPORT_H_
 #define BALLAST_COMM_MEMBER_TRANSPORT_H_
 
+#include <array>
 #include <cstdint>
 #include <vector>
 
@@ -24,7 +25,9 @@ class MemberTransport : public Transport {
   int rank() const override { return rank_; }
   int size() const override { return static_cast<int>(members_.size()); }
   absl::StatusOr<Handle> PostSend(int peer, int tag, std::span<const std::byte> bytes) override {
-    return base_->PostSend(members_[peer], TagOf(tag), bytes);
+    const int base_tag = TagOf(tag);
+    bytes_sent_[tag][peer] += static_cast<int64_t>(bytes.size());
+    return base_->PostSend(members_[peer], base_tag, bytes);
   }
   absl::StatusOr<Handle> PostRecv(int peer, int tag, std::span<std::byte> bytes) override {
     return base_->PostRecv(members_[peer], TagOf(tag), bytes);
@@ -36,13 +39,22 @@ class MemberTransport : public Transport {
   // The ranks of `base`, by member.
   const std::vector<int32_t>& members() const { return members_; }
 
+  // Bytes of the messages, headers and all, that were posted to a member with this tag since the
+  // last call.
+  int64_t TakeBytesSent(int peer, int tag);
+
  private:
+  // MPI promises tags up to 32,767. The first ones are those of whoever uses `base` itself.
+  static constexpr int kTagsPerGeneration = 4;
+  static_assert((kGenerations + 1) * kTagsPerGeneration <= 32'767);
+
   int TagOf(int tag) const;
 
   Transport* const base_;
   const std::vector<int32_t> members_;
   const int first_tag_;
   int rank_ = -1;
+  std::array<std::vector<int64_t>, kTagsPerGeneration> bytes_sent_;  // [tag][member]
 };
 
 }  // namespace ballast

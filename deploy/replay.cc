@@ -125,6 +125,7 @@ std::string JsonOf(const StepTrace& trace, const ReplayOptions& options, const R
                                 {"rho", f.rho},
                                 {"mean_imbalance", f.mean_imbalance},
                                 {"p99_imbalance", f.p99_imbalance},
+                                {"mean_node_imbalance", f.mean_node_imbalance},
                                 {"copies_per_layer_step", f.copies_per_layer_step},
                                 {"busiest_copies_per_layer_step", f.busiest_copies_per_layer_step},
                                 {"total_cost", f.total_cost},
@@ -154,6 +155,12 @@ std::string TableOf(const ReplayOptions& options, const ReplayResult& result) {
                     Fixed(f.copies_per_layer_step, 2), Fixed(f.busiest_copies_per_layer_step, 2),
                     Fixed(f.total_cost, 3), Fixed(f.plan_us_mean, 1), Fixed(f.split_us_mean, 2),
                     Fixed(f.critical_us_mean, 1)});
+  }
+  if (options.topology.num_nodes() > 1) {
+    rows[0].push_back("nodes");
+    for (size_t i = 0; i < result.figures.size(); ++i) {
+      rows[i + 1].push_back(Fixed(result.figures[i].mean_node_imbalance, 3));
+    }
   }
   return FormatTable(rows);
 }

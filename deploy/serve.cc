@@ -14,6 +14,18 @@
 
 namespace ballast {
 
+namespace {
+
+// All that --dry-run does beyond what a start checks.
+int ShowMemory(const Server& server, MpiRuntime* mpi) {
+  const absl::StatusOr<std::string> memory = server.DescribeMemory();
+  if (mpi->rank() == 0 && memory.ok()) std::printf("%s", memory->c_str());
+  mpi->Finish();
+  return memory.ok() ? kExitOk : kExitUsage;
+}
+
+}  // namespace
+
 int Serve(const ServeFlags& flags, int* argc, char*** argv) {
   const sigset_t signals = StopSignals();
   pthread_sigmask(SIG_BLOCK, &signals, nullptr);
@@ -40,6 +52,7 @@ int Serve(const ServeFlags& flags, int* argc, char*** argv) {
     (*mpi)->Finish();
     return kExitUsage;
   }
+  if (flags.dry_run) return ShowMemory(server, mpi->get());
   status = server.Start();
   if (status.ok()) status = server.Run();
   if (!status.ok()) {

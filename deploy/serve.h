@@ -49,6 +49,7 @@ struct ServeFlags {
   int64_t controller_timeout_ms = 30'000;
   std::string state_file;
   int64_t state_every_s = 30;
+  bool dry_run = false;
   std::string step_log;
   std::string ready_file;
   std::string log_level = "info";

@@ -89,6 +89,9 @@ void AddEngineFlags(CLI::App* app, ServeFlags* f) {
          "A rank that says nothing for so long is lost; 0: only when its connection breaks")
       ->check(CLI::Range(int64_t{0}, int64_t{86'400'000}))
       ->group(group);
+  app->add_flag("--dry-run", f->dry_run,
+                "Check the flags, the checkpoint and the memory, say what a rank takes, and end")
+      ->group(group);
   app->add_option("--step-log", f->step_log, "File that gets one JSON line per step")->group(group);
 }
 

@@ -12,6 +12,8 @@
 #include "base/log.h"
 #include "base/status.h"
 #include "deploy/commands.h"
+#include "deploy/idle_flags.h"
+#include "deploy/lab.h"
 #include "placement/policy.h"
 
 namespace ballast {
@@ -51,7 +53,44 @@ absl::Status Server::Prepare() {
     std::remove(beside.c_str());
   }
   BALLAST_RETURN_IF_ERROR(MakePlacement());
-  return StartMetrics();
+  BALLAST_RETURN_IF_ERROR(CheckMemory());
+  return flags_.dry_run ? absl::OkStatus() : StartMetrics();
+}
+
+// The ranks of this machine together must find room in it.
+absl::Status Server::CheckMemory() const {
+  const Topology& topology = placement_->topology();
+  int64_t needed = 0;
+  int32_t ranks = 0;
+  for (int32_t r = 0; r < topology.num_ranks(); ++r) {
+    if (topology.node_of_rank[r] != mpi_->node()) continue;
+    BALLAST_ASSIGN_OR_RETURN(
+        const MemoryPlan plan,
+        PlanMemory(MakeEngineOptions(), checkpoint_->config(), *kernels_, topology, r));
+    needed += plan.total();
+    ++ranks;
+  }
+  if (needed <= MachineMemory()) return absl::OkStatus();
+  BALLAST_ASSIGN_OR_RETURN(const std::string each, DescribeMemory());
+  return absl::InvalidArgumentError(
+      absl::StrCat("the ", ranks, " ranks of the machine of rank ", mpi_->rank(), " need ", needed,
+                   " bytes of memory, allowed: up to ", MachineMemory(), ", which it has\n", each));
+}
+
+absl::StatusOr<std::string> Server::DescribeMemory() const {
+  BALLAST_ASSIGN_OR_RETURN(const MemoryPlan plan,
+                           PlanMemory(MakeEngineOptions(), checkpoint_->config(), *kernels_,
+                                      placement_->topology(), mpi_->rank()));
+  std::vector<std::vector<std::string>> rows = {{"a rank, before the buffers of steps", "bytes"}};
+  const auto add = [&](const char* what, int64_t bytes) {
+    rows.push_back({what, absl::StrCat(bytes)});
+  };
+  add("parameters that every rank holds", plan.parameters);
+  add("experts in its slots (--slots-per-rank)", plan.experts);
+  add("copies on their way (--staging-experts)", plan.transfers);
+  add("key-value cache (--kv-bytes)", plan.kv_cache);
+  add("in all", plan.total());
+  return FormatTable(rows);
 }
 
 absl::Status Server::ChooseTypes() {
@@ -102,13 +141,16 @@ absl::Status Server::MakePlacement() {
                      " experts, the model has ", gate.num_experts, "; allowed: at least ", share));
   }
   if (flags_.staging_experts > 0 && flags_.staging_experts < slots) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("--staging-experts is ", flags_.staging_experts, "; allowed: 0, or at least ",
-                     slots, ", the slots of a rank in a layer"));
+    return absl::InvalidArgumentError(absl::StrCat("--staging-experts is ", flags_.staging_experts,
+                                                   "; allowed: 0, or at least ", slots,
+                                                   ", the slots of a rank in a layer"));
   }
   Topology topology = Topology::Uniform(ranks, slots);
   topology.node_of_rank = mpi_->node_of_rank();
   BALLAST_ASSIGN_OR_RETURN(const auto policy, MakePolicy(flags_.policy));
+  if (is_leader()) {
+    for (const std::string& idle : IdleFlags(flags_, *policy)) LogWarning("serve", idle);
+  }
   const PlacementRules& rules = flags_.controller.rules;
   BALLAST_RETURN_IF_ERROR(
       CheckRules(flags_.policy, policy->rules_kept(), rules, topology, gate.num_experts));

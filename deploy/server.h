@@ -41,6 +41,8 @@ class Server {
 
   // Everything that can fail on this rank alone: flags, checkpoint, metrics.
   absl::Status Prepare();
+  // What a rank will take of its machine's memory, for --dry-run. REQUIRES prepared
+  absl::StatusOr<std::string> DescribeMemory() const;
   // COLLECTIVE: control channels, parameters, HTTP. Announces that the server is ready.
   absl::Status Start();
   // COLLECTIVE: serves until told to stop.
@@ -56,6 +58,8 @@ class Server {
   absl::Status ChooseTypes();
   absl::Status ChooseThreads();
   absl::Status MakePlacement();
+  EngineOptions MakeEngineOptions() const;
+  absl::Status CheckMemory() const;
   absl::Status StartMetrics();
   absl::StatusOr<ServerState> ReadState() const;
   absl::Status ResumeState();

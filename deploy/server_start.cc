@@ -245,8 +245,7 @@ absl::Status Server::StartLeader() {
   return absl::OkStatus();
 }
 
-absl::Status Server::StartEngine() {
-  const ModelConfig& config = checkpoint_->config();
+EngineOptions Server::MakeEngineOptions() const {
   EngineOptions options;
   options.dtype = dtype_;
   options.split = split_;
@@ -265,6 +264,12 @@ absl::Status Server::StartEngine() {
   options.verify_period_ms = flags_.verify_every_s * 1000;
   options.alive_period_ms = kAlivePeriodMs;
   options.recorder = recorder_.get();
+  return options;
+}
+
+absl::Status Server::StartEngine() {
+  const ModelConfig& config = checkpoint_->config();
+  const EngineOptions options = MakeEngineOptions();
   EngineObserver* observer = leader_.get();
   if (!is_leader()) {
     observer_ = std::make_unique<RankObserver>(mpi_->rank(), mpi_->size(), config.num_moe_layers(),

@@ -39,6 +39,7 @@ using HotTable = std::vector<HotExpert>;
 constexpr const char* kCopyResults[] = {"applied", "failed"};
 constexpr const char* kRebalanceResults[] = {"applied", "aborted", "rejected", "over_budget"};
 constexpr const char* kRebalanceTriggers[] = {"threshold", "interval", "manual", "failure"};
+constexpr const char* kLinks[] = {"node", "network"};
 constexpr const char* kVerifyFailures[] = {"parameters", "replica_choice", "placement",
                                            "checkpoint"};
 constexpr const char* kRequestResults[] = {"ok", "rejected", "cancelled", "failed"};
@@ -169,6 +170,7 @@ struct RankMetrics::State {
   Gauge* epoch;
   std::array<Counter*, std::size(kCopyResults)> copies;
   Counter* copy_bytes;
+  std::array<Counter*, std::size(kLinks)> step_bytes, expert_bytes;
   std::array<std::array<Counter*, std::size(kRebalanceTriggers)>, std::size(kRebalanceResults)>
       rebalances;
   Histogram* step_seconds;
@@ -245,6 +247,13 @@ void RankMetrics::State::AddExperts(const RankMetricsOptions& options, Builder* 
   }
   copy_bytes = build->OneCounter("ballast_expert_copy_bytes_total",
                                  "Bytes of experts that were sent to this rank");
+  auto& sent =
+      build->Counters("ballast_bytes_sent_total",
+                      "Bytes of messages from this rank to ranks of its node and of others");
+  for (size_t i = 0; i < step_bytes.size(); ++i) {
+    step_bytes[i] = &sent.Add({{"link", kLinks[i]}, {"what", "steps"}});
+    expert_bytes[i] = &sent.Add({{"link", kLinks[i]}, {"what", "experts"}});
+  }
   auto& by_result =
       build->Counters("ballast_rebalances_total", "Migration plans that came to an end");
   for (size_t i = 0; i < rebalances.size(); ++i) {
@@ -303,8 +312,7 @@ void RankMetrics::State::AddLeader(Builder* build) {
   controller_stalls =
       build->OneCounter("ballast_controller_stalls_total",
                         "Times that the controller made no progress and was given up");
-  auto& writes =
-      build->Counters("ballast_state_writes_total", "Attempts to write the state file");
+  auto& writes = build->Counters("ballast_state_writes_total", "Attempts to write the state file");
   state_written = &writes.Add({{"result", "ok"}});
   state_failed = &writes.Add({{"result", "failed"}});
 }
@@ -331,6 +339,11 @@ void RankMetrics::OnStep(const StepSample& sample) {
   }
   state.step_seconds->Observe(sample.seconds);
   state.stall_seconds->Observe(sample.stall_seconds);
+  const LinkBytes* const links[] = {&sample.to_node, &sample.to_network};
+  for (size_t i = 0; i < std::size(links); ++i) {
+    state.step_bytes[i]->Increment(ToDouble(links[i]->steps));
+    state.expert_bytes[i]->Increment(ToDouble(links[i]->experts));
+  }
 }
 
 void RankMetrics::SetImbalance(std::span<const double> ratio) {

@@ -26,12 +26,17 @@ struct RankMetricsOptions {
 };
 
 // One finished step of this rank.
+struct LinkBytes {
+  int64_t steps = 0, experts = 0;  // sent for steps, and of experts' parameters
+};
+
 struct StepSample {
   int64_t prefill_tokens = 0;  // of this rank's sequences
   int64_t decode_tokens = 0;
   std::span<const int64_t> layer_copies;  // [num_layers] copies that this rank's experts computed
   double seconds = 0.0;                   // length of the step
   double stall_seconds = 0.0;             // of it, waited for a flip or spent on a migration slice
+  LinkBytes to_node, to_network;          // to ranks of the same node, of others
 };
 
 enum class CopyResult { kApplied, kFailed };

@@ -34,10 +34,10 @@ class ControllerPlayer : public Player {
                                                         const Topology& topology,
                                                         double copy_budget) {
     BALLAST_ASSIGN_OR_RETURN(const std::unique_ptr<Policy> policy, MakePolicy(options.policy));
-    BALLAST_ASSIGN_OR_RETURN(Placement initial,
-                             Placement::Contiguous(trace.num_layers, trace.num_experts, topology,
-                                                   policy->fills_spare_slots_at_start(),
-                                                   options.rules.node_local));
+    BALLAST_ASSIGN_OR_RETURN(
+        Placement initial,
+        Placement::Contiguous(trace.num_layers, trace.num_experts, topology,
+                              policy->fills_spare_slots_at_start(), options.rules.node_local));
     if (copy_budget > 0.0) {
       options.copy_burst = std::max<double>(copy_budget, topology.num_slots());
     }
@@ -254,13 +254,25 @@ class Run {
         const int64_t begin = Now();
         splitters_[layer].Run(options_.splits[i], dealt_, &split_);
         series_[i].split_us.push_back(static_cast<double>(Now() - begin) * 1e-3);
-        series_[i].imbalance.push_back(
-            total == 0 ? 1.0f
-                       : static_cast<float>(static_cast<double>(split_.largest_load) * num_ranks /
-                                            static_cast<double>(total)));
+        const auto over_mean = [&](int64_t largest, int32_t parts) {
+          return total == 0 ? 1.0f
+                            : static_cast<float>(static_cast<double>(largest) * parts /
+                                                 static_cast<double>(total));
+        };
+        series_[i].imbalance.push_back(over_mean(split_.largest_load, num_ranks));
+        series_[i].node_imbalance.push_back(over_mean(LargestNodeLoad(), num_nodes_));
         if (options_.cluster.has_value()) Predict(layer, &series_[i]);
       }
     }
+  }
+
+  // Of the split that was just made.
+  int64_t LargestNodeLoad() {
+    std::fill(node_load_.begin(), node_load_.end(), 0);
+    for (size_t r = 0; r < split_.rank_load.size(); ++r) {
+      node_load_[options_.topology.node_of_rank[r]] += split_.rank_load[r];
+    }
+    return *std::max_element(node_load_.begin(), node_load_.end());
   }
 
   // What the cluster would take for the split that was just made.
@@ -284,6 +296,8 @@ class Run {
   std::vector<int32_t> dealt_;   // [R * E] counts of one layer and step over the sources
   Split split_;
   RowTraffic traffic_;
+  const int32_t num_nodes_ = options_.topology.num_nodes();
+  std::vector<int64_t> node_load_ = std::vector<int64_t>(static_cast<size_t>(num_nodes_));
 };
 
 template <typename T>
@@ -331,6 +345,7 @@ ReplayFigures FiguresOf(const ReplaySeries& series, double rho, PlanTime when) {
   ReplayFigures figures{.policy = series.policy, .split = series.split, .rho = rho};
   figures.mean_imbalance = MeanOf(series.imbalance);
   figures.p99_imbalance = P99Of(series.imbalance);
+  figures.mean_node_imbalance = MeanOf(series.node_imbalance);
   figures.copies_per_layer_step = MeanOf(series.copies);
   figures.busiest_copies_per_layer_step = MeanOf(series.busiest);
   figures.total_cost = figures.mean_imbalance + rho * figures.busiest_copies_per_layer_step;
@@ -413,8 +428,7 @@ absl::StatusOr<ReplayResult> Replay(const StepTrace& trace, const ReplayOptions&
       series.policy = job.policy;
       series.rhos = job.rhos;
       for (double rho : job.rhos) {
-        ReplayFigures& figures =
-            result.figures.emplace_back(FiguresOf(series, rho, options.when));
+        ReplayFigures& figures = result.figures.emplace_back(FiguresOf(series, rho, options.when));
         if (!options.cluster.has_value()) continue;
         figures.predicted = PredictedOf(series, options.cluster->background_share);
         if (options.when == PlanTime::kInStep) {

@@ -52,6 +52,8 @@ struct ReplaySeries {
   SplitMode split = SplitMode::kExact;
   std::vector<double> rhos;      // what it holds for: all, unless the policy itself weighs rho
   std::vector<float> imbalance;  // [steps * layers] largest rank load / mean; 1 without copies
+  std::vector<float>
+      node_imbalance;            // [steps * layers] the largest node load / mean; 1 without copies
   std::vector<int32_t> copies;   // [steps * layers] experts that entered a rank that lacked them
   std::vector<int32_t> busiest;  // [steps * layers] of these, on the rank that got most
   std::vector<double> plan_us;   // [plans] time of one decision / layers
@@ -67,7 +69,7 @@ struct PredictedFigures {
   double layer_us_mean = 0.0, layer_us_p99 = 0.0;
   double step_us_mean = 0.0, step_us_p99 = 0.0;  // without copies of experts
   double dispatch_us_mean = 0.0, compute_us_mean = 0.0, combine_us_mean = 0.0;  // per step
-  double copy_us_mean = 0.0;           // per step, on free links
+  double copy_us_mean = 0.0;  // per step, on free links
   // Steps wait for their copies and, where it is in-step, for the planning as timed here.
   double blocking_step_us_mean = 0.0;
   // Copies take a share of the links while steps run. They meet the links in use for the step's
@@ -83,6 +85,7 @@ struct ReplayFigures {
   SplitMode split = SplitMode::kExact;
   double rho = 0.0;
   double mean_imbalance = 0.0, p99_imbalance = 0.0;
+  double mean_node_imbalance = 0.0;  // 1 with one node
   double copies_per_layer_step = 0.0, busiest_copies_per_layer_step = 0.0;
   double total_cost = 0.0;
   double plan_us_mean = 0.0, plan_us_p99 = 0.0;    // per layer-step

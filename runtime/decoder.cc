@@ -64,6 +64,25 @@ absl::StatusOr<std::unique_ptr<Decoder>> Decoder::Create(const Checkpoint& check
   return decoder;
 }
 
+size_t Decoder::parameter_bytes() const {
+  size_t bytes = head_.size();
+  const auto add = [&](const std::vector<float>& floats) {
+    bytes += floats.size() * sizeof(float);
+  };
+  for (const auto* floats : {&embedding_, &final_norm_, &rotary_cos_, &rotary_sin_}) add(*floats);
+  for (const Layer& layer : layers_) {
+    for (const auto* floats : {&layer.attention_norm, &layer.mlp_norm, &layer.qkv_bias,
+                               &layer.q_norm, &layer.k_norm, &layer.router.bias}) {
+      add(*floats);
+    }
+    for (const auto* packed :
+         {&layer.qkv, &layer.out, &layer.mlp, &layer.shared, &layer.router.packed}) {
+      bytes += packed->size();
+    }
+  }
+  return bytes;
+}
+
 absl::Status Decoder::MakeProducts() {
   const ModelConfig& c = config_;
   const DType dtype = options_.dtype;

@@ -47,6 +47,9 @@ class Decoder {
   // The ranks that it works with from now on. REQUIRES before the first Forward
   void Connect(Communicator* communicator) { moe_->Connect(communicator); }
 
+  // Of all that it holds between steps.
+  size_t parameter_bytes() const;
+
   // Bytes of one packed expert, and the filling of one.
   size_t expert_bytes() const { return moe_->expert_mlp().packed_bytes(); }
   absl::Status LoadExpert(const Checkpoint& checkpoint, int32_t moe_layer, int32_t expert,

@@ -1,7 +1,6 @@
 #include "runtime/engine.h"
 
 #include <time.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <chrono>
@@ -28,15 +27,14 @@ int64_t UnixUs() {
       .count();
 }
 
-// Refuses sizes that could not be served, or not be had.
+// Refuses sizes that could not be served. Whether they can be had, PlanMemory knows.
 absl::Status CheckSizes(const EngineOptions& options, const ModelConfig& config) {
   const int64_t blocks = (config.context_tokens + kKvBlockTokens - 1) / kKvBlockTokens;
   const int64_t least = blocks * KvCache::BlockBytes(config, options.dtype);
-  const int64_t most = int64_t{sysconf(_SC_PHYS_PAGES)} * sysconf(_SC_PAGESIZE);
-  if (options.kv_bytes < least || options.kv_bytes > most) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "--kv-bytes is ", options.kv_bytes, ", allowed: ", least,
-        " (one sequence of the model's whole context) to ", most, " (the machine's memory)"));
+  if (options.kv_bytes < least) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--kv-bytes is ", options.kv_bytes, ", allowed: ", least,
+                     " (one sequence of the model's whole context) and more"));
   }
   // The most that a rank may have to receive in one message: all copies of a batch, and their rows.
   const int64_t row_bytes = config.hidden * static_cast<int64_t>(SizeOf(options.dtype)) + 16;
@@ -100,6 +98,17 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(
   engine->MakeStore(initial);
   BALLAST_RETURN_IF_ERROR(engine->JoinGroup(std::move(group), /*last_step=*/0));
   return engine;
+}
+
+MemoryPlan Engine::memory() const {
+  const Placement& placement = rebalancer_->placement();
+  const int32_t blocks = placement.topology().slots_on(group_.member) * placement.num_layers();
+  const size_t experts =
+      static_cast<size_t>(blocks) * RoundUp(decoder_->expert_bytes(), kCacheLineBytes);
+  return {.parameters = static_cast<int64_t>(decoder_->parameter_bytes()),
+          .experts = static_cast<int64_t>(experts),
+          .transfers = static_cast<int64_t>(store_->memory_bytes() - experts),
+          .kv_cache = static_cast<int64_t>(cache_->memory_bytes())};
 }
 
 void Engine::MakeStore(const Placement& initial) {
@@ -188,7 +197,11 @@ absl::Status Engine::JoinGroup(Group group, int64_t last_step) {
   decoder_->Connect(comm.get());
   store_->Regroup(group.member, transport.get(), placement);
   comm_ = std::move(comm);
+  CountSent();
   transport_ = std::move(transport);
+  const std::vector<int32_t>& nodes = placement.topology().node_of_rank;
+  on_this_node_.clear();
+  for (const int32_t node : nodes) on_this_node_.push_back(node == nodes[group.member]);
   group_ = std::move(group);
   protocol_ = std::make_unique<StepProtocol>(group_.member, last_step, rebalancer_.get(),
                                              options_.step_timeout_ms * 1'000'000);
@@ -370,8 +383,18 @@ void Engine::Report() {
   if (!record_open_) return;
   record_.cpu_us.clear();
   for (const StepHeader& h : headers_) record_.cpu_us.push_back(h.last_cpu_us);
+  CountSent();
   record_open_ = false;
   observer_->OnStep(record_);
+  record_.to_node = record_.to_network = {};
+}
+
+void Engine::CountSent() {
+  for (size_t peer = 0; peer < on_this_node_.size(); ++peer) {
+    SentBytes& sent = on_this_node_[peer] ? record_.to_node : record_.to_network;
+    sent.steps += transport_->TakeBytesSent(static_cast<int>(peer), kTagCollective);
+    sent.experts += transport_->TakeBytesSent(static_cast<int>(peer), kTagMigration);
+  }
 }
 
 absl::Status Engine::Rest() {

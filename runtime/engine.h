@@ -20,6 +20,7 @@
 #include "runtime/decoder.h"
 #include "runtime/group_member.h"
 #include "runtime/ids_capture.h"
+#include "runtime/memory_plan.h"
 #include "runtime/rebalancer.h"
 #include "runtime/scheduler.h"
 #include "runtime/step_protocol.h"
@@ -32,6 +33,12 @@ struct Regrouping {
   Group group;
   int32_t reloads = 0;   // experts that were read from the checkpoint, over all members
   int64_t pause_ns = 0;  // from the order to halt to the readiness of this rank
+};
+
+// What a rank sent: rows, results and headers of steps, and the parameters of experts.
+// UNITS bytes of whole messages
+struct SentBytes {
+  int64_t steps = 0, experts = 0;
 };
 
 // What one step did, as its rank saw it; loads and counts are the same on every rank.
@@ -51,6 +58,8 @@ struct StepRecord {
   int32_t running = 0, waiting = 0;
   int64_t kv_bytes_used = 0;
   int64_t tokens_generated = 0;
+  // Since the record before; also what was sent between steps, and before a regrouping.
+  SentBytes to_node, to_network;  // to ranks of the same node, of others
 
   int64_t all_tokens() const {
     return num_tokens[TokenKind::kPrefill] + num_tokens[TokenKind::kDecode];
@@ -121,6 +130,8 @@ class Engine {
   absl::Status Run();
 
   const ExpertStore& store() const { return *store_; }
+  // What it has allocated, as PlanMemory counts; after a regrouping it may be more.
+  MemoryPlan memory() const;
   // After Run: whether all ranks of the job have come to its end.
   bool complete() const { return stopping_ == StopKind::kComplete; }
 
@@ -141,6 +152,7 @@ class Engine {
   absl::Status SendEvents();
   absl::Status SendIds();  // of the step, where the leader records them
   void Report();           // the step before, now that all CPU times are known
+  void CountSent();        // what this rank sent since it was last counted, into the record
   void ShowLoad();
   void TellAlive();  // on a thread of its own, until the end
 
@@ -166,6 +178,7 @@ class Engine {
   // Of one generation of the group.
   Group group_;
   std::unique_ptr<MemberTransport> transport_;
+  std::vector<bool> on_this_node_;  // [R]
   std::unique_ptr<Communicator> comm_;
   std::unique_ptr<StepProtocol> protocol_;
   StepProtocol::Opening opening_;

@@ -21,6 +21,7 @@ class KvCache {
 
   int32_t num_blocks() const { return num_blocks_; }
   int32_t free_blocks() const { return static_cast<int32_t>(free_.size()); }
+  size_t memory_bytes() const { return memory_.size(); }
   int64_t bytes_used() const { return (num_blocks_ - free_blocks()) * block_bytes_; }
 
   // Takes `count` blocks. REQUIRES count <= free_blocks().

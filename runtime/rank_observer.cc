@@ -19,7 +19,9 @@ void RankObserver::OnStep(const StepRecord& record) {
                     .decode_tokens = record.own_decode_tokens,
                     .layer_copies = layer_copies_,
                     .seconds = static_cast<double>(record.wall_us) * 1e-6,
-                    .stall_seconds = static_cast<double>(record.stall_us) * 1e-6});
+                    .stall_seconds = static_cast<double>(record.stall_us) * 1e-6,
+                    .to_node = {record.to_node.steps, record.to_node.experts},
+                    .to_network = {record.to_network.steps, record.to_network.experts}});
   metrics_->OnTokensGenerated(record.tokens_generated);
   OnRest(record.running, record.waiting, record.kv_bytes_used);
 }

@@ -84,20 +84,17 @@ TEST_CASE("a wait can be interrupted", "[comm][errors]") {
   REQUIRE(FirstError(statuses) == "");
 }
 
-TEST_CASE("the time in waits and the bytes sent are counted", "[comm][unit]") {
-  int64_t bytes[2] = {}, waited[2] = {};
+TEST_CASE("the time in waits is counted", "[comm][unit]") {
+  int64_t waited[2] = {};
   REQUIRE(FirstError(RunRanks(2, [&](Transport*, Communicator* comm, int rank) {
             const int32_t mine = rank;
             int32_t all[2];
             if (rank == 0) std::this_thread::sleep_for(std::chrono::milliseconds(30));
             absl::Status status = comm->AllGather(0, std::as_bytes(std::span(&mine, 1)),
                                                   std::as_writable_bytes(std::span(all)));
-            bytes[rank] = comm->payload_bytes_sent();
             waited[rank] = comm->wait_ns();
             return status;
           })) == "");
-  REQUIRE(bytes[0] == 4);
-  REQUIRE(bytes[1] == 4);
   REQUIRE(waited[1] > 10'000'000);
 }
 

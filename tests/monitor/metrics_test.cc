@@ -98,7 +98,9 @@ TEST_CASE("events arrive in their metrics", "[monitor][metrics]") {
                    .decode_tokens = 2,
                    .layer_copies = copies,
                    .seconds = 0.003,
-                   .stall_seconds = 0.0002});
+                   .stall_seconds = 0.0002,
+                   .to_node = {.steps = 100, .experts = 20},
+                   .to_network = {.steps = 3, .experts = 4}});
   metrics->SetImbalance(std::vector<double>{1.5, 1.25});
   metrics->SetPlacementEpoch(4);
   metrics->OnExpertCopies(CopyResult::kFailed, 3, 4096);
@@ -118,10 +120,16 @@ TEST_CASE("events arrive in their metrics", "[monitor][metrics]") {
         "ballast_placement_epoch{rank=\"3\"} 4",
         "ballast_expert_copies_total{rank=\"3\",result=\"failed\"} 3",
         "ballast_expert_copy_bytes_total{rank=\"3\"} 4096",
+        "ballast_bytes_sent_total{rank=\"3\",link=\"node\",what=\"steps\"} 100",
+        "ballast_bytes_sent_total{rank=\"3\",link=\"node\",what=\"experts\"} 20",
+        "ballast_bytes_sent_total{rank=\"3\",link=\"network\",what=\"steps\"} 3",
+        "ballast_bytes_sent_total{rank=\"3\",link=\"network\",what=\"experts\"} 4",
         "ballast_rebalances_total{rank=\"3\",result=\"rejected\",trigger=\"failure\"} 1",
         "ballast_requests_total{rank=\"3\",result=\"ok\"} 1",
-        "ballast_tokens_generated_total{rank=\"3\"} 6", "ballast_queue_depth{rank=\"3\"} 8",
-        "ballast_sequences_running{rank=\"3\"} 9", "ballast_kv_bytes_used{rank=\"3\"} 1024",
+        "ballast_tokens_generated_total{rank=\"3\"} 6",
+        "ballast_queue_depth{rank=\"3\"} 8",
+        "ballast_sequences_running{rank=\"3\"} 9",
+        "ballast_kv_bytes_used{rank=\"3\"} 1024",
         "ballast_hot_expert_share_ratio{rank=\"3\",layer=\"1\",expert=\"5\"} 0.25",
         "ballast_step_duration_seconds_count{rank=\"3\"} 1",
         "ballast_step_duration_seconds_bucket{rank=\"3\",le=\"0.002\"} 0",

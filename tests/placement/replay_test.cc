@@ -82,6 +82,37 @@ TEST_CASE("a replay counts imbalance and copies as by hand", "[placement][replay
   REQUIRE(result->series[3].copies[0] == result->series[2].copies[1]);
 }
 
+// SOURCE EPLB#14: the ranks were balanced and the nodes were not.
+TEST_CASE("a replay shows the imbalance of nodes", "[placement][replay]") {
+  // Ranks 0 and 1 are a node with the load 14 and 10, ranks 2 and 3 one with 6 and 10.
+  const StepTrace trace{.num_layers = 1,
+                        .num_experts = 4,
+                        .step_tokens = 20,
+                        .counts = {14, 10, 6, 10},
+                        .phase_offsets = {0, 1},
+                        .phase_names = {"a"}};
+  ReplayOptions options = Options({"static"});
+  options.topology = Topology::Uniform(4, 1, /*num_nodes=*/2);
+  const auto result = Replay(trace, options);
+  REQUIRE(result.ok());
+  CHECK(result->figures[0].mean_imbalance == Approx(1.4));
+  CHECK(result->figures[0].mean_node_imbalance == Approx(1.2));
+
+  // Groups of experts that stay together on a node: balanced there, the nodes are as well.
+  const StepTrace shifting = ShiftingTrace(2, 16, 10);
+  options = Options({"static", "eplb-interval:1"});
+  options.controller.num_groups = 4;
+  options.topology = Topology::Uniform(4, 5, /*num_nodes=*/2);
+  PlanFromEveryStep(shifting, &options);
+  const auto grouped = Replay(shifting, options);
+  REQUIRE(grouped.ok());
+  CHECK(FiguresFor(*grouped, "eplb-interval:1").mean_node_imbalance <
+        FiguresFor(*grouped, "static").mean_node_imbalance);
+  // Of one node there is nothing to balance.
+  options.topology = Topology::Uniform(4, 5);
+  CHECK(Replay(shifting, options)->figures[0].mean_node_imbalance == 1.0);
+}
+
 TEST_CASE("the oracle is perfect and what it knows early others learn late",
           "[placement][replay]") {
   const StepTrace trace = ShiftingTrace(3, 16, 10);

@@ -119,8 +119,6 @@ TEST_CASE("a bad flag is named with its value and what is allowed", "[serve]") {
   RequireRefusal(OnFreePorts(DemoModel(), {"--kv-bytes", "lots"}), {"--kv-bytes", "lots"});
   RequireRefusal(OnFreePorts(DemoModel(), {"--kv-bytes", "10"}),
                  {"--kv-bytes is 10", "allowed: 1310720", "whole context"});
-  RequireRefusal(OnFreePorts(DemoModel(), {"--kv-bytes", "100TiB"}),
-                 {"--kv-bytes is 109951162777600", "the machine's memory"});
   RequireRefusal(OnFreePorts(DemoModel(), {"--ready-file", "/nowhere/ready"}),
                  {"--ready-file", "/nowhere/ready"});
   RequireRefusal(OnFreePorts(DemoModel(), {"--slots-per-rank", "3"}),
@@ -195,6 +193,28 @@ TEST_CASE("help shows the defaults and exits 0", "[serve]") {
       REQUIRE(ended.out.find(part) != std::string::npos);
     }
     REQUIRE(CountOf(ended.out, "--prefill-chunk") == 1);
+  }
+}
+
+// SOURCE TRT-LLM#18800: gigabytes were asked for before anybody had looked whether they fit.
+TEST_CASE("memory that a machine has not got is refused before it is taken", "[serve]") {
+  RequireRefusal(OnFreePorts(DemoModel(), {"--kv-bytes", "100TiB"}),
+                 {"of the machine of rank 0 need", "allowed: up to", "which it has"});
+}
+
+TEST_CASE("a dry run says what a rank takes and binds no port", "[serve]") {
+  const TakenPort taken;
+  for (const int ranks : {1, 2}) {
+    const Ended ended = RunBallast(ranks, {"serve", "--model", DemoModel(), "--dry-run",
+                                           "--metrics-port", taken.port(), "--policy", "eplb",
+                                           "--rho", "0.5", "--kv-bytes", "64mb"});
+    INFO(ended.out << ended.err);
+    REQUIRE(ended.code == 0);
+    for (const char* part : {"parameters that every rank holds", "experts in its slots",
+                             "copies on their way", "key-value cache", "in all"}) {
+      REQUIRE(CountOf(ended.out, part) == 1);
+    }
+    REQUIRE(CountOf(ended.err, "--rho has no effect with --policy eplb") == 1);
   }
 }
 

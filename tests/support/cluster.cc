@@ -64,12 +64,15 @@ class NoObserver : public EngineObserver {
 class MortalTransport : public Transport {
  public:
   MortalTransport(std::unique_ptr<Transport> base, ControlChannel* channel)
-      : base_(std::move(base)), channel_(channel) {}
+      : base_(std::move(base)), channel_(channel), sent_(static_cast<size_t>(base_->size())) {}
 
   void DieAfter(int64_t messages) { left_ = messages; }
   void CorruptCopies(int chunks) { corrupt_ = chunks; }
   void LoseCopies(int chunks) { lose_ = chunks; }
   void SlowDown(int64_t us_per_message) { delay_us_ = us_per_message; }
+
+  // So far, by peer; on the thread that posts.
+  const std::vector<SentBytes>& sent() const { return sent_; }
 
   int rank() const override { return base_->rank(); }
   int size() const override { return base_->size(); }
@@ -78,6 +81,7 @@ class MortalTransport : public Transport {
     if (delay_us_ > 0) std::this_thread::sleep_for(std::chrono::microseconds(delay_us_));
     // Whatever the generation (member_transport.h).
     const bool copies = tag % kTagsPerGeneration == kTagMigration;
+    (copies ? sent_[peer].experts : sent_[peer].steps) += static_cast<int64_t>(bytes.size());
     if (copies && TakeOne(&lose_)) return kNowhere;
     if (copies && TakeOne(&corrupt_)) const_cast<std::byte&>(bytes.back()) ^= std::byte{16};
     return base_->PostSend(peer, tag, bytes);
@@ -114,10 +118,19 @@ class MortalTransport : public Transport {
   static constexpr int64_t kImmortal = int64_t{1} << 62;
   std::unique_ptr<Transport> base_;
   ControlChannel* channel_;
+  std::vector<SentBytes> sent_;
   std::atomic<int64_t> left_ = kImmortal;
 };
 
 }  // namespace
+
+struct Cluster::Rank {
+  std::unique_ptr<ControlChannel> channel;
+  std::unique_ptr<MortalTransport> transport;
+  std::unique_ptr<EngineObserver> observer;
+  std::unique_ptr<Engine> engine;
+  absl::Status status;
+};
 
 // Rank 0's observer: counts, then hands on to the leader.
 struct Cluster::Counter : EngineObserver {
@@ -127,6 +140,7 @@ struct Cluster::Counter : EngineObserver {
     cluster->prefill_tokens_ += record.num_tokens[TokenKind::kPrefill];
     cluster->decode_tokens_ += record.num_tokens[TokenKind::kDecode];
     cluster->leader_->OnStep(record);
+    cluster->sent_to_ = cluster->ranks_[0]->transport->sent();
   }
   void OnPlanEnded(const Rebalancer::Outcome& outcome, const Placement& in_force) override {
     const bool applied = outcome.done == Command::kFlip;
@@ -149,14 +163,6 @@ struct Cluster::Counter : EngineObserver {
   Cluster* cluster;
 };
 
-struct Cluster::Rank {
-  std::unique_ptr<ControlChannel> channel;
-  std::unique_ptr<MortalTransport> transport;
-  std::unique_ptr<EngineObserver> observer;
-  std::unique_ptr<Engine> engine;
-  absl::Status status;
-};
-
 absl::StatusOr<std::unique_ptr<Cluster>> Cluster::Start(const ClusterOptions& options) {
   std::unique_ptr<Cluster> cluster(new Cluster);
   BALLAST_RETURN_IF_ERROR(cluster->Prepare(options));
@@ -174,10 +180,10 @@ absl::Status Cluster::Prepare(const ClusterOptions& options) {
   const int32_t slots = options.slots_per_rank > 0 ? options.slots_per_rank
                                                    : std::min(share + 2, config.gate.num_experts);
   BALLAST_ASSIGN_OR_RETURN(const auto policy, MakePolicy(options.policy));
-  BALLAST_ASSIGN_OR_RETURN(
-      const Placement placement,
-      Placement::Contiguous(config.num_moe_layers(), config.gate.num_experts,
-                            Topology::Uniform(n, slots), policy->fills_spare_slots_at_start()));
+  BALLAST_ASSIGN_OR_RETURN(const Placement placement,
+                           Placement::Contiguous(config.num_moe_layers(), config.gate.num_experts,
+                                                 Topology::Uniform(n, slots, options.num_nodes),
+                                                 policy->fills_spare_slots_at_start()));
   fabric_ = std::make_unique<LocalFabric>(n);
   num_members_ = static_cast<size_t>(n);
   std::vector<std::unique_ptr<ControlChannel>> leader_ends;
@@ -206,7 +212,8 @@ absl::Status Cluster::Prepare(const ClusterOptions& options) {
                                          verification_->OnVerified(rank, std::move(frame));
                                        },
                                    .survive_losses = options.survive_losses,
-                                   .slots = std::vector<int32_t>(static_cast<size_t>(n), slots)},
+                                   .slots = std::vector<int32_t>(static_cast<size_t>(n), slots),
+                                   .node = placement.topology().node_of_rank},
                                   std::move(leader_ends), [](int, absl::Status) {}));
   BALLAST_RETURN_IF_ERROR(StartLeader(options, placement));
   return MakeEngines(options, placement);
@@ -315,6 +322,10 @@ bool Cluster::AwaitMembers(size_t count) {
     std::this_thread::sleep_for(std::chrono::milliseconds(1));
   }
   return num_members_ == count;
+}
+
+MemoryPlan Cluster::memory(int rank) const {
+  return ranks_[static_cast<size_t>(rank)]->engine->memory();
 }
 
 const ExpertStore& Cluster::store(int rank) const {

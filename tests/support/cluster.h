@@ -22,6 +22,7 @@ namespace ballast::testing {
 struct ClusterOptions {
   std::string model;  // checkpoint folder
   int num_ranks = 1;
+  int num_nodes = 1;           // equal blocks of ranks
   int32_t slots_per_rank = 0;  // 0: what the experts need and two more
   DType dtype = DType::kF32;
   const KernelSet* kernels = nullptr;  // nullptr: plain
@@ -93,8 +94,11 @@ class Cluster {
   // Regroupings that rank 0 has been through, and experts that they read from the checkpoint.
   int64_t regroupings() const { return regroupings_; }
   int64_t reloads() const { return reloads_; }
+  // Bytes of messages that rank 0 had posted when it reported its last step, counted outside of it.
+  SentBytes sent_to(int rank) const { return sent_to_[static_cast<size_t>(rank)]; }
   // REQUIRES stopped
   const ExpertStore& store(int rank) const;
+  MemoryPlan memory(int rank) const;
   // Of all ranks in all steps.
   int64_t prefill_tokens() const { return prefill_tokens_; }
   int64_t decode_tokens() const { return decode_tokens_; }
@@ -119,6 +123,7 @@ class Cluster {
   std::atomic<int64_t> regroupings_ = 0, reloads_ = 0;
   std::atomic<size_t> num_members_ = 0;
   std::atomic<int64_t> prefill_tokens_ = 0, decode_tokens_ = 0;
+  std::vector<SentBytes> sent_to_;  // [ranks]
 };
 
 // `count` prompts of different lengths, random from the seed; request i samples with seed i.
