@@ -169,7 +169,7 @@ absl::Status BenchRank::Load() {
       const std::vector<float> w = Draw(3 * hidden * inter, kSeed + 1000 * (layer + 1) + e, 0.05);
       BALLAST_RETURN_IF_ERROR(mlp.Pack(&w[0], &w[hidden * inter], &w[2 * hidden * inter],
                                        DType::kF32, store_->Allocate(layer, e).data()));
-      store_->Seal(layer, e);
+      BALLAST_RETURN_IF_ERROR(store_->Seal(layer, e));
     }
   }
   for (int32_t i = 0; i < kInputs; ++i) {

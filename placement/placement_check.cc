@@ -91,6 +91,14 @@ absl::Status CheckLayer(const Placement& placement, int32_t layer) {
 
 }  // namespace
 
+absl::Status CheckLayers(const Placement& placement, std::span<const Placement::LayerRow> layers) {
+  BALLAST_RETURN_IF_ERROR(CheckTopology(placement.topology()));
+  for (const Placement::LayerRow& row : layers) {
+    BALLAST_RETURN_IF_ERROR(CheckLayer(placement, row.layer));
+  }
+  return absl::OkStatus();
+}
+
 absl::Status CheckPlacement(const Placement& placement) {
   BALLAST_RETURN_IF_ERROR(CheckTopology(placement.topology()));
   for (int32_t layer = 0; layer < placement.num_layers(); ++layer) {

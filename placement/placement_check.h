@@ -1,6 +1,8 @@
 #ifndef BALLAST_PLACEMENT_PLACEMENT_CHECK_H_
 #define BALLAST_PLACEMENT_PLACEMENT_CHECK_H_
 
+#include <span>
+
 #include "absl/status/status.h"
 #include "placement/placement.h"
 
@@ -15,6 +17,9 @@ namespace ballast {
 // may count, and for GET /v1/verify; not for every step.
 // ERRORS kInternal names the layer, and the slot, expert or rank that is wrong
 absl::Status CheckPlacement(const Placement& placement);
+// The same of some layers, without the fingerprint: for a placement that differs in these alone
+// from one that was checked.
+absl::Status CheckLayers(const Placement& placement, std::span<const Placement::LayerRow> layers);
 
 }  // namespace ballast
 

@@ -142,9 +142,10 @@ void Engine::MakeStore(const Placement& initial) {
       });
 }
 
-// Reads the experts that `placement` gives to this rank and that it has not got.
+// Reads the experts that `placement` gives to this rank and that it has not got, or not whole.
 // ERRORS kAborted: told to halt again; what has been read is kept
 absl::Status Engine::LoadMissing(const Placement& placement) {
+  BALLAST_RETURN_IF_ERROR(MendUnfit());
   for (int32_t layer = 0; layer < placement.num_layers(); ++layer) {
     for (int32_t e = 0; e < placement.num_experts(); ++e) {
       if (!placement.Hosts(layer, e, store_->rank()) || store_->Parameters(layer, e) != nullptr) {
@@ -158,18 +159,23 @@ absl::Status Engine::LoadMissing(const Placement& placement) {
         store_->Drop(layer, e);
         return read;
       }
-      store_->Seal(layer, e);
     }
   }
   return absl::OkStatus();
 }
 
-// Fills the expert's block from the checkpoint. Once this rank serves, a file that cannot be read
-// is tried again for a while. ERRORS kAborted: told to halt meanwhile
+// Fills the expert's block from the checkpoint. ERRORS kDataLoss: it is not what it was before
+absl::Status Engine::ReadExpert(int32_t layer, int32_t expert) {
+  std::byte* const block = store_->Allocate(layer, expert).data();
+  BALLAST_RETURN_IF_ERROR(decoder_->LoadExpert(checkpoint_, layer, expert, block));
+  return store_->Seal(layer, expert);
+}
+
+// The same; once this rank serves, what cannot be read is tried again for a while.
+// ERRORS kAborted: told to halt meanwhile
 absl::Status Engine::ReadExpertPatiently(int32_t layer, int32_t expert) {
   constexpr int64_t kPauseMs = 100;
-  std::byte* const block = store_->Allocate(layer, expert).data();
-  absl::Status read = decoder_->LoadExpert(checkpoint_, layer, expert, block);
+  absl::Status read = ReadExpert(layer, expert);
   int64_t patience_ms = protocol_->step() == 0 ? 0 : options_.read_patience_ms;
   for (; !read.ok() && patience_ms > 0; patience_ms -= kPauseMs) {
     LogWarning("engine", absl::StrCat(std::string(read.message()), "; it is tried again"));
@@ -177,7 +183,7 @@ absl::Status Engine::ReadExpertPatiently(int32_t layer, int32_t expert) {
     BALLAST_RETURN_IF_ERROR(TakeFrames());
     if (!group_inbox_.empty()) return absl::AbortedError("told to halt");
     std::this_thread::sleep_for(std::chrono::milliseconds(kPauseMs));
-    read = decoder_->LoadExpert(checkpoint_, layer, expert, block);
+    read = ReadExpert(layer, expert);
   }
   return read;
 }
@@ -237,7 +243,22 @@ absl::Status Engine::Run() {
   return status;
 }
 
+// The members tell each other what they know the experts by: from then on none of them takes in
+// anything else, from wherever it comes.
+absl::Status Engine::ShareChecksums() {
+  const std::span<const uint64_t> mine = store_->checksums();
+  std::vector<uint64_t> all(mine.size() * group_.ranks.size());
+  BALLAST_RETURN_IF_ERROR(comm_->AllGather(rebalancer_->placement().epoch(), std::as_bytes(mine),
+                                           std::as_writable_bytes(std::span(all))));
+  for (size_t member = 0; member < group_.ranks.size(); ++member) {
+    BALLAST_RETURN_IF_ERROR(
+        store_->Learn(std::span(all).subspan(member * mine.size(), mine.size())));
+  }
+  return absl::OkStatus();
+}
+
 absl::Status Engine::RunSteps() {
+  BALLAST_RETURN_IF_ERROR(ShareChecksums());
   while (true) {
     BALLAST_RETURN_IF_ERROR(ReadFrames());
     const Batch& batch = scheduler_->BuildBatch();
@@ -273,7 +294,9 @@ absl::Status Engine::ReadFrames() {
       scheduler_->Cancel(cancel->request_id, &events_);
     } else if (auto* plan_frame = std::get_if<PlanFrame>(&frame.body)) {
       BALLAST_ASSIGN_OR_RETURN(MigrationPlan plan, MigrationPlan::Deserialize(plan_frame->plan));
+      const int64_t began = NowNs();
       rebalancer_->OnPlan(std::move(plan));
+      stall_ns_ += NowNs() - began;
     } else if (const auto* verify = std::get_if<VerifyFrame>(&frame.body)) {
       verify_id_ = verify->id;
       verifier_->Ask();
@@ -309,6 +332,8 @@ absl::Status Engine::Open(const Batch& batch) {
       copies_committed_ += opening_.ended->copies;
       stall_ns_ += opening_.ended->stall_ns;
     }
+    // It may have failed because of what is in this rank's memory.
+    if (opening_.ended->done == Command::kAbort) verifier_->Hurry();
     observer_->OnPlanEnded(*opening_.ended, rebalancer_->placement());
   }
   return absl::OkStatus();

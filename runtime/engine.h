@@ -140,9 +140,11 @@ class Engine {
          Transport* transport, ControlChannel* channel, EngineObserver* observer);
   void MakeStore(const Placement& initial);
   absl::Status LoadMissing(const Placement& placement);
+  absl::Status ReadExpert(int32_t layer, int32_t expert);
   absl::Status ReadExpertPatiently(int32_t layer, int32_t expert);
   absl::Status JoinGroup(Group group, int64_t last_step);
 
+  absl::Status ShareChecksums();
   absl::Status RunSteps();    // until told to stop, or to halt (kAborted)
   absl::Status TakeFrames();  // off the channel, into the inbox
   absl::Status ReadFrames();
@@ -158,7 +160,7 @@ class Engine {
 
   // Verification (engine_verify.cc).
   absl::Status Verify();
-  absl::Status Repair(const VerifiedCopy& copy);
+  absl::Status MendUnfit();
   absl::Status Idle();
 
   // Regrouping (engine_group.cc).
@@ -194,6 +196,7 @@ class Engine {
   std::unique_ptr<Rebalancer> rebalancer_;
   std::unique_ptr<Verifier> verifier_;
   uint64_t verify_id_ = 0;  // of the check that the leader asked for last
+  std::vector<VerifiedCopy> unfit_;  // copies that are wrong in memory; no step runs on them
 
   std::deque<LeaderFrame> inbox_;        // taken off the channel, not yet read
   std::deque<LeaderFrame> group_inbox_;  // of these, what concerns the group: it goes first

@@ -1,5 +1,6 @@
 // How an engine makes sure that what it serves from is what it was given (verifier.h).
 #include <algorithm>
+#include <iterator>
 #include <optional>
 #include <string>
 #include <utility>
@@ -47,8 +48,8 @@ absl::Status Engine::Verify() {
   const int64_t read_before = verifier_->copies_read();
   verifier_->Advance(now);
   Verified verified{.copies = verifier_->copies_read() - read_before};
-  const std::vector<VerifiedCopy> corrupted = verifier_->TakeCorrupted();
-  verified.corrupted = static_cast<int32_t>(corrupted.size());
+  std::ranges::copy(verifier_->TakeCorrupted(), std::back_inserter(unfit_));
+  verified.corrupted = static_cast<int32_t>(unfit_.size());
   std::optional<RankFrame> report;
   if (auto pass = verifier_->TakePass(); pass.has_value()) {
     VerifiedFrame found{.id = verify_id_,
@@ -67,21 +68,27 @@ absl::Status Engine::Verify() {
     report = RankFrame{std::move(found)};
   }
   observer_->OnVerified(verified);
-  for (const VerifiedCopy& copy : corrupted) BALLAST_RETURN_IF_ERROR(Repair(copy));
-  // Last: whoever has the answer finds what was wrong counted, and mended.
-  return report.has_value() ? channel_->Send(Serialize(*report)) : absl::OkStatus();
+  const absl::Status mended = MendUnfit();
+  // Last: whoever has the answer finds what was wrong counted, and mended if it can be.
+  if (report.has_value()) BALLAST_RETURN_IF_ERROR(channel_->Send(Serialize(*report)));
+  return mended;
 }
 
-// Reads an expert again whose parameters have changed in memory.
-absl::Status Engine::Repair(const VerifiedCopy& copy) {
-  LogError("engine", absl::StrCat("layer ", copy.layer, ", expert ", copy.expert,
-                                  ": the parameters in memory are not those that were loaded; "
-                                  "they are read from the checkpoint again"));
-  BALLAST_RETURN_IF_ERROR(ReadExpertPatiently(copy.layer, copy.expert));
-  if (store_->Checksum(copy.layer, copy.expert) == copy.expected) return absl::OkStatus();
-  return absl::DataLossError(absl::StrCat("layer ", copy.layer, ", expert ", copy.expert,
-                                          ": the checkpoint does not hold what it held when it "
-                                          "was loaded; this rank cannot go on"));
+// Reads experts again whose parameters have changed in memory. What it does not come to is left for
+// the next time, which is before the next step.
+// ERRORS kAborted: told to halt meanwhile; kDataLoss: the checkpoint has changed as well
+absl::Status Engine::MendUnfit() {
+  while (!unfit_.empty()) {
+    const VerifiedCopy& copy = unfit_.front();
+    if (store_->Parameters(copy.layer, copy.expert) != nullptr) {  // else it has left
+      LogError("engine", absl::StrCat("layer ", copy.layer, ", expert ", copy.expert,
+                                      ": the parameters in memory are not those that were loaded; "
+                                      "they are read from the checkpoint again"));
+      BALLAST_RETURN_IF_ERROR(ReadExpertPatiently(copy.layer, copy.expert));
+    }
+    unfit_.erase(unfit_.begin());
+  }
+  return absl::OkStatus();
 }
 
 // Nobody has tokens: until somebody speaks to this rank, or for kIdleWaitMs.

@@ -41,14 +41,6 @@ std::optional<ExpertReader::Done> ExpertReader::Take() {
   return done;
 }
 
-ExpertReader::Done ExpertReader::Wait() {
-  std::unique_lock lock(mutex_);
-  changed_.wait(lock, [this] { return !done_.empty(); });
-  Done done = std::move(done_.front());
-  done_.pop_front();
-  return done;
-}
-
 std::vector<int32_t> ExpertReader::Cancel() {
   const std::lock_guard lock(mutex_);
   std::vector<int32_t> dropped;

@@ -45,8 +45,6 @@ class ExpertReader {
   };
   // The next read that has ended.
   std::optional<Done> Take();
-  // The same, waiting for it. REQUIRES one was started and neither taken nor cancelled
-  Done Wait();
   // Drops the reads that have not begun. SHAPES the block_ids of these
   std::vector<int32_t> Cancel();
 

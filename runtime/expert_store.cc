@@ -12,6 +12,7 @@ namespace ballast {
 namespace {
 
 constexpr uint32_t kChunkMagic = 0x4b4e4843;  // "CHNK"
+constexpr int32_t kLentBlock = -1;            // of a staged expert whose read was given up
 
 }  // namespace
 
@@ -90,8 +91,27 @@ std::span<std::byte> ExpertStore::Allocate(int32_t layer, int32_t expert) {
   return {Block(block), options_.block_bytes};
 }
 
-void ExpertStore::Seal(int32_t layer, int32_t expert) {
-  sealed_checksum_[At(layer, expert)] = Checksum(layer, expert);
+absl::Status ExpertStore::Seal(int32_t layer, int32_t expert) {
+  uint64_t& sealed = sealed_checksum_[At(layer, expert)];
+  const uint64_t now = Checksum(layer, expert);
+  if (sealed == 0) sealed = now;
+  if (sealed == now) return absl::OkStatus();
+  return absl::DataLossError(absl::StrCat("layer ", layer, ", expert ", expert, " has checksum ",
+                                          now, ", it was first packed with ", sealed));
+}
+
+absl::Status ExpertStore::Learn(std::span<const uint64_t> checksums) {
+  BALLAST_CHECK(checksums.size() == sealed_checksum_.size());
+  for (size_t at = 0; at < checksums.size(); ++at) {
+    uint64_t& mine = sealed_checksum_[at];
+    if (mine == 0) mine = checksums[at];
+    if (checksums[at] == 0 || checksums[at] == mine) continue;
+    return absl::DataLossError(absl::StrCat(
+        "layer ", at / static_cast<size_t>(options_.num_experts), ", expert ",
+        at % static_cast<size_t>(options_.num_experts), " was packed with checksum ", mine,
+        " by one rank and with ", checksums[at], " by another: they read different checkpoints"));
+  }
+  return absl::OkStatus();
 }
 
 void ExpertStore::Drop(int32_t layer, int32_t expert) {
@@ -130,7 +150,7 @@ uint64_t ExpertStore::SealedChecksum(int32_t layer, int32_t expert) const {
 
 absl::Status ExpertStore::Stage(const MigrationPlan& plan, const Placement& current) {
   if (!plan_.has_value()) TakeReads().IgnoreError();  // of plans given up
-  if (plan_.has_value() || draining_ || lent_blocks_ > 0) {
+  if (plan_.has_value() || draining_) {
     return absl::FailedPreconditionError(
         absl::StrCat("plan ", plan.plan_id, ": another plan is still under way"));
   }
@@ -191,14 +211,16 @@ absl::Status ExpertStore::AdvanceSend(Flow* flow, int64_t* budget) {
     const size_t bytes = std::min(options_.chunk_bytes, options_.block_bytes - flow->offset);
     const Staged* relayed = item.staged < 0 ? nullptr : &staged_[item.staged];
     if (relayed != nullptr && relayed->arrived < flow->offset + bytes) break;
-    const std::byte* block = Block(relayed == nullptr ? block_of_expert_[at] : relayed->block);
     const ChunkHeader header{
         kChunkMagic,    item.layer,
         plan_->plan_id, plan_->base_epoch,
         item.expert,    static_cast<uint32_t>(bytes),
         flow->offset,   relayed == nullptr ? sealed_checksum_[at] : relayed->sealed};
     std::memcpy(flow->buffer.data(), &header, sizeof header);
-    std::memcpy(flow->buffer.data() + kCacheLineBytes, block + flow->offset, bytes);
+    const int32_t block = relayed == nullptr ? block_of_expert_[at] : relayed->block;
+    if (block != kLentBlock) {  // else the plan is given up, and any bytes do
+      std::memcpy(flow->buffer.data() + kCacheLineBytes, Block(block) + flow->offset, bytes);
+    }
     BALLAST_ASSIGN_OR_RETURN(flow->handle,
                              transport_->PostSend(flow->peer, kTagMigration,
                                                   {flow->buffer.data(), kCacheLineBytes + bytes}));
@@ -269,10 +291,17 @@ absl::Status ExpertStore::TakeChunk(const Flow& flow, size_t received) {
   }
   if (!last) return absl::OkStatus();
   ++copies_received_;
-  if (staged.checksum == staged.sealed || draining_) return absl::OkStatus();
+  return CheckStaged(staged, absl::StrCat("rank ", flow.peer));
+}
+
+// Whether what has come is the expert.
+absl::Status ExpertStore::CheckStaged(const Staged& staged, const std::string& source) const {
+  const uint64_t known = sealed_checksum_[At(staged.layer, staged.expert)];
+  const uint64_t expected = known != 0 ? known : staged.sealed;
+  if (staged.checksum == expected || draining_) return absl::OkStatus();
   return absl::DataLossError(absl::StrCat("layer ", staged.layer, ", expert ", staged.expert,
-                                          " from rank ", flow.peer, " has checksum ",
-                                          staged.checksum, ", it was packed with ", staged.sealed));
+                                          " from ", source, " has checksum ", staged.checksum,
+                                          ", it was packed with ", expected));
 }
 
 // What has been read since the last time.
@@ -299,21 +328,28 @@ absl::Status ExpertStore::TakeRead(const ExpertReader::Done& done) {
   staged->arrived = options_.block_bytes;
   staged->checksum = staged->sealed = done.checksum;
   copies_read_ += done.status.ok();
-  if (done.status.ok() || draining_) return absl::OkStatus();
+  if (done.status.ok()) return CheckStaged(*staged, "the checkpoint");
+  if (draining_) return absl::OkStatus();
   return absl::Status(done.status.code(),
                       absl::StrCat("layer ", staged->layer, ", expert ", staged->expert,
                                    " from the checkpoint: ", done.status.message()));
 }
 
-// Those that have not begun. Who is to relay them goes on with what is in the block.
-void ExpertStore::CancelReads() {
+// Those that have not begun are dropped. One that has may take as long as the disk likes: it keeps
+// its block. Who is to relay any of them goes on with whatever bytes there are.
+void ExpertStore::GiveUpReads() {
   if (reader_ == nullptr) return;
-  for (const int32_t block : reader_->Cancel()) {
-    for (Staged& staged : staged_) {
-      if (staged.block != block) continue;
-      staged.reading = false;
-      staged.arrived = options_.block_bytes;
-    }
+  TakeReads().IgnoreError();
+  const std::vector<int32_t> dropped = reader_->Cancel();
+  for (Staged& staged : staged_) {
+    if (!staged.reading) continue;
+    staged.reading = false;
+    staged.arrived = options_.block_bytes;
+    if (std::ranges::find(dropped, staged.block) != dropped.end()) continue;
+    staged.block = kLentBlock;
+    if (++lent_blocks_ <= spare_blocks_) continue;
+    AddBlocks(1);
+    ++spare_blocks_;
   }
 }
 
@@ -368,7 +404,7 @@ void ExpertStore::Commit(const Placement& target) {
 
 void ExpertStore::Discard() {
   if (!plan_.has_value()) return;
-  CancelReads();
+  GiveUpReads();
   if (!Idle()) {
     draining_ = true;  // peers still send what the plan says; Poll takes it in and then comes back
     return;
@@ -379,13 +415,9 @@ void ExpertStore::Discard() {
 void ExpertStore::Abandon() {
   if (!plan_.has_value()) return;
   draining_ = false;
-  CancelReads();
+  GiveUpReads();
   for (const Staged& staged : staged_) {
-    if (staged.reading) {
-      ++lent_blocks_;
-    } else {
-      free_blocks_.push_back(staged.block);
-    }
+    if (staged.block != kLentBlock) free_blocks_.push_back(staged.block);
   }
   staged_.clear();
   for (auto* flows : {&sends_, &receives_}) {
@@ -404,7 +436,6 @@ void ExpertStore::Abandon() {
 
 void ExpertStore::Regroup(int32_t rank, Transport* transport, const Placement& placement) {
   BALLAST_CHECK(!plan_.has_value());
-  while (lent_blocks_ > 0) TakeRead(reader_->Wait()).IgnoreError();
   options_.rank = rank;
   transport_ = transport;
   MakeFlows();
@@ -425,7 +456,7 @@ void ExpertStore::Regroup(int32_t rank, Transport* transport, const Placement& p
     }
   }
   const int32_t resident = placement.topology().slots_on(rank) * options_.num_layers;
-  const int32_t total = resident + options_.staging_blocks;
+  const int32_t total = resident + options_.staging_blocks + spare_blocks_;
   if (total > static_cast<int32_t>(blocks_.size())) {
     AddBlocks(total - static_cast<int32_t>(blocks_.size()));
   }

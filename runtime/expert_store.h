@@ -6,6 +6,7 @@
 #include <memory>
 #include <optional>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "absl/status/statusor.h"
@@ -32,11 +33,14 @@ namespace ballast {
 // of its pair behind it, and its source holds the expert or has it by an earlier move.
 //
 // An expert that the plan takes from the checkpoint is read by Options::read on a thread of its own
-// (expert_reader.h), into its staging block; Poll only looks whether it is done.
+// (expert_reader.h), into its staging block; Poll only looks whether it is done. Nothing waits for
+// a read: one that has begun when its plan is given up keeps its block until it ends, and another
+// block stands in for it.
 //
-// The checksum of a whole expert, taken when it was packed from the checkpoint, travels along, over
-// relays too, and is verified by every receiver: it covers every byte that the products read,
-// derived layouts included.
+// An expert is known by one checksum, taken when it was first packed from the checkpoint: it covers
+// every byte that the products read, derived layouts included. Ranks tell each other theirs
+// (checksums, Learn), it travels along with every copy, over relays too, and whatever comes in has
+// to match it, from a rank or from the checkpoint.
 // THREADS one (the step thread). COLLECTIVE in effect: all ranks stage the same plans in the same
 // order.
 class ExpertStore : public CopyStore {
@@ -54,18 +58,24 @@ class ExpertStore : public CopyStore {
   ExpertStore(Options options, Transport* transport);
   ~ExpertStore() override;
 
-  // Start-up: a block for the expert, to be filled by the caller, then sealed with Seal.
+  // A block for the expert, to be filled by the caller, then sealed with Seal.
   std::span<std::byte> Allocate(int32_t layer, int32_t expert);
-  void Seal(int32_t layer, int32_t expert);
+  // ERRORS kDataLoss: the block is not what the expert was when it was first packed
+  absl::Status Seal(int32_t layer, int32_t expert);
   // Gives the block back. REQUIRES it was allocated, and no table knows of it
   void Drop(int32_t layer, int32_t expert);
 
   // The packed parameters, or nullptr where this rank does not hold the expert.
   const std::byte* Parameters(int32_t layer, int32_t expert) const;
 
-  // ERRORS kFailedPrecondition: a plan is being staged, or one given up still has messages or a
-  // read
-  //        under way; kUnimplemented: no Options::read for it; kResourceExhausted: the plan brings
+  // What every expert was packed with, as far as it is known here.
+  // SHAPES [num_layers * num_experts], 0: not known
+  std::span<const uint64_t> checksums() const { return sealed_checksum_; }
+  // What another rank knows. ERRORS kDataLoss: the two know an expert by different checksums
+  absl::Status Learn(std::span<const uint64_t> checksums);
+
+  // ERRORS kFailedPrecondition: a plan is being staged, or one given up still has messages under
+  //        way; kUnimplemented: no Options::read for it; kResourceExhausted: the plan brings
   //        more experts to some rank than staging_blocks (every rank finds the same, so all refuse
   //        together)
   absl::Status Stage(const MigrationPlan& plan, const Placement& current) override;
@@ -81,13 +91,12 @@ class ExpertStore : public CopyStore {
 
   // Other ranks than before go on: this one as `rank`, over `transport`. Copies that `placement`
   // does not give to it are dropped, and there is room for all it gives, and to stage as many as
-  // the largest rank has slots in a layer. Waits for a read that is under way. REQUIRES not
-  // staging()
+  // the largest rank has slots in a layer. REQUIRES not staging()
   void Regroup(int32_t rank, Transport* transport, const Placement& placement);
 
   // Checksum of an expert's block as it is in memory now. REQUIRES Parameters(layer, expert).
   uint64_t Checksum(int32_t layer, int32_t expert) const;
-  // The checksum it had when it was packed.
+  // The checksum it had when it was packed; 0: not known.
   uint64_t SealedChecksum(int32_t layer, int32_t expert) const;
 
   int32_t rank() const { return options_.rank; }
@@ -96,7 +105,8 @@ class ExpertStore : public CopyStore {
   // All that it has allocated for parameters and their transfers, whatever is under way:
   //   (resident_blocks + staging_blocks) * block_bytes, each block in whole cache lines,
   //   + a chunk and its header, both ways, for every other rank
-  // After a regrouping with the larger counts that it brought.
+  // After a regrouping with the larger counts that it brought, and with a block more once a read
+  // was given up on the way.
   size_t memory_bytes() const;
   int64_t bytes_received() const { return bytes_received_; }
   int64_t copies_received() const { return copies_received_; }
@@ -125,9 +135,10 @@ class ExpertStore : public CopyStore {
   absl::Status AdvanceReceive(Flow* flow, int64_t* budget);
   absl::Status TakeChunk(const Flow& flow, size_t received);
   void NextChunk(Flow* flow);
+  absl::Status CheckStaged(const Staged& staged, const std::string& source) const;
   absl::Status TakeReads();
   absl::Status TakeRead(const ExpertReader::Done& done);
-  void CancelReads();
+  void GiveUpReads();
   bool Idle() const;  // nothing of plan_ is under way
 
   Options options_;
@@ -142,7 +153,8 @@ class ExpertStore : public CopyStore {
   std::vector<std::unique_ptr<Flow>> sends_, receives_;  // per peer
   size_t first_flow_ = 0;                                // whose turn it is to be polled first
   std::unique_ptr<ExpertReader> reader_;
-  int32_t lent_blocks_ = 0;  // of plans given up: a read into them is under way
+  int32_t lent_blocks_ = 0;   // of plans given up: a read into them is under way
+  int32_t spare_blocks_ = 0;  // that stand in for these
   bool draining_ = false;
   bool failed_ = false;  // some of plan_ has arrived wrong: it can only be discarded
   int64_t bytes_received_ = 0;

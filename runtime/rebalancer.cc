@@ -29,7 +29,7 @@ void Rebalancer::OnPlan(MigrationPlan plan) {
   // What is wrong with a plan is wrong on every rank: then none of them stages any of it.
   auto target = plan.Apply(placement_);
   absl::Status status = target.status();
-  if (status.ok()) status = CheckPlacement(*target);
+  if (status.ok()) status = CheckLayers(*target, plan.rows);
   if (status.ok()) status = store_->Stage(plan, placement_);
   if (plan.plan_id <= aborted_through_) {
     // The others gave it up before it got here, and may have sent parts of it: take these in.

@@ -14,7 +14,12 @@ Verifier::Verifier(const Options& options, const ExpertStore* store)
       due_ns_(options.period_ns > 0 ? 0 : std::numeric_limits<int64_t>::max()) {}
 
 void Verifier::Ask() {
+  Hurry();
   asked_ = true;
+}
+
+void Verifier::Hurry() {
+  hurried_ = true;
   due_ns_ = 0;
   layer_ = 0;
   expert_ = -1;
@@ -38,6 +43,7 @@ void Verifier::NextCopy() {
   if (block_ != nullptr) return;
   layer_ = 0;
   expert_ = -1;
+  hurried_ = false;
   if (std::exchange(asked_, false)) finished_ = pass_;
   pass_.clear();
 }
@@ -70,7 +76,7 @@ void Verifier::Advance(int64_t now_ns) {
 
 // Spreads the slices of a pass over the period.
 void Verifier::Schedule(int64_t now_ns) {
-  if (asked_) return;
+  if (hurried_) return;
   if (options_.period_ns == 0) {
     due_ns_ = std::numeric_limits<int64_t>::max();
     return;

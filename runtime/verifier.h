@@ -35,9 +35,10 @@ class Verifier {
   // When the next slice is due; INT64_MAX: never.
   int64_t due_ns() const { return due_ns_; }
 
-  // A pass from the beginning, at once. Where one is under way it begins anew.
+  // A pass from the beginning, at once: in every call of Advance a slice until it is complete.
+  void Hurry();
+  // The same, for somebody who waits for what it reads.
   void Ask();
-  bool asked() const { return asked_; }
   // What the pass that was asked for has read, once, when it is complete.
   std::optional<std::vector<VerifiedCopy>> TakePass() { return std::exchange(finished_, {}); }
 
@@ -60,7 +61,7 @@ class Verifier {
   std::vector<VerifiedCopy> pass_;                     // what this pass has read
   std::optional<std::vector<VerifiedCopy>> finished_;  // a pass that was asked for
   std::vector<VerifiedCopy> corrupted_;
-  bool asked_ = false;
+  bool hurried_ = false, asked_ = false;
   int64_t due_ns_ = 0;
   int64_t copies_read_ = 0;
 };

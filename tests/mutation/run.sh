@@ -5,7 +5,7 @@
 #   # target: TARGETS OF THE BUILD
 #   # tests: REGULAR EXPRESSION OF CTEST
 # First the same tests must pass without any bug. Prints a line per bug; fails if one survives, does not compile or no
-# longer applies. A test that hangs counts as failed after 90 seconds. About ten minutes on two cores, with ccache.
+# longer applies. A test that hangs counts as failed after 90 seconds. About twelve minutes on two cores, with ccache.
 # Usage: tests/mutation/run.sh [--check | NAME...] (default: all; --check: only whether the patches apply)
 set -euo pipefail
 cd "$(dirname "$0")/../.."

@@ -174,6 +174,65 @@ TEST_CASE("a plan that staging memory does not allow is an abort on all ranks",
   CHECK(server.Aborts() == 1);
 }
 
+// In place: a new file would not be the one that is open.
+void Overwrite(const std::string& path, const std::string& bytes) {
+  FILE* const f = std::fopen(path.c_str(), "r+");
+  REQUIRE(f != nullptr);
+  std::fwrite(bytes.data(), 1, bytes.size(), f);
+  std::fclose(f);
+}
+
+TEST_CASE("a checkpoint that was overwritten is not taken for the one that was loaded",
+          "[fault][cluster]") {
+  Faulty server({.model = "", .retry_from_file = true});
+  for (int rank = 0; rank < kRanks; ++rank) server.cluster->CorruptCopies(rank, 1);
+  REQUIRE(server.ServeUntilPlanEnds());
+  REQUIRE(server.cluster->aborts() == 1);
+  for (int rank = 0; rank < kRanks; ++rank) server.cluster->CorruptCopies(rank, 0);
+  TempFolder folder;  // a model of the same shape
+  WriteCheckpoint(folder.path(), TinyModel{.seed = 2});
+  Overwrite(server.folder.path() + "/model.safetensors",
+            *ReadFile(folder.path() + "/model.safetensors"));
+  REQUIRE(server.ServeUntilPlanEnds());  // from the file
+  CHECK(server.cluster->flips() == 0);
+  CHECK(server.cluster->aborts() == 2);
+  REQUIRE(server.ServeUntilPlanEnds());  // from ranks again
+  CHECK(server.cluster->flips() == 1);
+  CHECK(server.ServesRight());
+  CHECK(nlohmann::json::parse(*server.cluster->Verify())["ok"] == true);
+  CHECK(FirstError(server.cluster->Stop()) == "");
+}
+
+// Rank 0 has found that its memory is damaged and tries to read the expert again when another rank
+// dies: the ranks begin anew, and what is damaged must not be part of it.
+TEST_CASE("damage that is being mended when a rank dies does not serve", "[fault][cluster]") {
+  Faulty server({.model = "", .survive_losses = true});
+  const ExpertStore& store = server.cluster->store(0);
+  for (int32_t e = 0; e < TinyModel{}.num_experts; ++e) {
+    if (store.Parameters(0, e) == nullptr) continue;
+    for (size_t at = 0; at < 400; ++at) {
+      const_cast<std::byte&>(store.Parameters(0, e)[at]) ^= std::byte{1};
+    }
+  }
+  const std::string file = server.folder.path() + "/model.safetensors";
+  const std::string whole = *ReadFile(file);
+  REQUIRE(truncate(file.c_str(), 1000) == 0);
+  std::thread check([&] { server.cluster->Verify().IgnoreError(); });
+  while (server.Counted("ballast_verify_failures_total{rank=\"0\",what=\"checkpoint\"}") < 2) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  }
+  server.cluster->Kill(2);
+  std::this_thread::sleep_for(std::chrono::milliseconds(500));
+  Overwrite(file, whole);
+  CHECK(server.ServesRight());
+  CHECK(server.cluster->AwaitMembers(kRanks - 1));
+  check.join();
+  CHECK(nlohmann::json::parse(*server.cluster->Verify())["ok"] == true);
+  const auto statuses = server.cluster->Stop();
+  CHECK(statuses[0].ok());
+  CHECK(statuses[1].ok());
+}
+
 TEST_CASE("a checkpoint that cannot be read for a while is read later", "[fault][cluster]") {
   Faulty server({.model = "", .survive_losses = true});
   const std::string file = server.folder.path() + "/model.safetensors";
@@ -185,10 +244,7 @@ TEST_CASE("a checkpoint that cannot be read for a while is read later", "[fault]
     while (server.Counted("ballast_verify_failures_total{rank=\"0\",what=\"checkpoint\"}") < 2) {
       std::this_thread::sleep_for(std::chrono::milliseconds(10));
     }
-    // In place: a new file would not be the one that is open.
-    FILE* const f = std::fopen(file.c_str(), "r+");
-    std::fwrite(whole.data(), 1, whole.size(), f);
-    std::fclose(f);
+    Overwrite(file, whole);
   });
   const bool right = server.ServesRight();
   restore.join();

@@ -181,7 +181,7 @@ class RankRun {
       BALLAST_RETURN_IF_ERROR(executor_->expert_mlp().Pack(
           in_.gate[e].data(), in_.up[e].data(), in_.down[e].data(), DType::kF32,
           store_->Allocate(0, e).data()));
-      store_->Seal(0, e);
+      BALLAST_RETURN_IF_ERROR(store_->Seal(0, e));
     }
     return absl::OkStatus();
   }

@@ -12,6 +12,7 @@
 #include "runtime/rebalancer.h"
 #include "runtime/step_protocol.h"
 #include "tests/placement/random_instances.h"
+#include "tests/support/flipping_transport.h"
 #include "tests/support/run_ranks.h"
 
 namespace ballast::testing {
@@ -165,7 +166,7 @@ Fate Script::FateOf(const MigrationPlan& plan) const {
 class LifeRank {
  public:
   LifeRank(const Script& script, const Placement& initial, Transport* transport, Communicator* comm)
-      : script_(script), comm_(comm), transport_(transport), initial_(initial) {}
+      : script_(script), comm_(comm), wire_(transport), initial_(initial) {}
 
   absl::Status Load();
   // Until the script ends.
@@ -187,7 +188,7 @@ class LifeRank {
 
   const Script& script_;
   Communicator* comm_;
-  Transport* transport_;
+  FlippingTransport wire_;
   const Placement& initial_;
   std::unique_ptr<MoeExecutor> executor_;
   std::unique_ptr<ExpertStore> store_;
@@ -223,13 +224,13 @@ absl::Status LifeRank::Load() {
                            .resident_blocks = layers * slots,
                            .staging_blocks = layers * most_slots,
                            .chunk_bytes = script_.chunk_bytes},
-      transport_);
+      &wire_);
   for (int32_t l = 0; l < layers; ++l) {
     for (int32_t e = 0; e < initial_.num_experts(); ++e) {
       if (!initial_.Hosts(l, e, comm_->rank())) continue;
       const auto block = store_->Allocate(l, e);
       std::memcpy(block.data(), script_.layers[l].packed[e].data(), block.size());
-      store_->Seal(l, e);
+      BALLAST_RETURN_IF_ERROR(store_->Seal(l, e));
     }
   }
   rebalancer_ = std::make_unique<Rebalancer>(
@@ -279,13 +280,8 @@ absl::Status LifeRank::TakePlan(int64_t step) {
     return absl::OkStatus();
   }
   taken_ = true;
-  // The source's checksum is that of other bytes than those it keeps and sends.
   if (script_.FateOf(plan_) == Fate::kWrongChecksum && plan_.moves[0].from_rank == comm_->rank()) {
-    const Move& move = plan_.moves[0];
-    std::byte& byte = store_->Allocate(move.layer, move.expert)[5];
-    byte ^= std::byte{1};
-    store_->Seal(move.layer, move.expert);
-    byte ^= std::byte{1};
+    wire_.FlipNext();
   }
   rebalancer_->OnPlan(plan_);
   return absl::OkStatus();
@@ -316,9 +312,6 @@ absl::Status LifeRank::EndPlan(const Rebalancer::Outcome& ended) {
                                  absl::StrCat("plan ", plan_.plan_id, " left epoch ", epoch)));
   (flipped ? outcome_.flips : outcome_.aborts) += 1;
   if (flipped) outcome_.copies += static_cast<int64_t>(plan_.moves.size());
-  if (fate == Fate::kWrongChecksum && plan_.moves[0].from_rank == comm_->rank()) {
-    store_->Seal(plan_.moves[0].layer, plan_.moves[0].expert);
-  }
   pending_ = false;
   return CheckStore();
 }

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <catch2/catch.hpp>
 
+#include "base/check.h"
 #include "base/log.h"
 #include "base/status.h"
 #include "runtime/expert_store.h"
@@ -52,7 +53,7 @@ struct Rank {
     for (int32_t e = 0; e < kExperts; ++e) {
       if (!initial.Hosts(0, e, transport->rank())) continue;
       for (std::byte& b : store.Allocate(0, e)) b = static_cast<std::byte>(e + 1);
-      store.Seal(0, e);
+      BALLAST_CHECK(store.Seal(0, e).ok());
     }
     options.rank = transport->rank();
     rebalancer = std::make_unique<Rebalancer>(

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <memory>
 
+#include "base/check.h"
 #include "base/log.h"
 #include "base/random.h"
 #include "base/status.h"
@@ -57,12 +58,15 @@ struct Rank {
         rebalancer({.rank = transport->rank(), .slice = {.slice_bytes = 64}}, &store, initial,
                    [this](const Placement&) { ++flips; }),
         protocol(transport->rank(), 0, &rebalancer),
-        headers(static_cast<size_t>(communicator->size())) {
+        headers(static_cast<size_t>(communicator->size())) {}
+  // What the placement gives to this rank, as from a checkpoint; again, if it was before.
+  void Fill() {
+    const Placement& initial = rebalancer.placement();
     for (int32_t e = 0; e < initial.num_experts(); ++e) {
-      if (!initial.Hosts(0, e, transport->rank())) continue;
+      if (!initial.Hosts(0, e, store.rank())) continue;
       const auto block = store.Allocate(0, e);
       for (size_t i = 0; i < block.size(); ++i) block[i] = ByteOf(e, i);
-      store.Seal(0, e);
+      BALLAST_CHECK(store.Seal(0, e).ok());
     }
   }
   static std::byte ByteOf(int32_t expert, size_t i) {
@@ -138,6 +142,7 @@ TEST_CASE("a plan rejected at any stage changes no byte", "[runtime][rebalancer]
     CAPTURE(stage.name);
     REQUIRE(FirstError(RunRanks(3, [&](Transport* transport, Communicator* comm, int rank) {
               Rank self(transport, comm, initial, 1000, stage.staging);
+              self.Fill();
               if (stage.corrupt && rank == 2) self.store.Allocate(0, 4)[999] ^= std::byte{1};
               const std::string before = self.State();
               self.rebalancer.OnPlan(stage.plan);
@@ -173,7 +178,7 @@ absl::Status RunSentinels(Transport* transport, Communicator* comm, std::vector<
       if (e > 0) tensors[e - 1].back() = 4.0f;
       BALLAST_RETURN_IF_ERROR(mlp->Pack(tensors[0].data(), tensors[1].data(), tensors[2].data(),
                                         DType::kF32, self.store.Allocate(0, e).data()));
-      self.store.Seal(0, e);
+      BALLAST_CHECK(self.store.Seal(0, e).ok());
     }
   }
   self.rebalancer.OnPlan(*MakeMigrationPlan(initial, {{0, {0, 1, 2, 3, 0, 1, 2, 3}}}, 1));
@@ -206,24 +211,17 @@ TEST_CASE("every tensor of an expert moves with it", "[runtime][store]") {
 // SOURCE vllm#47206: a loader that ran after the placement was made reset its tables.
 TEST_CASE("parameters may be loaded again at any time and the tables stay", "[runtime][store]") {
   const Placement initial = Make(3, Topology::Uniform(2, 3), {0, 1, 2, 2, -1, -1});
-  REQUIRE(FirstError(RunRanks(2, [&](Transport* transport, Communicator* comm, int rank) {
+  REQUIRE(FirstError(RunRanks(2, [&](Transport* transport, Communicator* comm, int) {
             Rank self(transport, comm, initial, 512, 3);
-            const auto load = [&] {
-              for (int32_t e = 0; e < 3; ++e) {
-                if (!self.rebalancer.placement().Hosts(0, e, rank)) continue;
-                const auto block = self.store.Allocate(0, e);
-                for (size_t i = 0; i < block.size(); ++i) block[i] = Rank::ByteOf(e, i);
-                self.store.Seal(0, e);
-              }
-            };
+            self.Fill();
             const std::string before = self.State();
-            load();
+            self.Fill();
             BALLAST_RETURN_IF_ERROR(Expect(self.State() == before, "one load is two"));
             self.rebalancer.OnPlan(*MakeMigrationPlan(initial, {{0, {2, 1, -1, 0, 1, 2}}}, 1));
             BALLAST_ASSIGN_OR_RETURN(const Command done, self.RunPlan(1'000'000));
             BALLAST_RETURN_IF_ERROR(Expect(done == Command::kFlip, "a flip"));
             const std::string after = self.State();
-            load();
+            self.Fill();
             return Expect(self.State() == after, "a load after a flip changes nothing");
           })) == "");
 }
@@ -238,6 +236,7 @@ TEST_CASE("two copies on one rank are one block that comes and goes once", "[run
       {2, 0, 1, 2, 0, 0, 2, -1}, {-1, 0, 1, 2, 0, -1, 2, -1}, {0, -1, 1, -1, 2, -1, -1, -1}};
   REQUIRE(FirstError(RunRanks(2, [&](Transport* transport, Communicator* comm, int rank) {
             Rank self(transport, comm, initial, 512, 4);
+            self.Fill();
             for (size_t i = 0; i < rows.size(); ++i) {
               self.rebalancer.OnPlan(*MakeMigrationPlan(self.rebalancer.placement(), {{0, rows[i]}},
                                                         static_cast<int64_t>(i) + 1));

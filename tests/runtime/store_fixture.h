@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "base/check.h"
 #include "base/random.h"
 #include "base/status.h"
 #include "runtime/expert_store.h"
@@ -49,7 +50,7 @@ inline std::unique_ptr<ExpertStore> FilledStore(Transport* transport, const Plac
       if (!placement.Hosts(layer, e, transport->rank())) continue;
       const auto block = store->Allocate(layer, e);
       for (size_t i = 0; i < block.size(); ++i) block[i] = ExpertByte(layer, e, i);
-      store->Seal(layer, e);
+      BALLAST_CHECK(store->Seal(layer, e).ok());
     }
   }
   return store;

@@ -7,6 +7,7 @@
 #include <nlohmann/json.hpp>
 #include <thread>
 
+#include "base/check.h"
 #include "base/log.h"
 #include "base/random.h"
 #include "runtime/step_protocol.h"
@@ -47,7 +48,7 @@ struct Held {
       for (std::byte& b : store.Allocate(layer, e)) {
         b = static_cast<std::byte>(RandomBits(static_cast<uint64_t>(layer * 4 + e), i++));
       }
-      store.Seal(layer, e);
+      BALLAST_CHECK(store.Seal(layer, e).ok());
     }
   }
   static constexpr std::pair<int32_t, int32_t> kHeld[] = {{0, 0}, {0, 2}, {0, 3},

@@ -240,6 +240,7 @@ absl::Status Cluster::StartLeader(const ClusterOptions& options, const Placement
   if (options.make_controller) leader.loop.make_controller = options.make_controller;
   leader.leave = [this](int32_t rank) { frontend_->Leave(rank).IgnoreError(); };
   controller.backoff_steps = options.backoff_steps;
+  controller.retry_from_file = options.retry_from_file;
   controller.max_incoming_per_rank =
       options.staging_experts > 0 ? 0 : placement.topology().slots_on(0);
   BALLAST_ASSIGN_OR_RETURN(

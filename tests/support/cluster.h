@@ -39,6 +39,7 @@ struct ClusterOptions {
   // Memory for copies on their way, in experts; plans then know of no limit. 0: what they need.
   int32_t staging_experts = 0;
   int32_t backoff_steps = 256;
+  bool retry_from_file = false;
   TraceRecorder* recorder = nullptr;  // of the leader; may be null
   bool survive_losses = false;
   int64_t step_timeout_ms = 60'000;

@@ -32,7 +32,7 @@ absl::StatusOr<std::unique_ptr<SingleRankModel>> SingleRankModel::Load(const std
     for (int32_t e = 0; e < experts; ++e) {
       BALLAST_RETURN_IF_ERROR(model->decoder_->LoadExpert(
           *model->checkpoint_, layer, e, model->store_->Allocate(layer, e).data()));
-      model->store_->Seal(layer, e);
+      BALLAST_RETURN_IF_ERROR(model->store_->Seal(layer, e));
     }
   }
   BALLAST_ASSIGN_OR_RETURN(const Placement placement,
