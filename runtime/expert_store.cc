@@ -208,17 +208,18 @@ absl::Status ExpertStore::AdvanceSend(Flow* flow, int64_t* budget) {
     if (*budget <= 0) break;
     const Flow::Item& item = flow->items[flow->next];
     const size_t at = At(item.layer, item.expert);
-    const size_t bytes = std::min(options_.chunk_bytes, options_.block_bytes - flow->offset);
+    size_t bytes = std::min(options_.chunk_bytes, options_.block_bytes - flow->offset);
     const Staged* relayed = item.staged < 0 ? nullptr : &staged_[item.staged];
     if (relayed != nullptr && relayed->arrived < flow->offset + bytes) break;
+    if (draining_) bytes = 0;
     const ChunkHeader header{
         kChunkMagic,    item.layer,
         plan_->plan_id, plan_->base_epoch,
         item.expert,    static_cast<uint32_t>(bytes),
         flow->offset,   relayed == nullptr ? sealed_checksum_[at] : relayed->sealed};
     std::memcpy(flow->buffer.data(), &header, sizeof header);
-    const int32_t block = relayed == nullptr ? block_of_expert_[at] : relayed->block;
-    if (block != kLentBlock) {  // else the plan is given up, and any bytes do
+    if (bytes > 0) {
+      const int32_t block = relayed == nullptr ? block_of_expert_[at] : relayed->block;
       std::memcpy(flow->buffer.data() + kCacheLineBytes, Block(block) + flow->offset, bytes);
     }
     BALLAST_ASSIGN_OR_RETURN(flow->handle,
@@ -262,6 +263,7 @@ void ExpertStore::NextChunk(Flow* flow) {
 }
 
 absl::Status ExpertStore::TakeChunk(const Flow& flow, size_t received) {
+  if (draining_) return absl::OkStatus();
   Staged& staged = staged_[flow.items[flow.next].staged];
   const size_t bytes = std::min(options_.chunk_bytes, options_.block_bytes - flow.offset);
   const size_t end = flow.offset + bytes;
@@ -298,7 +300,7 @@ absl::Status ExpertStore::TakeChunk(const Flow& flow, size_t received) {
 absl::Status ExpertStore::CheckStaged(const Staged& staged, const std::string& source) const {
   const uint64_t known = sealed_checksum_[At(staged.layer, staged.expert)];
   const uint64_t expected = known != 0 ? known : staged.sealed;
-  if (staged.checksum == expected || draining_) return absl::OkStatus();
+  if (staged.checksum == expected) return absl::OkStatus();
   return absl::DataLossError(absl::StrCat("layer ", staged.layer, ", expert ", staged.expert,
                                           " from ", source, " has checksum ", staged.checksum,
                                           ", it was packed with ", expected));
@@ -329,14 +331,13 @@ absl::Status ExpertStore::TakeRead(const ExpertReader::Done& done) {
   staged->checksum = staged->sealed = done.checksum;
   copies_read_ += done.status.ok();
   if (done.status.ok()) return CheckStaged(*staged, "the checkpoint");
-  if (draining_) return absl::OkStatus();
   return absl::Status(done.status.code(),
                       absl::StrCat("layer ", staged->layer, ", expert ", staged->expert,
                                    " from the checkpoint: ", done.status.message()));
 }
 
 // Those that have not begun are dropped. One that has may take as long as the disk likes: it keeps
-// its block. Who is to relay any of them goes on with whatever bytes there are.
+// its block. Who is to relay any of them has nothing to wait for.
 void ExpertStore::GiveUpReads() {
   if (reader_ == nullptr) return;
   TakeReads().IgnoreError();
@@ -406,7 +407,7 @@ void ExpertStore::Discard() {
   if (!plan_.has_value()) return;
   GiveUpReads();
   if (!Idle()) {
-    draining_ = true;  // peers still send what the plan says; Poll takes it in and then comes back
+    draining_ = true;  // peers wait for every chunk that the plan says; Poll goes through them
     return;
   }
   Abandon();

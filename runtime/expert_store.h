@@ -30,7 +30,8 @@ namespace ballast {
 // Chunks travel in plan order on each pair of ranks, one at a time per pair, each with the plan and
 // the place they are for. A rank that relays an expert sends a chunk on as soon as it has it. No
 // plan gets stuck: of the moves that are not through, the first in plan order has all earlier ones
-// of its pair behind it, and its source holds the expert or has it by an earlier move.
+// of its pair behind it, and its source holds the expert or has it by an earlier move. Of a plan
+// that is given up the chunks still to come travel as headers alone.
 //
 // An expert that the plan takes from the checkpoint is read by Options::read on a thread of its own
 // (expert_reader.h), into its staging block; Poll only looks whether it is done. Nothing waits for
