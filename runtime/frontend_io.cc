@@ -150,7 +150,15 @@ void Frontend::State::RunIo() {
         if (entries[r].revents != 0) Receive(static_cast<int>(r));
       }
     }
+    // What came meanwhile counts: nobody is lost of whom something waits to be read.
+    const std::vector<std::pair<int, int64_t>> silent = Silent();
+    for (const auto& [r, heard_ns] : silent) Receive(r);
     const std::lock_guard lock(mutex_);
+    for (const auto& [r, heard_ns] : silent) {
+      if (closed_[r] || heard_ns_[r] != heard_ns) continue;
+      LoseLocked(r, absl::DeadlineExceededError(
+                        absl::StrCat("it said nothing for ", options_.silence_ms, " ms")));
+    }
     ExpireLocked();
   }
 }
@@ -160,10 +168,32 @@ int Frontend::State::PollTimeoutMs() const {
   std::optional<int64_t> wake_ns = group_.wake_ns();
   const auto earlier = [&wake_ns](int64_t ns) { wake_ns = std::min(wake_ns.value_or(ns), ns); };
   if (const auto deadline = book_.next_deadline()) earlier(deadline->first);
-  if (options_.silence_ms > 0) earlier(NowNs() + options_.silence_ms * kNsPerMs / 2);
+  // Half as long as what counts as absence (Silent).
+  if (options_.silence_ms > 0) earlier(NowNs() + options_.silence_ms * kNsPerMs / 4);
   if (!wake_ns.has_value()) return -1;
   const int64_t left = *wake_ns - NowNs();
   return static_cast<int>(std::clamp<int64_t>((left + kNsPerMs - 1) / kNsPerMs, 0, 60'000));
+}
+
+// Ranks that seem to have said nothing for too long, each with when it was heard last. Rank 0 is
+// not among them: it is this process. Where this thread was away itself (the process stopped, or a
+// callback took long), all that it has not heard says nothing: every time begins anew.
+std::vector<std::pair<int, int64_t>> Frontend::State::Silent() {
+  const std::lock_guard lock(mutex_);
+  const int64_t limit_ns = options_.silence_ms * kNsPerMs;
+  if (limit_ns == 0 || stopped_ || failed_) return {};
+  const int64_t now = NowNs();
+  const bool away = looked_ns_ != 0 && now - looked_ns_ > limit_ns / 2;
+  looked_ns_ = now;
+  if (away) group_.WaitAnew(now);
+  std::vector<std::pair<int, int64_t>> silent;
+  for (int r = 1; r < static_cast<int>(channels_.size()); ++r) {
+    // One that has said nothing yet may still be loading the model.
+    if (closed_[r] || heard_ns_[r] == 0) continue;
+    if (away) heard_ns_[r] = now;
+    if (now - heard_ns_[r] >= limit_ns) silent.emplace_back(r, heard_ns_[r]);
+  }
+  return silent;
 }
 
 void Frontend::State::Receive(int rank) {
@@ -214,7 +244,8 @@ void Frontend::State::HandleLocked(int rank, const EventsFrame& frame) {
 }
 
 // A rank waited in vain for others, or nobody is missing and still it cannot go on. The first to
-// run out of patience names the culprit: those that wait for it in turn began later.
+// run out of patience names the culprit: those that wait for it in turn began later. Rank 0 lives
+// as long as this thread does; should its steps hang, it will not report.
 void Frontend::State::HandleLocked(int rank, const TroubleFrame& frame) {
   if (group_.halting() || frame.generation != group_.generation()) return;
   if (stopped_) {
@@ -225,15 +256,14 @@ void Frontend::State::HandleLocked(int rank, const TroubleFrame& frame) {
     group_.Renew(NowNs());
     return RegroupLocked();
   }
-  if (frame.missing.empty()) {
-    group_.Renew(NowNs());
-    return RegroupLocked();
-  }
   for (const int32_t missing : frame.missing) {
-    if (missing == rank || !group_.is_member(missing)) continue;
+    if (missing == 0 || missing == rank || !group_.is_member(missing)) continue;
     LoseLocked(missing,
                absl::DeadlineExceededError(absl::StrCat("rank ", rank, " waited for it in vain")));
   }
+  if (group_.halting() || failed_) return;
+  group_.Renew(NowNs());
+  RegroupLocked();
 }
 
 void Frontend::State::ExpireLocked() {
@@ -243,13 +273,6 @@ void Frontend::State::ExpireLocked() {
     AbandonLocked(next->second, FinishReason::kDeadline);
   }
   if ((stopped_ && !group_.halting()) || failed_) return;
-  for (int r = 0; options_.silence_ms > 0 && r < static_cast<int>(channels_.size()); ++r) {
-    // One that has said nothing yet may still be loading the model.
-    if (closed_[r] || heard_ns_[r] == 0) continue;
-    if (now - heard_ns_[r] < options_.silence_ms * kNsPerMs) continue;
-    LoseLocked(r, absl::DeadlineExceededError(
-                      absl::StrCat("it said nothing for ", options_.silence_ms, " ms")));
-  }
   group_.OnTick(now);
   RegroupLocked();
 }

@@ -4,6 +4,7 @@
 #include <catch2/catch.hpp>
 #include <limits>
 #include <mutex>
+#include <optional>
 #include <thread>
 
 #include "tests/support/fake_ranks.h"
@@ -346,6 +347,78 @@ TEST_CASE("a rank that is silent for too long is lost", "[runtime][unit]") {
   REQUIRE(Eventually([&] { return frontend->rank_states()[1] == State::kLost; }));
   REQUIRE(first->Finish() == FinishReason::kLength);
   REQUIRE(first->tokens().size() == 250);
+}
+
+// A process that is stopped for a while (SIGSTOP, a paused machine) has heard nobody: that is not
+// the fault of the others.
+TEST_CASE("nobody is lost for the time in which the front end itself was away", "[runtime][unit]") {
+  constexpr int kRanks = 3;
+  std::vector<std::unique_ptr<ControlChannel>> leader_ends, rank_ends;
+  for (int r = 0; r < kRanks; ++r) {
+    auto pair = ControlChannel::MakePair();
+    REQUIRE(pair.ok());
+    leader_ends.push_back(std::move(pair->first));
+    rank_ends.push_back(std::move(pair->second));
+  }
+  FrontendOptions options = Surviving();
+  options.silence_ms = 1000;
+  std::atomic<int> lost = 0;
+  std::atomic<bool> back = false;
+  options.on_lost = [&](int, const absl::Status&) { ++lost; };
+  options.on_verified = [&](int, const VerifiedFrame&) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(2500));
+    back = true;
+  };
+  Failure failure;
+  auto frontend = Frontend::Create(options, std::move(leader_ends),
+                                   [&](int, const absl::Status&) { ++failure.calls; });
+  REQUIRE(frontend.ok());
+  const auto say = [&](int rank, RankFrame frame) {
+    return rank_ends[static_cast<size_t>(rank)]->Send(Serialize(frame)).ok();
+  };
+  for (int r = 0; r < kRanks; ++r) REQUIRE(say(r, {RankStatusFrame{}}));
+  std::this_thread::sleep_for(std::chrono::milliseconds(200));  // they are heard
+  REQUIRE(say(1, {VerifiedFrame{}}));
+  REQUIRE(Eventually([&] { return back.load(); }));
+  // Nothing of rank 0 at all, and nothing of the others for less than the limit.
+  std::this_thread::sleep_for(std::chrono::milliseconds(300));
+  CHECK(lost == 0);
+  CHECK(failure.calls == 0);
+  using State = Frontend::RankState;
+  CHECK((*frontend)->rank_states() == std::vector<State>(kRanks, State::kServes));
+  // Silence after that is silence, but for rank 0, which is where the front end is.
+  REQUIRE(Eventually([&] { return (*frontend)->rank_states()[2] == State::kLost; }));
+  CHECK(lost >= 1);
+  CHECK(failure.calls == 0);
+  CHECK((*frontend)->rank_states()[0] == State::kServes);
+}
+
+// It may have stood still for longer than a step's deadline.
+TEST_CASE("a rank that waited for rank 0 in vain begins anew with it", "[runtime][unit]") {
+  std::vector<std::unique_ptr<ControlChannel>> leader_ends, rank_ends;
+  for (int r = 0; r < 2; ++r) {
+    auto pair = ControlChannel::MakePair();
+    REQUIRE(pair.ok());
+    leader_ends.push_back(std::move(pair->first));
+    rank_ends.push_back(std::move(pair->second));
+  }
+  Failure failure;
+  auto frontend = Frontend::Create(Surviving(), std::move(leader_ends),
+                                   [&](int, const absl::Status&) { ++failure.calls; });
+  REQUIRE(frontend.ok());
+  const TroubleFrame trouble{.generation = 0, .missing = {0}};
+  REQUIRE(rank_ends[1]->Send(Serialize(RankFrame{trouble})).ok());
+  for (const auto& end : rank_ends) {
+    std::optional<LeaderFrame> heard;
+    REQUIRE(Eventually([&] {
+      auto bytes = end->TryReceive();
+      if (bytes.ok() && bytes->has_value()) heard = *ParseLeaderFrame(**bytes);
+      return heard.has_value();
+    }));
+    REQUIRE(std::holds_alternative<HaltFrame>(heard->body));
+    CHECK(std::get<HaltFrame>(heard->body).generation == 1);
+  }
+  CHECK(failure.calls == 0);
 }
 
 TEST_CASE("destruction ends what is pending", "[runtime][unit]") {
