@@ -47,7 +47,7 @@ absl::Status Engine::Regroup() {
 }
 
 // The next word on the group. One that is parked waits as long as it takes, and hears of nothing
-// else but the end.
+// else but the end, of which it may have heard before.
 absl::StatusOr<LeaderFrame> Engine::NextGroupFrame(bool patient) {
   const int64_t deadline = NowNs() + options_.halt_timeout_ms * 1'000'000;
   while (true) {
@@ -61,9 +61,10 @@ absl::StatusOr<LeaderFrame> Engine::NextGroupFrame(bool patient) {
       for (const LeaderFrame& other : inbox_) {
         const auto* stop = std::get_if<StopFrame>(&other.body);
         if (stop == nullptr) continue;
-        stopping_ = stop->complete ? StopKind::kComplete : StopKind::kIncomplete;
-        return LeaderFrame{};
+        stop_ = stop->complete ? StopKind::kComplete : StopKind::kIncomplete;
       }
+      stopping_ = stop_;
+      if (stopping_ != StopKind::kNone) return LeaderFrame{};
       if (!inbox_.empty()) wake_seq_ = inbox_.back().wake_seq;
       inbox_.clear();
     } else if (NowNs() > deadline) {

@@ -81,8 +81,8 @@ void Frontend::State::FailLocked(int rank, absl::Status status) {
 
 void Frontend::State::LoseLocked(int rank, const absl::Status& status) {
   closed_[rank] = true;
-  // Once all are told to stop, ranks go as they end, unless they have yet to meet to hear of it.
-  if (group_.is_lost(rank) || (stopped_ && !group_.halting())) return;
+  // Once all are told to stop, ranks go as they end.
+  if (group_.is_lost(rank) || stopped_) return;
   if (why_lost_[rank].ok()) why_lost_[rank] = status;
   group_.OnLost(rank, NowNs());
   RegroupLocked();
@@ -98,6 +98,14 @@ void Frontend::State::DropLocked(int rank) {
   book_.SetOpen(rank, false);
   book_.Orphan(rank);
   if (options_.on_lost) options_.on_lost(rank, why_lost_[rank]);
+}
+
+// The ranks are told to stop, and end without one more step together: some have ended already, or
+// are gone, and would be waited for in vain.
+void Frontend::State::DismissLocked() {
+  ResumeFrame nobody;
+  nobody.generation = group_.generation();
+  BroadcastLocked(-1, std::move(nobody)).IgnoreError();
 }
 
 void Frontend::State::RegroupLocked() {
@@ -165,7 +173,8 @@ void Frontend::State::RunIo() {
 
 int Frontend::State::PollTimeoutMs() const {
   const std::lock_guard lock(mutex_);
-  std::optional<int64_t> wake_ns = group_.wake_ns();
+  std::optional<int64_t> wake_ns;
+  if (!stopped_) wake_ns = group_.wake_ns();
   const auto earlier = [&wake_ns](int64_t ns) { wake_ns = std::min(wake_ns.value_or(ns), ns); };
   if (const auto deadline = book_.next_deadline()) earlier(deadline->first);
   // Half as long as what counts as absence (Silent).
@@ -230,6 +239,7 @@ void Frontend::State::Handle(int rank, const RankFrame& frame) {
   } else if (const auto* events = std::get_if<EventsFrame>(&frame.body)) {
     HandleLocked(rank, *events);
   } else if (const auto* halted = std::get_if<HaltedFrame>(&frame.body)) {
+    if (stopped_) return;
     group_.OnHalted(rank, *halted, NowNs());
     RegroupLocked();
   } else if (const auto* trouble = std::get_if<TroubleFrame>(&frame.body)) {
@@ -247,15 +257,12 @@ void Frontend::State::HandleLocked(int rank, const EventsFrame& frame) {
 // run out of patience names the culprit: those that wait for it in turn began later. Rank 0 lives
 // as long as this thread does; should its steps hang, it will not report.
 void Frontend::State::HandleLocked(int rank, const TroubleFrame& frame) {
-  if (group_.halting() || frame.generation != group_.generation()) return;
   if (stopped_) {
-    // Somebody was lost over the stop: the others have to begin anew to hear of it.
-    for (const int32_t missing : frame.missing) {
-      if (group_.is_member(missing) && closed_[missing]) group_.OnLost(missing, NowNs());
-    }
-    group_.Renew(NowNs());
-    return RegroupLocked();
+    // Somebody was lost over the stop, and did not tell all that it had heard of it.
+    BroadcastLocked(-1, StopFrame{.complete = false}).IgnoreError();
+    return DismissLocked();
   }
+  if (group_.halting() || frame.generation != group_.generation()) return;
   for (const int32_t missing : frame.missing) {
     if (missing == 0 || missing == rank || !group_.is_member(missing)) continue;
     LoseLocked(missing,
@@ -272,7 +279,7 @@ void Frontend::State::ExpireLocked() {
        next = book_.next_deadline()) {
     AbandonLocked(next->second, FinishReason::kDeadline);
   }
-  if ((stopped_ && !group_.halting()) || failed_) return;
+  if (stopped_ || failed_) return;
   group_.OnTick(now);
   RegroupLocked();
 }

@@ -51,6 +51,7 @@ class Frontend::State {
   // The rank will not be heard of again.
   void LoseLocked(int rank, const absl::Status& status);
   void DropLocked(int rank);
+  void DismissLocked();
   // Sends what the group's leader has to say, and requests that wait once the group is complete.
   void RegroupLocked();
   void WakeIo();
