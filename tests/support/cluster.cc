@@ -239,6 +239,7 @@ absl::Status Cluster::StartLeader(const ClusterOptions& options, const Placement
   leader.state_period_ms = options.state_period_ms;
   if (options.make_controller) leader.loop.make_controller = options.make_controller;
   leader.leave = [this](int32_t rank) { frontend_->Leave(rank).IgnoreError(); };
+  leader.stay = [this](int32_t rank) { frontend_->Return(rank).IgnoreError(); };
   controller.backoff_steps = options.backoff_steps;
   controller.max_incoming_per_rank =
       options.staging_experts > 0 ? 0 : placement.topology().slots_on(0);
