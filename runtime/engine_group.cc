@@ -26,7 +26,15 @@ absl::Status Engine::Regroup() {
     if (stopping_ != StopKind::kNone) return absl::OkStatus();
     if (const auto* halt = std::get_if<HaltFrame>(&frame.body)) {
       serves = false;
-      if (parked) halted_ns_ = NowNs();
+      if (parked) {
+        // It is called back: what was said before was not for it, what is said from now on is.
+        halted_ns_ = NowNs();
+        std::erase_if(inbox_, [&frame](const LeaderFrame& other) {
+          return other.wake_seq <= frame.wake_seq;
+        });
+        wake_seq_ = std::max(wake_seq_, frame.wake_seq);
+        parked = false;
+      }
       BALLAST_RETURN_IF_ERROR(ReportHalted(*halt));
       continue;
     }

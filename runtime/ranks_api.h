@@ -14,7 +14,7 @@ namespace ballast {
 //   {"ranks":[{"rank":0,"state":"serves" | "leaving" | "left" | "lost"},..]}
 HttpReply AnswerRanks(const Frontend& frontend);
 
-// Answers GET /v1/verify: Verification::Run.
+// Answers GET /v1/verify: Verification::Run. 429 beyond Verification::kMostWaiting who wait.
 HttpReply AnswerVerify(Verification* verification);
 
 // Answers POST /v1/drain and POST /v1/undrain. The body is {"rank": r}. Both return at once; what
