@@ -106,7 +106,7 @@ void Engine::Park() {
   scheduler_->Clear();
   events_.clear();
   ShowLoad();
-  observer_->OnRest(0, 0, 0);
+  observer_->OnParked();
 }
 
 }  // namespace ballast

@@ -59,6 +59,7 @@ class Leader : public EngineObserver {
     rank_observer_.OnRest(running, waiting, kv_bytes_used);
   }
   void OnVerified(const Verified& verified) override { rank_observer_.OnVerified(verified); }
+  void OnParked() override { rank_observer_.OnParked(); }
   void OnRegrouped(const Regrouping& regrouping, const Placement& in_force) override;
 
   // The placement in force as JSON: Placement::ToJson plus "replicas", [layer][expert] slots;

@@ -100,6 +100,28 @@ TEST_CASE("a budget in bytes per second holds plans back until the clock has gra
   CHECK(spent + copies > 24 + half_seconds - 1);
 }
 
+TEST_CASE("a rank that is parked does not serve until it is back", "[observer]") {
+  const auto metrics = testing::TestMetrics({.num_experts = kExperts, .num_ranks = kRanks});
+  REQUIRE(metrics.ok());
+  RankObserver observer(0, kRanks, 1, metrics->get());
+  const auto serving = [&] {
+    return (*metrics)->Render()->find("\nballast_rank_serving{rank=\"0\"} 1\n") !=
+           std::string::npos;
+  };
+  CHECK(serving());
+  observer.OnRest(3, 2, 100);
+  observer.OnParked();
+  CHECK_FALSE(serving());
+  CHECK((*metrics)->Render()->find("ballast_sequences_running{rank=\"0\"} 0\n") !=
+        std::string::npos);
+  const Placement placement =
+      *Placement::Contiguous(1, kExperts, Topology::Uniform(kRanks, 6), true);
+  Regrouping how;
+  how.group = {.generation = 1, .member = 0, .ranks = {0, 1, 2, 3}};
+  observer.OnRegrouped(how, placement);
+  CHECK(serving());
+}
+
 TEST_CASE("without a budget no plan waits", "[leader][budget]") {
   Bench bench(/*copy_bytes_per_second=*/0);
   int64_t copies = 0;

@@ -56,6 +56,7 @@ class NoObserver : public EngineObserver {
   void OnPlanEnded(const Rebalancer::Outcome&, const Placement&) override {}
   void OnRest(int32_t, int32_t, int64_t) override {}
   void OnVerified(const Verified&) override {}
+  void OnParked() override {}
   void OnRegrouped(const Regrouping&, const Placement&) override {}
 };
 
@@ -153,6 +154,7 @@ struct Cluster::Counter : EngineObserver {
     cluster->leader_->OnRest(running, waiting, kv_bytes_used);
   }
   void OnVerified(const Verified& verified) override { cluster->leader_->OnVerified(verified); }
+  void OnParked() override { cluster->leader_->OnParked(); }
   void OnRegrouped(const Regrouping& regrouping, const Placement& in_force) override {
     ++cluster->regroupings_;
     cluster->reloads_ += regrouping.reloads;
