@@ -1,6 +1,7 @@
 #include "runtime/leader_loop.h"
 
 #include <algorithm>
+#include <limits>
 #include <nlohmann/json.hpp>
 #include <numeric>
 #include <utility>
@@ -75,11 +76,16 @@ LeaderLoop::Window LeaderLoop::window() const {
   return window;
 }
 
-// The controller begins with the load that another one knew.
+// The controller begins with the load that another one knew, as one step: where that is more than a
+// step can count, all of it is divided alike.
 void LeaderLoop::Feed(const Window& window) {
   if (window.num_tokens == 0 || window.load.size() * kNumTokenKinds != counts_.size()) return;
-  const std::vector<int32_t> load(window.load.begin(), window.load.end());
-  controller_->OnStep(step_, StepCounts::Of(TokenKind::kDecode, window.num_tokens, load));
+  const int64_t most = *std::ranges::max_element(window.load);
+  const int64_t divisor = 1 + most / std::numeric_limits<int32_t>::max();
+  std::vector<int32_t> load;
+  for (const int64_t n : window.load) load.push_back(static_cast<int32_t>(n / divisor));
+  const int64_t tokens = std::max<int64_t>(1, window.num_tokens / divisor);
+  controller_->OnStep(step_, StepCounts::Of(TokenKind::kDecode, tokens, load));
 }
 
 void LeaderLoop::OnStep(const StepRecord& record, bool may_plan) {

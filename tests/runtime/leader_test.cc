@@ -100,6 +100,27 @@ TEST_CASE("a budget in bytes per second holds plans back until the clock has gra
   CHECK(spent + copies > 24 + half_seconds - 1);
 }
 
+TEST_CASE("a load that no step can count is known in proportion", "[leader]") {
+  auto metrics = testing::TestMetrics({.num_experts = 4, .num_ranks = 2});
+  REQUIRE(metrics.ok());
+  LeaderHost host;
+  host.metrics = metrics->get();
+  LeaderLoopOptions options;
+  options.controller = {.policy = "eplb", .window_tokens = 100};
+  options.num_job_ranks = 2;
+  constexpr int64_t kBillion = 1'000'000'000;
+  LeaderLoop loop(
+      options,
+      {.placement = *Placement::Contiguous(1, 4, Topology::Uniform(2, 2), false),
+       .ranks = {0, 1},
+       .window = {.num_tokens = 9 * kBillion, .load = {6 * kBillion, 3 * kBillion, 0, 9}}},
+      std::make_shared<Tether>(&host));
+  REQUIRE(loop.Begin().ok());
+  // By three, the least that brings the largest under 2^31.
+  CHECK(loop.window().num_tokens == 3 * kBillion);
+  CHECK(loop.window().load == std::vector<int64_t>{2 * kBillion, kBillion, 0, 3});
+}
+
 TEST_CASE("a rank that is parked does not serve until it is back", "[observer]") {
   const auto metrics = testing::TestMetrics({.num_experts = kExperts, .num_ranks = kRanks});
   REQUIRE(metrics.ok());
