@@ -86,7 +86,8 @@ void AddEngineFlags(CLI::App* app, ServeFlags* f) {
       ->group(group);
   app->add_option(
          "--rank-timeout-ms", f->rank_timeout_ms,
-         "A rank that says nothing for so long is lost; 0: only when its connection breaks")
+         "A rank other than 0 that says nothing for so long is lost; 0: only when its connection "
+         "breaks")
       ->check(CLI::Range(int64_t{0}, int64_t{86'400'000}))
       ->group(group);
   app->add_flag("--dry-run", f->dry_run,

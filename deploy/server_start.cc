@@ -236,6 +236,10 @@ absl::Status Server::StartLeader() {
     const absl::Status left = frontend_->Leave(rank);
     if (!left.ok()) LogWarning("serve", std::string(left.message()));
   };
+  options.stay = [this](int32_t rank) {
+    const absl::Status stays = frontend_->Return(rank);
+    if (!stays.ok()) LogWarning("serve", std::string(stays.message()));
+  };
   RankObserver observer(0, mpi_->size(), config.num_moe_layers(), metrics_.get());
   BALLAST_ASSIGN_OR_RETURN(leader_,
                            Leader::Create(options, *placement_, std::move(observer), metrics_.get(),

@@ -183,6 +183,7 @@ struct RankMetrics::State {
   Counter* regroupings;
   Counter* reloads;
   Histogram* pause_seconds;
+  Gauge* serving;
   Gauge* ranks_serving;
   Counter* requests_moved;
   std::vector<Gauge*> last_copies;  // by rank of the job
@@ -288,6 +289,9 @@ void RankMetrics::State::AddGroup(const RankMetricsOptions& options, Builder* bu
   pause_seconds =
       build->OneHistogram("ballast_regroup_pause_seconds",
                           "Time without a step while the ranks regrouped", kPauseBuckets);
+  serving = build->OneGauge("ballast_rank_serving", "1 while this rank serves, 0 otherwise");
+  serving->Set(1);
+  build->OneGauge("ballast_ranks", "Ranks of the job")->Set(options.num_ranks);
   ranks_serving = build->OneGauge("ballast_ranks_serving", "Ranks that serve; on the leader");
   ranks_serving->Set(options.num_ranks);
   requests_moved = build->OneCounter("ballast_requests_moved_total",
@@ -372,6 +376,10 @@ void RankMetrics::OnRegrouped(int64_t reloads, double pause_seconds) {
   state_->regroupings->Increment();
   state_->reloads->Increment(ToDouble(reloads));
   state_->pause_seconds->Observe(pause_seconds);
+}
+
+void RankMetrics::SetServing(bool serves) {
+  state_->serving->Set(serves ? 1 : 0);
 }
 
 void RankMetrics::SetRanksServing(int64_t ranks) {

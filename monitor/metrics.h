@@ -78,6 +78,8 @@ class RankMetrics {
   // The ranks have regrouped: experts that were read from the checkpoint, and how long this rank
   // ran no step.
   void OnRegrouped(int64_t reloads, double pause_seconds);
+  // Whether this rank serves; it does from the start.
+  void SetServing(bool serves);
   // On the leader only: ranks that serve, requests that went on at another rank since the last
   // call, and for each rank of the job how many experts of all layers it alone holds.
   void SetRanksServing(int64_t ranks);

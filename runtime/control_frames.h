@@ -48,7 +48,9 @@ struct ResumeFrame {
     bool operator==(const Member&) const = default;
   };
   int64_t generation = 0;
-  std::vector<Member> members;       // ascending; a rank that is not among them waits
+  // Ascending; a rank that is not among them waits until it is told to halt, or ends if it has been
+  // told to stop.
+  std::vector<Member> members;
   int64_t commit_plan_id = 0;        // the staged plan that counts; 0: none
   int64_t step = 0;                  // the last one that any of them began
   int64_t epoch = 0;                 // of the placement that all have before they regroup

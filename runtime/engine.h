@@ -85,6 +85,8 @@ class EngineObserver {
   virtual void OnRest(int32_t running, int32_t waiting, int64_t kv_bytes_used) = 0;
   // What this rank looked at to find out whether it is as it should be.
   virtual void OnVerified(const Verified& verified) = 0;
+  // This rank serves no more until OnRegrouped: it has nothing to run.
+  virtual void OnParked() = 0;
   // Other ranks than before serve from here on, under a placement for them. A plan that was under
   // way has come to nothing, or is part of it.
   virtual void OnRegrouped(const Regrouping& regrouping, const Placement& in_force) = 0;

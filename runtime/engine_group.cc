@@ -26,7 +26,15 @@ absl::Status Engine::Regroup() {
     if (stopping_ != StopKind::kNone) return absl::OkStatus();
     if (const auto* halt = std::get_if<HaltFrame>(&frame.body)) {
       serves = false;
-      if (parked) halted_ns_ = NowNs();
+      if (parked) {
+        // It is called back: what was said before was not for it, what is said from now on is.
+        halted_ns_ = NowNs();
+        std::erase_if(inbox_, [&frame](const LeaderFrame& other) {
+          return other.wake_seq <= frame.wake_seq;
+        });
+        wake_seq_ = std::max(wake_seq_, frame.wake_seq);
+        parked = false;
+      }
       BALLAST_RETURN_IF_ERROR(ReportHalted(*halt));
       continue;
     }
@@ -47,7 +55,7 @@ absl::Status Engine::Regroup() {
 }
 
 // The next word on the group. One that is parked waits as long as it takes, and hears of nothing
-// else but the end.
+// else but the end, of which it may have heard before.
 absl::StatusOr<LeaderFrame> Engine::NextGroupFrame(bool patient) {
   const int64_t deadline = NowNs() + options_.halt_timeout_ms * 1'000'000;
   while (true) {
@@ -61,9 +69,10 @@ absl::StatusOr<LeaderFrame> Engine::NextGroupFrame(bool patient) {
       for (const LeaderFrame& other : inbox_) {
         const auto* stop = std::get_if<StopFrame>(&other.body);
         if (stop == nullptr) continue;
-        stopping_ = stop->complete ? StopKind::kComplete : StopKind::kIncomplete;
-        return LeaderFrame{};
+        stop_ = stop->complete ? StopKind::kComplete : StopKind::kIncomplete;
       }
+      stopping_ = stop_;
+      if (stopping_ != StopKind::kNone) return LeaderFrame{};
       if (!inbox_.empty()) wake_seq_ = inbox_.back().wake_seq;
       inbox_.clear();
     } else if (NowNs() > deadline) {
@@ -97,7 +106,7 @@ void Engine::Park() {
   scheduler_->Clear();
   events_.clear();
   ShowLoad();
-  observer_->OnRest(0, 0, 0);
+  observer_->OnParked();
 }
 
 }  // namespace ballast

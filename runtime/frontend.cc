@@ -255,6 +255,7 @@ void Frontend::State::DrainAndStop(int64_t timeout_ms) {
     stopped_ = true;
     // A rank that is already gone needs no telling.
     BroadcastLocked(-1, StopFrame{.complete = !AnyLostLocked()}).IgnoreError();
+    if (group_.halting()) DismissLocked();
   }
   WakeIo();
   if (on_io_thread) return;

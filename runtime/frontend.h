@@ -29,8 +29,9 @@ struct FrontendOptions {
   std::function<void(int rank, VerifiedFrame)> on_verified = {};
   // Go on without ranks that are lost, but for rank 0. False: any loss ends the service.
   bool survive_losses = false;
-  // A rank that has said nothing for so long, once it has begun to, is lost (ranks say something
-  // every kAlivePeriodMs); 0: only a broken channel tells.
+  // A rank other than 0 that has said nothing for so long, once it has begun to, is lost (ranks say
+  // something every kAlivePeriodMs); 0: only a broken channel tells. Time in which this process
+  // itself stood still does not count.
   int64_t silence_ms = 0;
   GroupLeader::Options group = {};
   // What each rank brings when it comes back (group_leader.h). Empty: nothing, one node.

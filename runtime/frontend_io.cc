@@ -81,8 +81,8 @@ void Frontend::State::FailLocked(int rank, absl::Status status) {
 
 void Frontend::State::LoseLocked(int rank, const absl::Status& status) {
   closed_[rank] = true;
-  // Once all are told to stop, ranks go as they end, unless they have yet to meet to hear of it.
-  if (group_.is_lost(rank) || (stopped_ && !group_.halting())) return;
+  // Once all are told to stop, ranks go as they end.
+  if (group_.is_lost(rank) || stopped_) return;
   if (why_lost_[rank].ok()) why_lost_[rank] = status;
   group_.OnLost(rank, NowNs());
   RegroupLocked();
@@ -98,6 +98,14 @@ void Frontend::State::DropLocked(int rank) {
   book_.SetOpen(rank, false);
   book_.Orphan(rank);
   if (options_.on_lost) options_.on_lost(rank, why_lost_[rank]);
+}
+
+// The ranks are told to stop, and end without one more step together: some have ended already, or
+// are gone, and would be waited for in vain.
+void Frontend::State::DismissLocked() {
+  ResumeFrame nobody;
+  nobody.generation = group_.generation();
+  BroadcastLocked(-1, std::move(nobody)).IgnoreError();
 }
 
 void Frontend::State::RegroupLocked() {
@@ -150,20 +158,51 @@ void Frontend::State::RunIo() {
         if (entries[r].revents != 0) Receive(static_cast<int>(r));
       }
     }
+    // What came meanwhile counts: nobody is lost of whom something waits to be read.
+    const std::vector<std::pair<int, int64_t>> silent = Silent();
+    for (const auto& [r, heard_ns] : silent) Receive(r);
     const std::lock_guard lock(mutex_);
+    for (const auto& [r, heard_ns] : silent) {
+      if (closed_[r] || heard_ns_[r] != heard_ns) continue;
+      LoseLocked(r, absl::DeadlineExceededError(
+                        absl::StrCat("it said nothing for ", options_.silence_ms, " ms")));
+    }
     ExpireLocked();
   }
 }
 
 int Frontend::State::PollTimeoutMs() const {
   const std::lock_guard lock(mutex_);
-  std::optional<int64_t> wake_ns = group_.wake_ns();
+  std::optional<int64_t> wake_ns;
+  if (!stopped_) wake_ns = group_.wake_ns();
   const auto earlier = [&wake_ns](int64_t ns) { wake_ns = std::min(wake_ns.value_or(ns), ns); };
   if (const auto deadline = book_.next_deadline()) earlier(deadline->first);
-  if (options_.silence_ms > 0) earlier(NowNs() + options_.silence_ms * kNsPerMs / 2);
+  // Half as long as what counts as absence (Silent).
+  if (options_.silence_ms > 0) earlier(NowNs() + options_.silence_ms * kNsPerMs / 4);
   if (!wake_ns.has_value()) return -1;
   const int64_t left = *wake_ns - NowNs();
   return static_cast<int>(std::clamp<int64_t>((left + kNsPerMs - 1) / kNsPerMs, 0, 60'000));
+}
+
+// Ranks that seem to have said nothing for too long, each with when it was heard last. Rank 0 is
+// not among them: it is this process. Where this thread was away itself (the process stopped, or a
+// callback took long), all that it has not heard says nothing: every time begins anew.
+std::vector<std::pair<int, int64_t>> Frontend::State::Silent() {
+  const std::lock_guard lock(mutex_);
+  const int64_t limit_ns = options_.silence_ms * kNsPerMs;
+  if (limit_ns == 0 || stopped_ || failed_) return {};
+  const int64_t now = NowNs();
+  const bool away = looked_ns_ != 0 && now - looked_ns_ > limit_ns / 2;
+  looked_ns_ = now;
+  if (away) group_.WaitAnew(now);
+  std::vector<std::pair<int, int64_t>> silent;
+  for (int r = 1; r < static_cast<int>(channels_.size()); ++r) {
+    // One that has said nothing yet may still be loading the model.
+    if (closed_[r] || heard_ns_[r] == 0) continue;
+    if (away) heard_ns_[r] = now;
+    if (now - heard_ns_[r] >= limit_ns) silent.emplace_back(r, heard_ns_[r]);
+  }
+  return silent;
 }
 
 void Frontend::State::Receive(int rank) {
@@ -200,6 +239,7 @@ void Frontend::State::Handle(int rank, const RankFrame& frame) {
   } else if (const auto* events = std::get_if<EventsFrame>(&frame.body)) {
     HandleLocked(rank, *events);
   } else if (const auto* halted = std::get_if<HaltedFrame>(&frame.body)) {
+    if (stopped_) return;
     group_.OnHalted(rank, *halted, NowNs());
     RegroupLocked();
   } else if (const auto* trouble = std::get_if<TroubleFrame>(&frame.body)) {
@@ -214,26 +254,23 @@ void Frontend::State::HandleLocked(int rank, const EventsFrame& frame) {
 }
 
 // A rank waited in vain for others, or nobody is missing and still it cannot go on. The first to
-// run out of patience names the culprit: those that wait for it in turn began later.
+// run out of patience names the culprit: those that wait for it in turn began later. Rank 0 lives
+// as long as this thread does; should its steps hang, it will not report.
 void Frontend::State::HandleLocked(int rank, const TroubleFrame& frame) {
-  if (group_.halting() || frame.generation != group_.generation()) return;
   if (stopped_) {
-    // Somebody was lost over the stop: the others have to begin anew to hear of it.
-    for (const int32_t missing : frame.missing) {
-      if (group_.is_member(missing) && closed_[missing]) group_.OnLost(missing, NowNs());
-    }
-    group_.Renew(NowNs());
-    return RegroupLocked();
+    // Somebody was lost over the stop, and did not tell all that it had heard of it.
+    BroadcastLocked(-1, StopFrame{.complete = false}).IgnoreError();
+    return DismissLocked();
   }
-  if (frame.missing.empty()) {
-    group_.Renew(NowNs());
-    return RegroupLocked();
-  }
+  if (group_.halting() || frame.generation != group_.generation()) return;
   for (const int32_t missing : frame.missing) {
-    if (missing == rank || !group_.is_member(missing)) continue;
+    if (missing == 0 || missing == rank || !group_.is_member(missing)) continue;
     LoseLocked(missing,
                absl::DeadlineExceededError(absl::StrCat("rank ", rank, " waited for it in vain")));
   }
+  if (group_.halting() || failed_) return;
+  group_.Renew(NowNs());
+  RegroupLocked();
 }
 
 void Frontend::State::ExpireLocked() {
@@ -242,14 +279,7 @@ void Frontend::State::ExpireLocked() {
        next = book_.next_deadline()) {
     AbandonLocked(next->second, FinishReason::kDeadline);
   }
-  if ((stopped_ && !group_.halting()) || failed_) return;
-  for (int r = 0; options_.silence_ms > 0 && r < static_cast<int>(channels_.size()); ++r) {
-    // One that has said nothing yet may still be loading the model.
-    if (closed_[r] || heard_ns_[r] == 0) continue;
-    if (now - heard_ns_[r] < options_.silence_ms * kNsPerMs) continue;
-    LoseLocked(r, absl::DeadlineExceededError(
-                      absl::StrCat("it said nothing for ", options_.silence_ms, " ms")));
-  }
+  if (stopped_ || failed_) return;
   group_.OnTick(now);
   RegroupLocked();
 }

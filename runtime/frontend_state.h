@@ -51,17 +51,19 @@ class Frontend::State {
   // The rank will not be heard of again.
   void LoseLocked(int rank, const absl::Status& status);
   void DropLocked(int rank);
+  void DismissLocked();
   // Sends what the group's leader has to say, and requests that wait once the group is complete.
   void RegroupLocked();
   void WakeIo();
 
   void RunIo();
   int PollTimeoutMs() const;
+  std::vector<std::pair<int, int64_t>> Silent();
   void Receive(int rank);
   void Handle(int rank, const RankFrame& frame);
   void HandleLocked(int rank, const EventsFrame& frame);
   void HandleLocked(int rank, const TroubleFrame& frame);
-  void ExpireLocked();  // requests, ranks that are silent, ranks that do not report
+  void ExpireLocked();  // requests, ranks that do not report
   // Calls the sinks; false when the I/O thread has nothing more to do.
   bool Deliver();
 
@@ -78,6 +80,7 @@ class Frontend::State {
   std::vector<bool> leaving_;           // get no more requests, by rank
   std::vector<bool> closed_;            // channels that broke or were given up, by rank
   std::vector<int64_t> heard_ns_;       // when each rank was heard last; 0: never yet
+  int64_t looked_ns_ = 0;               // when silence was judged last; 0: never yet
   std::vector<absl::Status> why_lost_;  // by rank, where it is known
   std::vector<RankStatusFrame> rank_status_;
   FrontendStats counts_;

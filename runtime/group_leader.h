@@ -44,6 +44,8 @@ class GroupLeader {
   // The same ranks are to begin a generation of their own: what the last one has under way does not
   // come to its end.
   void Renew(int64_t now_ns);
+  // The leader itself was away, and may not have heard reports: the wait for them begins anew.
+  void WaitAnew(int64_t now_ns) { deadline_ns_ = now_ns + options_.report_deadline_ns; }
   // Time has passed.
   void OnTick(int64_t now_ns);
 

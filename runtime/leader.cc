@@ -79,7 +79,8 @@ Leader::Leader(const Options& options, const Placement& initial, RankObserver ra
                  const std::lock_guard lock(mutex_);
                  plan_under_way_ = 0;
                },
-           .leave = [this](int32_t rank) { Depart(rank); }};
+           .leave = [this](int32_t rank) { EndDeparture(rank, options_.leave); },
+           .stay = [this](int32_t rank) { EndDeparture(rank, options_.stay); }};
 }
 
 absl::Status Leader::OpenStepLog() {
@@ -161,12 +162,12 @@ void Leader::Vacate(int32_t rank) {
   worker_->Push(LeaderWorker::Vacating{.rank = rank});
 }
 
-void Leader::Depart(int32_t rank) {
+void Leader::EndDeparture(int32_t rank, const std::function<void(int32_t)>& how) {
   {
     const std::lock_guard lock(mutex_);
     std::erase(departures_, rank);
   }
-  if (options_.leave) options_.leave(rank);
+  if (how) how(rank);
 }
 
 void Leader::Watch() {

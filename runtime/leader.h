@@ -40,6 +40,8 @@ class Leader : public EngineObserver {
     int64_t stall_deadline_ms = 30'000;  // 0: never given up
     // Has a rank of the job leave, once nothing of the placement is on it alone.
     std::function<void(int32_t rank)> leave = {};
+    // Has a rank that was to leave stay, since the plans for its departure do not come through.
+    std::function<void(int32_t rank)> stay = {};
     // Where the state is kept (server_state.h); an empty path: nowhere.
     std::string model, state_file;
     int64_t state_period_ms = 30'000;
@@ -57,6 +59,7 @@ class Leader : public EngineObserver {
     rank_observer_.OnRest(running, waiting, kv_bytes_used);
   }
   void OnVerified(const Verified& verified) override { rank_observer_.OnVerified(verified); }
+  void OnParked() override { rank_observer_.OnParked(); }
   void OnRegrouped(const Regrouping& regrouping, const Placement& in_force) override;
 
   // The placement in force as JSON: Placement::ToJson plus "replicas", [layer][expert] slots;
@@ -64,7 +67,7 @@ class Leader : public EngineObserver {
   // [layer, expert] pairs that it alone holds, and "reloads_if_lost", how many these are.
   std::string PlacementJson() const;
   // Moves what only this rank of the job holds to others, in the background, then has it leave
-  // (Options::leave). Returns at once.
+  // (Options::leave), or stay where that is not to be had (LeaderLoop::Vacate). Returns at once.
   void Vacate(int32_t rank);
   // Plans now, whatever there is to gain, and says what came of it:
   //   {"planned":true,"plan_id":n,"copies":n} or {"planned":false,"reason":".."}
@@ -77,7 +80,7 @@ class Leader : public EngineObserver {
          RankMetrics* metrics, std::function<absl::Status(std::vector<std::byte>)> send_plan);
   absl::Status OpenStepLog();
   absl::Status SendPlan(const MigrationPlan& plan);
-  void Depart(int32_t rank);
+  void EndDeparture(int32_t rank, const std::function<void(int32_t)>& how);
   void Watch();
   void ReplaceLocked(int64_t busy_ms);
   std::shared_ptr<const ServerState> CurrentState();

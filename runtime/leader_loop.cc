@@ -1,6 +1,7 @@
 #include "runtime/leader_loop.h"
 
 #include <algorithm>
+#include <limits>
 #include <nlohmann/json.hpp>
 #include <numeric>
 #include <utility>
@@ -13,7 +14,7 @@
 namespace ballast {
 namespace {
 
-constexpr int32_t kMostAborts = 3;  // of plans for one departure; then it takes place as it is
+constexpr int32_t kMostAborts = 3;  // in a row, of plans for one departure; then it is called off
 
 template <typename T>
 void AppendArray(std::string* text, const std::vector<T>& values) {
@@ -75,11 +76,16 @@ LeaderLoop::Window LeaderLoop::window() const {
   return window;
 }
 
-// The controller begins with the load that another one knew.
+// The controller begins with the load that another one knew, as one step: where that is more than a
+// step can count, all of it is divided alike.
 void LeaderLoop::Feed(const Window& window) {
   if (window.num_tokens == 0 || window.load.size() * kNumTokenKinds != counts_.size()) return;
-  const std::vector<int32_t> load(window.load.begin(), window.load.end());
-  controller_->OnStep(step_, StepCounts::Of(TokenKind::kDecode, window.num_tokens, load));
+  const int64_t most = *std::ranges::max_element(window.load);
+  const int64_t divisor = 1 + most / std::numeric_limits<int32_t>::max();
+  std::vector<int32_t> load;
+  for (const int64_t n : window.load) load.push_back(static_cast<int32_t>(n / divisor));
+  const int64_t tokens = std::max<int64_t>(1, window.num_tokens / divisor);
+  controller_->OnStep(step_, StepCounts::Of(TokenKind::kDecode, tokens, load));
 }
 
 void LeaderLoop::OnStep(const StepRecord& record, bool may_plan) {
@@ -125,8 +131,12 @@ void LeaderLoop::OnPlanEnded(const Rebalancer::Outcome& outcome, const Placement
     controller_->OnCommitted(outcome.plan_id, step_);
   } else {
     controller_->OnAborted(outcome.plan_id, step_);
-    if (!vacating_.empty()) ++vacating_.front().aborts;
   }
+  if (!vacating_.empty() && vacating_.front().plan_id == outcome.plan_id) {
+    Vacating& departs = vacating_.front();
+    departs.aborts = applied ? 0 : departs.aborts + 1;
+  }
+  vacating_waits_ = false;
   PublishLastCopies(in_force);
   tether_->Do([](LeaderHost& host) { host.on_settled(); });
   // Also while nobody is served.
@@ -140,6 +150,7 @@ void LeaderLoop::OnRegrouped(const Regrouping& how, const Placement& in_force) {
                                  " experts read from the checkpoint, steps paused for ",
                                  how.pause_ns / 1'000'000, " ms"));
   ranks_ = how.group.ranks;
+  vacating_waits_ = false;
   if (controller_->in_flight()) {
     // A regrouping is one epoch, and a plan that became part of it another one.
     const bool applied = in_force.epoch() > controller_->placement().epoch() + 1;
@@ -238,18 +249,24 @@ bool LeaderLoop::Send(const MigrationPlan& plan) {
   return false;
 }
 
-// The next plan of a rank's departure, or its end. What cannot be moved is read from the checkpoint
-// when the others regroup.
+// The next plan of a rank's departure, or its end. What the others have no room for is read from
+// the checkpoint when they regroup.
 void LeaderLoop::AdvanceVacating() {
   while (!vacating_.empty() && !controller_->in_flight()) {
     Vacating& next = vacating_.front();
     const auto at = std::find(ranks_.begin(), ranks_.end(), next.rank);
     const bool serves = at != ranks_.end() && ranks_.size() > 1;
-    if (serves && next.aborts < kMostAborts) {
+    if (serves && next.aborts == kMostAborts) {
+      CallOff(next.rank);
+      continue;
+    }
+    if (serves) {
+      if (vacating_waits_) return;
       const auto plan = controller_->Vacate(step_, static_cast<int32_t>(at - ranks_.begin()));
       if (plan.has_value()) {
         trigger_ = RebalanceTrigger::kManual;
-        if (!Send(*plan)) ++next.aborts;  // tried again when something happens
+        next.plan_id = plan->plan_id;
+        vacating_waits_ = !Send(*plan);
         return;
       }
     }
@@ -259,6 +276,17 @@ void LeaderLoop::AdvanceVacating() {
       if (host.leave) host.leave(rank);
     });
   }
+}
+
+// Every departure of the rank, should it have been asked for more than once.
+void LeaderLoop::CallOff(int32_t rank) {
+  LogWarning("leader",
+             absl::StrCat("rank ", rank, " stays: the plans for its departure were aborted ",
+                          kMostAborts, " times in a row, and it holds last copies of experts"));
+  std::erase_if(vacating_, [rank](const Vacating& v) { return v.rank == rank; });
+  tether_->Do([rank](LeaderHost& host) {
+    if (host.stay) host.stay(rank);
+  });
 }
 
 void LeaderLoop::WriteStep(const StepRecord& record) {

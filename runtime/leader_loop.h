@@ -28,6 +28,7 @@ struct LeaderHost {
   // The end of a plan, or a regrouping, has been taken in: another plan may be sent.
   std::function<void()> on_settled;
   std::function<void(int32_t rank)> leave;  // has a rank of the job leave; or empty
+  std::function<void(int32_t rank)> stay;   // calls its departure off; or empty
 };
 
 // Ties a loop to its host until it is cut. THREADS any
@@ -100,7 +101,9 @@ class LeaderLoop {
   void OnRegrouped(const Regrouping& how, const Placement& in_force);
   // Plans now, whatever there is to gain: Leader::Rebalance.
   std::string Rebalance();
-  // Moves what only this rank of the job holds to others, by plans, then has it leave.
+  // Moves what only this rank of the job holds to others, by plans, then has it leave. If these
+  // plans are aborted three times in a row the departure is called off: it would lose last copies,
+  // which the checkpoint may not give back.
   void Vacate(int32_t rank) { vacating_.push_back({.rank = rank}); }
   // To be called after each of the above, and first of all.
   void AdvanceVacating();
@@ -109,8 +112,9 @@ class LeaderLoop {
 
  private:
   struct Vacating {
-    int32_t rank = 0;    // of the job
-    int32_t aborts = 0;  // of its plans
+    int32_t rank = 0;     // of the job
+    int64_t plan_id = 0;  // the last plan for it
+    int32_t aborts = 0;   // of its plans, in a row
   };
 
   absl::Status MakeController(ControllerOptions options, const Placement& placement,
@@ -124,6 +128,7 @@ class LeaderLoop {
   RebalanceTrigger TriggerOf(bool force) const;
   std::optional<MigrationPlan> Plan(bool force, Decision* why);
   bool Send(const MigrationPlan& plan);
+  void CallOff(int32_t rank);
 
   const LeaderLoopOptions options_;
   const std::shared_ptr<Tether> tether_;
@@ -134,7 +139,9 @@ class LeaderLoop {
   int64_t tokens_since_hot_ = 0;
   std::vector<int32_t> ranks_;     // of the job, by rank of the controller's placement
   std::deque<Vacating> vacating_;  // one after the other; no other plans meanwhile
-  int64_t granted_ns_ = 0;         // until when copies were granted
+  // A plan for a departure could not be sent: not again before a plan has ended or ranks regrouped.
+  bool vacating_waits_ = false;
+  int64_t granted_ns_ = 0;                                   // until when copies were granted
   RebalanceTrigger trigger_ = RebalanceTrigger::kThreshold;  // of the plan in flight
 };
 

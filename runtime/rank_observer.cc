@@ -40,10 +40,16 @@ void RankObserver::OnVerified(const Verified& verified) {
   metrics_->OnVerifyFailures(VerifyFailure::kCheckpoint, verified.unreadable);
 }
 
+void RankObserver::OnParked() {
+  OnRest(0, 0, 0);
+  metrics_->SetServing(false);
+}
+
 void RankObserver::OnRegrouped(const Regrouping& regrouping, const Placement& in_force) {
   rank_ = regrouping.group.member;
   window_ = LoadWindow(in_force.num_layers(), in_force.topology().num_ranks());
   metrics_->SetPlacementEpoch(in_force.epoch());
+  metrics_->SetServing(true);
   metrics_->OnRegrouped(regrouping.reloads, static_cast<double>(regrouping.pause_ns) * 1e-9);
 }
 

@@ -19,6 +19,7 @@ class RankObserver : public EngineObserver {
   void OnPlanEnded(const Rebalancer::Outcome& outcome, const Placement& in_force) override;
   void OnRest(int32_t running, int32_t waiting, int64_t kv_bytes_used) override;
   void OnVerified(const Verified& verified) override;
+  void OnParked() override;
   void OnRegrouped(const Regrouping& regrouping, const Placement& in_force) override;
 
  private:

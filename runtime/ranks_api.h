@@ -14,13 +14,14 @@ namespace ballast {
 //   {"ranks":[{"rank":0,"state":"serves" | "leaving" | "left" | "lost"},..]}
 HttpReply AnswerRanks(const Frontend& frontend);
 
-// Answers GET /v1/verify: Verification::Run.
+// Answers GET /v1/verify: Verification::Run. 429 beyond Verification::kMostWaiting who wait.
 HttpReply AnswerVerify(Verification* verification);
 
 // Answers POST /v1/drain and POST /v1/undrain. The body is {"rank": r}. Both return at once; what
 // has come of it is in /v1/ranks.
 //
-//   drain    `vacate` is to move what only this rank holds elsewhere, and then to have it leave
+//   drain    `vacate` is to move what only this rank holds elsewhere, and then to have it leave;
+//            where that fails again and again it serves on, and the next drain begins anew
 //   undrain  the rank serves again, as soon as the others have regrouped with it; one that has not
 //            left yet stays
 //

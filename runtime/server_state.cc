@@ -18,6 +18,7 @@ using nlohmann::ordered_json;
 
 constexpr int kSchema = 1;
 constexpr int64_t kMostWindowTokens = int64_t{1} << 40;
+constexpr int64_t kMostWindowLoad = kMostWindowTokens << 10;  // a thousand experts per token
 constexpr const char* kKeys[] = {"schema",        "model",       "coverage", "node_local",
                                  "window_tokens", "window_load", "placement"};
 
@@ -45,8 +46,8 @@ absl::Status AppendRow(const ordered_json& row, int32_t experts, std::vector<int
   }
   for (const ordered_json& count : row) {
     if (!count.is_number_integer() || count.get<int64_t>() < 0 ||
-        count.get<int64_t>() > INT32_MAX) {
-      return Bad("window_load", absl::StrCat(allowed, ", each from 0 to ", INT32_MAX));
+        count.get<int64_t>() > kMostWindowLoad) {
+      return Bad("window_load", absl::StrCat(allowed, ", each from 0 to ", kMostWindowLoad));
     }
     load->push_back(count.get<int64_t>());
   }

@@ -1,5 +1,6 @@
 #include "runtime/verification.h"
 
+#include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <nlohmann/json.hpp>
@@ -92,23 +93,44 @@ void Verification::Cancel() {
 }
 
 absl::StatusOr<std::string> Verification::Run() {
-  const std::unique_lock turn(one_at_a_time_, std::try_to_lock);
-  if (!turn.owns_lock()) return absl::ResourceExhaustedError("a check is under way");
+  std::unique_lock lock(mutex_);
+  std::shared_ptr<Check> check = under_way_;
+  if (check != nullptr) {
+    if (check->waiting == kMostWaiting) {
+      return absl::ResourceExhaustedError(
+          absl::StrCat(kMostWaiting, " others wait for the check that is under way"));
+    }
+    ++check->waiting;
+    changed_.wait(lock, [&] { return check->answer.has_value(); });
+    return *check->answer;
+  }
+  check = under_way_ = std::make_shared<Check>();
+  lock.unlock();
+  absl::StatusOr<std::string> answer = RunAlone();
+  lock.lock();
+  check->answer = answer;
+  under_way_ = nullptr;
+  lock.unlock();
+  changed_.notify_all();
+  return answer;
+}
+
+absl::StatusOr<std::string> Verification::RunAlone() {
   std::unique_lock lock(mutex_);
   reports_.clear();
   const uint64_t id = ++id_;
   lock.unlock();
+  std::vector<int> missing = options_.serving();
   BALLAST_RETURN_IF_ERROR(options_.ask(id));
   const auto deadline =
       std::chrono::steady_clock::now() + std::chrono::milliseconds(options_.timeout_ms);
-  std::vector<int> missing;
   while (true) {
     const std::vector<int> serving = options_.serving();
     lock.lock();
-    missing.clear();
-    for (const int rank : serving) {
-      if (!reports_.contains(rank)) missing.push_back(rank);
-    }
+    // One that has left since may come back without having heard the question.
+    std::erase_if(missing, [&](int rank) {
+      return reports_.contains(rank) || std::ranges::find(serving, rank) == serving.end();
+    });
     const bool late = std::chrono::steady_clock::now() > deadline;
     if (missing.empty() || late || cancelled_) break;
     changed_.wait_for(lock, kGlance);

@@ -5,7 +5,9 @@
 #include <cstdint>
 #include <functional>
 #include <map>
+#include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -36,21 +38,31 @@ class Verification {
   // A rank's report has come. Reports of other checks are ignored.
   void OnVerified(int rank, VerifiedFrame report);
 
-  // Asks and waits; one check at a time.
+  // Callers at most that wait for a check which somebody else began.
+  static constexpr int kMostWaiting = 4;
+
+  // Asks and waits. One check at a time: whoever comes while one is under way gets its answer.
   //   {"ok":true,"copies":n,"findings":["..."],
   //    "ranks":[{"rank":0,"step":..,"epoch":..,"placement":"16 hex digits","copies":n},..]}
-  // A rank that leaves or is lost meanwhile need not answer; one that does not answer in time is a
-  // finding. ERRORS of `ask`; kResourceExhausted: one is under way; kUnavailable: Cancel was called
+  // A rank that leaves or is lost meanwhile need not answer, nor one that comes; one that does not
+  // answer in time is a finding.
+  // ERRORS of `ask`; kResourceExhausted: kMostWaiting wait already; kUnavailable: Cancel was called
   absl::StatusOr<std::string> Run();
   // Ends what waits.
   void Cancel();
 
  private:
+  struct Check {
+    int waiting = 0;  // callers that did not begin it
+    std::optional<absl::StatusOr<std::string>> answer;
+  };
+  absl::StatusOr<std::string> RunAlone();
+
   const Options options_;
-  std::mutex one_at_a_time_;
   std::mutex mutex_;
   // State below is protected by mutex_.
   std::condition_variable changed_;
+  std::shared_ptr<Check> under_way_;
   uint64_t id_ = 0;
   std::map<int, VerifiedFrame> reports_;
   bool cancelled_ = false;

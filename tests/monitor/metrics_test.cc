@@ -19,7 +19,8 @@ std::unique_ptr<RankMetrics> Make() {
                                       .model = "tiny \"quoted\"",
                                       .num_layers = 2,
                                       .num_experts = 8,
-                                      .top_k = 2});
+                                      .top_k = 2,
+                                      .num_ranks = 5});
   REQUIRE(metrics.ok());
   return *std::move(metrics);
 }
@@ -82,7 +83,8 @@ TEST_CASE("every bounded combination of labels exists before the first event",
         "ballast_expert_copies_total{rank=\"3\",result=\"failed\"} 0",
         "ballast_rebalances_total{rank=\"3\",result=\"aborted\",trigger=\"manual\"} 0",
         "ballast_requests_total{rank=\"3\",result=\"cancelled\"} 0",
-        "ballast_placement_epoch{rank=\"3\"} 0",
+        "ballast_placement_epoch{rank=\"3\"} 0", "ballast_rank_serving{rank=\"3\"} 1",
+        "ballast_ranks{rank=\"3\"} 5",
         "ballast_rank_info{rank=\"3\",backend=\"cpu\",node=\"a\"} 1"}) {
     INFO(line << "\n" << text);
     REQUIRE(Has(text, line));
@@ -108,6 +110,7 @@ TEST_CASE("events arrive in their metrics", "[monitor][metrics]") {
   metrics->OnRequest(RequestResult::kOk);
   metrics->OnTokensGenerated(6);
   metrics->SetQueueDepth(8);
+  metrics->SetServing(false);
   metrics->SetSequencesRunning(9);
   metrics->SetKvBytesUsed(1024);
   metrics->SetHotExperts({{1, 5, 0.25}});
@@ -128,6 +131,7 @@ TEST_CASE("events arrive in their metrics", "[monitor][metrics]") {
         "ballast_requests_total{rank=\"3\",result=\"ok\"} 1",
         "ballast_tokens_generated_total{rank=\"3\"} 6",
         "ballast_queue_depth{rank=\"3\"} 8",
+        "ballast_rank_serving{rank=\"3\"} 0",
         "ballast_sequences_running{rank=\"3\"} 9",
         "ballast_kv_bytes_used{rank=\"3\"} 1024",
         "ballast_hot_expert_share_ratio{rank=\"3\",layer=\"1\",expert=\"5\"} 0.25",

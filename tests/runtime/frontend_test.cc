@@ -4,6 +4,7 @@
 #include <catch2/catch.hpp>
 #include <limits>
 #include <mutex>
+#include <optional>
 #include <thread>
 
 #include "tests/support/fake_ranks.h"
@@ -346,6 +347,96 @@ TEST_CASE("a rank that is silent for too long is lost", "[runtime][unit]") {
   REQUIRE(Eventually([&] { return frontend->rank_states()[1] == State::kLost; }));
   REQUIRE(first->Finish() == FinishReason::kLength);
   REQUIRE(first->tokens().size() == 250);
+}
+
+// Channels whose ranks are the test itself.
+struct Ends {
+  explicit Ends(int num_ranks) {
+    for (int r = 0; r < num_ranks; ++r) {
+      auto pair = ControlChannel::MakePair();
+      REQUIRE(pair.ok());
+      leader.push_back(std::move(pair->first));
+      ranks.push_back(std::move(pair->second));
+    }
+  }
+  bool Say(int rank, const RankFrame& frame) {
+    return ranks[static_cast<size_t>(rank)]->Send(Serialize(frame)).ok();
+  }
+  // The next frame from the leader.
+  LeaderFrame Hear(int rank) {
+    std::optional<LeaderFrame> heard;
+    REQUIRE(Eventually([&] {
+      auto bytes = ranks[static_cast<size_t>(rank)]->TryReceive();
+      if (bytes.ok() && bytes->has_value()) heard = *ParseLeaderFrame(**bytes);
+      return heard.has_value();
+    }));
+    return *heard;
+  }
+  std::vector<std::unique_ptr<ControlChannel>> leader, ranks;
+};
+
+// A process that is stopped for a while (SIGSTOP, a paused machine) has heard nobody: that is not
+// the fault of the others.
+TEST_CASE("nobody is lost for the time in which the front end itself was away", "[runtime][unit]") {
+  constexpr int kRanks = 3;
+  Ends ends(kRanks);
+  FrontendOptions options = Surviving();
+  options.silence_ms = 1000;
+  std::atomic<int> lost = 0;
+  std::atomic<bool> back = false;
+  options.on_lost = [&](int, const absl::Status&) { ++lost; };
+  options.on_verified = [&](int, const VerifiedFrame&) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(2500));
+    back = true;
+  };
+  Failure failure;
+  auto frontend = Frontend::Create(options, std::move(ends.leader),
+                                   [&](int, const absl::Status&) { ++failure.calls; });
+  REQUIRE(frontend.ok());
+  for (int r = 0; r < kRanks; ++r) REQUIRE(ends.Say(r, {RankStatusFrame{}}));
+  std::this_thread::sleep_for(std::chrono::milliseconds(200));  // they are heard
+  REQUIRE(ends.Say(1, {VerifiedFrame{}}));
+  REQUIRE(Eventually([&] { return back.load(); }));
+  // Nothing of rank 0 at all, and nothing of the others for less than the limit.
+  std::this_thread::sleep_for(std::chrono::milliseconds(300));
+  CHECK(lost == 0);
+  CHECK(failure.calls == 0);
+  using State = Frontend::RankState;
+  CHECK((*frontend)->rank_states() == std::vector<State>(kRanks, State::kServes));
+  // Silence after that is silence, but for rank 0, which is where the front end is.
+  REQUIRE(Eventually([&] { return (*frontend)->rank_states()[2] == State::kLost; }));
+  CHECK(lost >= 1);
+  CHECK(failure.calls == 0);
+  CHECK((*frontend)->rank_states()[0] == State::kServes);
+}
+
+// It may have stood still for longer than a step's deadline.
+TEST_CASE("a rank that waited for rank 0 in vain begins anew with it", "[runtime][unit]") {
+  Ends ends(2);
+  Failure failure;
+  auto frontend = Frontend::Create(Surviving(), std::move(ends.leader),
+                                   [&](int, const absl::Status&) { ++failure.calls; });
+  REQUIRE(frontend.ok());
+  REQUIRE(ends.Say(1, {TroubleFrame{.generation = 0, .missing = {0}}}));
+  for (int r = 0; r < 2; ++r) {
+    const LeaderFrame heard = ends.Hear(r);
+    REQUIRE(std::holds_alternative<HaltFrame>(heard.body));
+    CHECK(std::get<HaltFrame>(heard.body).generation == 1);
+  }
+  CHECK(failure.calls == 0);
+}
+
+// Rank 0 has ended and reports no more; rank 2 is gone.
+TEST_CASE("a rank in trouble over the stop is dismissed", "[runtime][unit]") {
+  Ends ends(3);
+  auto frontend = Frontend::Create(Surviving(), std::move(ends.leader), {});
+  REQUIRE(frontend.ok());
+  (*frontend)->DrainAndStop(0);
+  REQUIRE(std::get<StopFrame>(ends.Hear(1).body).complete);
+  REQUIRE(ends.Say(1, {TroubleFrame{.generation = 0, .missing = {2}}}));
+  // No orderly end of MPI, which would wait for rank 2; and no group to meet in.
+  REQUIRE_FALSE(std::get<StopFrame>(ends.Hear(1).body).complete);
+  CHECK(std::get<ResumeFrame>(ends.Hear(1).body).members.empty());
 }
 
 TEST_CASE("destruction ends what is pending", "[runtime][unit]") {

@@ -100,6 +100,49 @@ TEST_CASE("a budget in bytes per second holds plans back until the clock has gra
   CHECK(spent + copies > 24 + half_seconds - 1);
 }
 
+TEST_CASE("a load that no step can count is known in proportion", "[leader]") {
+  auto metrics = testing::TestMetrics({.num_experts = 4, .num_ranks = 2});
+  REQUIRE(metrics.ok());
+  LeaderHost host;
+  host.metrics = metrics->get();
+  LeaderLoopOptions options;
+  options.controller = {.policy = "eplb", .window_tokens = 100};
+  options.num_job_ranks = 2;
+  constexpr int64_t kBillion = 1'000'000'000;
+  LeaderLoop loop(
+      options,
+      {.placement = *Placement::Contiguous(1, 4, Topology::Uniform(2, 2), false),
+       .ranks = {0, 1},
+       .window = {.num_tokens = 9 * kBillion, .load = {6 * kBillion, 3 * kBillion, 0, 9}}},
+      std::make_shared<Tether>(&host));
+  REQUIRE(loop.Begin().ok());
+  // By three, the least that brings the largest under 2^31.
+  CHECK(loop.window().num_tokens == 3 * kBillion);
+  CHECK(loop.window().load == std::vector<int64_t>{2 * kBillion, kBillion, 0, 3});
+}
+
+TEST_CASE("a rank that is parked does not serve until it is back", "[observer]") {
+  const auto metrics = testing::TestMetrics({.num_experts = kExperts, .num_ranks = kRanks});
+  REQUIRE(metrics.ok());
+  RankObserver observer(0, kRanks, 1, metrics->get());
+  const auto serving = [&] {
+    return (*metrics)->Render()->find("\nballast_rank_serving{rank=\"0\"} 1\n") !=
+           std::string::npos;
+  };
+  CHECK(serving());
+  observer.OnRest(3, 2, 100);
+  observer.OnParked();
+  CHECK_FALSE(serving());
+  CHECK((*metrics)->Render()->find("ballast_sequences_running{rank=\"0\"} 0\n") !=
+        std::string::npos);
+  const Placement placement =
+      *Placement::Contiguous(1, kExperts, Topology::Uniform(kRanks, 6), true);
+  Regrouping how;
+  how.group = {.generation = 1, .member = 0, .ranks = {0, 1, 2, 3}};
+  observer.OnRegrouped(how, placement);
+  CHECK(serving());
+}
+
 TEST_CASE("without a budget no plan waits", "[leader][budget]") {
   Bench bench(/*copy_bytes_per_second=*/0);
   int64_t copies = 0;

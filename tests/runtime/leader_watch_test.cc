@@ -9,6 +9,7 @@
 
 #include "base/log.h"
 #include "placement/policy.h"
+#include "placement/regroup.h"
 #include "runtime/leader.h"
 #include "tests/support/test_metrics.h"
 
@@ -84,12 +85,15 @@ class Watched {
       return Controller::CreateWith(std::make_unique<ScriptedPolicy>(shared), o, p);
     };
     options.stall_deadline_ms = 1000;  // far longer than anything but a hang takes
-    auto leader = Leader::Create(options, placement, RankObserver(0, kRanks, 1, metrics_.get()),
-                                 metrics_.get(), [this](std::vector<std::byte> bytes) {
-                                   const std::lock_guard lock(mutex_);
-                                   plans_.push_back(*MigrationPlan::Deserialize(bytes));
-                                   return absl::OkStatus();
-                                 });
+    auto leader =
+        Leader::Create(options, placement, RankObserver(0, kRanks, 1, metrics_.get()),
+                       metrics_.get(), [this](std::vector<std::byte> bytes) -> absl::Status {
+                         const std::lock_guard lock(mutex_);
+                         ++sends;
+                         if (refuses) return absl::UnavailableError("refused");
+                         plans_.push_back(*MigrationPlan::Deserialize(bytes));
+                         return absl::OkStatus();
+                       });
     REQUIRE(leader.ok());
     leader_ = *std::move(leader);
   }
@@ -115,6 +119,19 @@ class Watched {
     placement = *plan.Apply(placement);
     leader_->OnPlanEnded({.done = Command::kFlip, .plan_id = plan.plan_id}, placement);
   }
+  void AbortLastPlan() { Abort(plans().back().plan_id); }
+  void Abort(int64_t plan_id) {
+    leader_->OnPlanEnded({.done = Command::kAbort, .plan_id = plan_id}, placement);
+  }
+  // The same ranks go on under an epoch of their own.
+  void Regroup() {
+    Regrouping how;
+    how.group = {.generation = 1, .member = 0, .ranks = {0, 1, 2, 3}};
+    std::vector<GroupMember> members;
+    for (int32_t r = 0; r < kRanks; ++r) members.push_back({.old_rank = r});
+    placement = ballast::Regroup(placement, members, placement.epoch() + 1)->placement;
+    leader_->OnRegrouped(how, placement);
+  }
   std::vector<MigrationPlan> plans() {
     const std::lock_guard lock(mutex_);
     return plans_;
@@ -130,6 +147,9 @@ class Watched {
     return metrics_->Render()->find("\n" + line + "\n") != std::string::npos;
   }
   Leader& leader() { return *leader_; }
+
+  std::atomic<bool> refuses = false;  // plans cannot be sent
+  std::atomic<int> sends = 0;         // tried
 
   // Threads that were given up may outlive the test: the script is theirs too.
   Script& script = *shared_;
@@ -246,6 +266,76 @@ TEST_CASE("a departure under way outlives its controller", "[leader][watch]") {
     return left == 2;
   }));
   watched.script.release = true;
+  SetLogLevel(LogLevel::kInfo);
+}
+
+// Leaving would lose last copies if the checkpoint cannot be read.
+TEST_CASE("a departure whose plans abort three times in a row is called off", "[leader]") {
+  SetLogLevel(LogLevel::kOff);
+  std::atomic<int> left = -1, stays = -1;
+  Leader::Options options;
+  options.leave = [&](int32_t rank) { left = rank; };
+  options.stay = [&](int32_t rank) { stays = rank; };
+  Watched watched(options);
+  watched.Step();
+  // A plan that was under way before is none of the departure's.
+  REQUIRE(watched.Rebalance()["planned"] == true);
+  watched.leader().Vacate(2);
+  watched.AbortLastPlan();
+  for (size_t aborts = 0; aborts < 3; ++aborts) {
+    REQUIRE(watched.Await([&] { return watched.plans().size() == 2 + aborts; }));
+    CHECK(stays == -1);
+    watched.AbortLastPlan();
+  }
+  REQUIRE(watched.Await([&] { return stays == 2; }));
+  CHECK(left == -1);
+  watched.Step();
+  CHECK(watched.Rebalance()["planned"] == true);  // other plans go on
+  REQUIRE(watched.plans().size() == 5);
+  watched.AbortLastPlan();
+
+  // The next drain starts anew, and takes place.
+  watched.leader().Vacate(2);
+  REQUIRE(watched.Await([&] { return watched.plans().size() == 6; }));
+  watched.AbortLastPlan();
+  REQUIRE(watched.Await([&] {
+    const MigrationPlan last = watched.plans().back();
+    if (last.base_epoch == watched.placement.epoch() && watched.plans().size() > 6) {
+      watched.EndLastPlan();
+    }
+    return left == 2;
+  }));
+  SetLogLevel(LogLevel::kInfo);
+}
+
+TEST_CASE("a departure whose plan cannot be sent waits and is not aborted", "[leader]") {
+  SetLogLevel(LogLevel::kOff);
+  std::atomic<int> left = -1, stays = -1;
+  Leader::Options options;
+  options.leave = [&](int32_t rank) { left = rank; };
+  options.stay = [&](int32_t rank) { stays = rank; };
+  Watched watched(options);
+  watched.refuses = true;
+  watched.Step();
+  watched.leader().Vacate(2);
+  REQUIRE(watched.Await([&] { return watched.sends == 1; }));
+  for (int round = 2; round <= 6; ++round) {
+    for (int i = 0; i < 10; ++i) watched.Step();
+    watched.Regroup();
+    REQUIRE(watched.Await([&] { return watched.sends == round; }));
+  }
+  watched.refuses = false;
+  watched.Regroup();
+  REQUIRE(watched.Await([&] { return !watched.plans().empty(); }));
+  CHECK(watched.sends == 7);
+  CHECK(stays == -1);
+  CHECK(left == -1);
+  watched.EndLastPlan();
+  REQUIRE(watched.Await([&] {
+    const MigrationPlan last = watched.plans().back();
+    if (last.base_epoch == watched.placement.epoch()) watched.EndLastPlan();
+    return left == 2;
+  }));
   SetLogLevel(LogLevel::kInfo);
 }
 

@@ -1,5 +1,6 @@
 // What clients see when ranks are lost, leave and come back: nothing.
 #include <catch2/catch.hpp>
+#include <chrono>
 #include <thread>
 
 #include "base/log.h"
@@ -101,7 +102,7 @@ TEST_CASE("a rank that leaves and comes back is not noticed", "[runtime][loss]")
 TEST_CASE("a rank that dies over the stop holds nobody up", "[runtime][loss]") {
   SetLogLevel(LogLevel::kOff);
   const Reference reference(2);
-  for (const int64_t messages : {0, 1, 2, 3, 5, 8}) {
+  for (int64_t messages = 0; messages <= 12; ++messages) {
     CAPTURE(messages);
     auto cluster = Cluster::Start({.model = reference.folder.path(),
                                    .num_ranks = 3,
@@ -110,9 +111,35 @@ TEST_CASE("a rank that dies over the stop holds nobody up", "[runtime][loss]") {
     REQUIRE(cluster.ok());
     REQUIRE(*(*cluster)->Generate(reference.requests) == reference.replies);
     (*cluster)->Kill(2, messages);
+    const auto began = std::chrono::steady_clock::now();
     const std::vector<absl::Status> statuses = (*cluster)->Stop();
     CHECK(statuses[0].ok());
     CHECK(statuses[1].ok());
+    // They wait for it for one step's deadline, and not for the minute of EngineOptions in vain.
+    CHECK(std::chrono::steady_clock::now() - began < std::chrono::seconds(20));
+  }
+  SetLogLevel(LogLevel::kInfo);
+}
+
+TEST_CASE("a stop while the ranks regroup ends all of them", "[runtime][loss]") {
+  SetLogLevel(LogLevel::kOff);
+  const Reference reference(1);
+  for (const bool returns : {false, true}) {
+    CAPTURE(returns);
+    auto cluster =
+        Cluster::Start({.model = reference.folder.path(), .num_ranks = 3, .survive_losses = true});
+    REQUIRE(cluster.ok());
+    Frontend& frontend = (*cluster)->frontend();
+    REQUIRE(frontend.BeginLeaving(2).ok());
+    REQUIRE(frontend.Leave(2).ok());
+    if (returns) {
+      REQUIRE((*cluster)->AwaitMembers(2));
+      REQUIRE(frontend.Return(2).ok());
+    }
+    const auto began = std::chrono::steady_clock::now();
+    for (const absl::Status& status : (*cluster)->Stop()) CHECK(status.ok());
+    // The deadlines are a minute.
+    CHECK(std::chrono::steady_clock::now() - began < std::chrono::seconds(20));
   }
   SetLogLevel(LogLevel::kInfo);
 }

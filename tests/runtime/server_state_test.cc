@@ -38,6 +38,20 @@ TEST_CASE("a state survives its file", "[state]") {
   CHECK(Same(*again, Sample()));
 }
 
+TEST_CASE("a load beyond 32 bits survives its file", "[state]") {
+  ServerState state = Sample();
+  state.window_tokens = int64_t{1} << 40;
+  state.window_load[1] = int64_t{5} << 40;
+  const auto again = ParseServerState(ToJson(state));
+  INFO(again.status().message());
+  REQUIRE(again.ok());
+  CHECK(Same(*again, state));
+  state.window_load[1] = int64_t{1} << 51;
+  CHECK(ParseServerState(ToJson(state)).status().message() ==
+        "state: window_load: allowed: a row of 3 counts per layer, each from 0 to "
+        "1125899906842624");
+}
+
 TEST_CASE("a file that is no state is refused with its key", "[state]") {
   const std::string good = ToJson(Sample());
   const auto fault = [&](const std::string& from, const std::string& to) {

@@ -2,6 +2,8 @@
 // replicas chosen otherwise, reports that contradict each other.
 #include "runtime/verification.h"
 
+#include <algorithm>
+#include <atomic>
 #include <catch2/catch.hpp>
 #include <limits>
 #include <nlohmann/json.hpp>
@@ -231,6 +233,65 @@ TEST_CASE("a rank that does not answer is a finding, one that is lost is not", "
   CHECK(json::parse(*answer)["ok"] == true);
 }
 
+// It has not heard the question.
+TEST_CASE("a rank that comes while the others verify need not answer", "[verification]") {
+  std::atomic<int> looks = 0;
+  Verification* desk = nullptr;
+  std::vector<std::vector<int>> serving;  // at each look; then as at the last
+  Verification verification({.timeout_ms = 2000,
+                             .ask =
+                                 [&](uint64_t id) {
+                                   desk->OnVerified(0, ReportOf(id));
+                                   return absl::OkStatus();
+                                 },
+                             .serving =
+                                 [&] {
+                                   const auto look = static_cast<size_t>(looks++);
+                                   return serving[std::min(look, serving.size() - 1)];
+                                 }});
+  desk = &verification;
+  SECTION("it comes") {
+    serving = {{0}, {0, 2}};
+  }
+  SECTION("it leaves and comes back") {
+    // Rank 1 is what the check waits for meanwhile.
+    serving = {{0, 1, 2}, {0, 1}, {0, 1, 2}, {0, 2}};
+  }
+  const auto answer = verification.Run();
+  REQUIRE(answer.ok());
+  INFO(*answer);
+  CHECK(json::parse(*answer)["ok"] == true);
+}
+
+TEST_CASE("those who come while a check is under way share its answer", "[verification]") {
+  constexpr int kRefused = 3;
+  std::atomic<int> asked = 0, refused = 0, right = 0;
+  std::atomic<uint64_t> id = 0;
+  Verification verification({.ask =
+                                 [&](uint64_t check) {
+                                   ++asked;
+                                   id = check;
+                                   return absl::OkStatus();
+                                 },
+                             .serving = [] { return std::vector<int>{0}; }});
+  std::vector<std::thread> callers;
+  for (int i = 0; i < 1 + Verification::kMostWaiting + kRefused; ++i) {
+    callers.emplace_back([&] {
+      const auto answer = verification.Run();
+      right += answer.ok() && json::parse(*answer)["ranks"][0]["step"] == 77;
+      refused += absl::IsResourceExhausted(answer.status());
+    });
+  }
+  while (refused < kRefused) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  VerifiedFrame report = ReportOf(id);
+  report.step = 77;
+  verification.OnVerified(0, report);
+  for (std::thread& caller : callers) caller.join();
+  CHECK(asked == 1);
+  CHECK(refused == kRefused);
+  CHECK(right == 1 + Verification::kMostWaiting);
+}
+
 // ---- a whole server
 // ------------------------------------------------------------------------------
 
@@ -281,6 +342,29 @@ TEST_CASE("a server that moves experts verifies, under load and at rest",
   CHECK(faults == 0);
   CHECK(cluster->flips() > 0);
   CHECK(FirstError(cluster->Stop()) == "");
+}
+
+TEST_CASE("ranks that leave and come back verify", "[verification][cluster]") {
+  SetLogLevel(LogLevel::kOff);
+  TempFolder folder;
+  WriteCheckpoint(folder.path(), TinyModel{});
+  auto started = Cluster::Start({.model = folder.path(), .num_ranks = 3, .survive_losses = true});
+  REQUIRE(started.ok());
+  Cluster& cluster = **started;
+  for (int round = 0; round < 5; ++round) {
+    REQUIRE(cluster.frontend().BeginLeaving(1).ok());
+    REQUIRE(cluster.frontend().Leave(1).ok());
+    REQUIRE(cluster.AwaitMembers(2));
+    REQUIRE(Verify(&cluster)["ranks"].size() == 2);
+    REQUIRE(cluster.frontend().Return(1).ok());
+    // It is about to come, and hears the question.
+    const json answer = Verify(&cluster);
+    CHECK(answer["ok"] == true);
+    CHECK(answer["ranks"].size() == 3);
+    REQUIRE(cluster.AwaitMembers(3));
+  }
+  CHECK(FirstError(cluster.Stop()) == "");
+  SetLogLevel(LogLevel::kWarning);
 }
 
 TEST_CASE("parameters that change in memory are found, named and read again",

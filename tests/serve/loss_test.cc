@@ -99,6 +99,9 @@ TEST_CASE("a rank is drained and taken back under load", "[serve]") {
     std::this_thread::sleep_for(milliseconds(20));
   }
   CHECK(ranks() == json::array({0, 2}));
+  // It hears a moment later than the others that it is not among them any more.
+  CHECK(server.AwaitMetric("ballast_rank_serving", 2));
+  CHECK(server.Metrics(1).Sum("ballast_rank_serving") == 0);
   CHECK(post("/v1/undrain", R"({"rank":1})") == 202);
   CHECK(server.AwaitState(1, "serves"));
   load.join();
@@ -106,6 +109,7 @@ TEST_CASE("a rank is drained and taken back under load", "[serve]") {
   // What it alone held was moved first: nothing had to be read again.
   CHECK(server.Metrics(0).Sum("ballast_expert_reloads_total") == 0);
   CHECK(server.Metrics(0).Sum("ballast_ranks_serving") == 3);
+  CHECK(server.AwaitMetric("ballast_rank_serving", 3));
   CHECK(server.Stop() == 0);
 }
 

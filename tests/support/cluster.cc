@@ -56,6 +56,7 @@ class NoObserver : public EngineObserver {
   void OnPlanEnded(const Rebalancer::Outcome&, const Placement&) override {}
   void OnRest(int32_t, int32_t, int64_t) override {}
   void OnVerified(const Verified&) override {}
+  void OnParked() override {}
   void OnRegrouped(const Regrouping&, const Placement&) override {}
 };
 
@@ -153,6 +154,7 @@ struct Cluster::Counter : EngineObserver {
     cluster->leader_->OnRest(running, waiting, kv_bytes_used);
   }
   void OnVerified(const Verified& verified) override { cluster->leader_->OnVerified(verified); }
+  void OnParked() override { cluster->leader_->OnParked(); }
   void OnRegrouped(const Regrouping& regrouping, const Placement& in_force) override {
     ++cluster->regroupings_;
     cluster->reloads_ += regrouping.reloads;
@@ -239,6 +241,7 @@ absl::Status Cluster::StartLeader(const ClusterOptions& options, const Placement
   leader.state_period_ms = options.state_period_ms;
   if (options.make_controller) leader.loop.make_controller = options.make_controller;
   leader.leave = [this](int32_t rank) { frontend_->Leave(rank).IgnoreError(); };
+  leader.stay = [this](int32_t rank) { frontend_->Return(rank).IgnoreError(); };
   controller.backoff_steps = options.backoff_steps;
   controller.retry_from_file = options.retry_from_file;
   controller.max_incoming_per_rank =
