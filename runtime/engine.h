@@ -33,6 +33,7 @@ struct Regrouping {
   Group group;
   int32_t reloads = 0;   // experts that were read from the checkpoint, over all members
   int64_t pause_ns = 0;  // from the order to halt to the readiness of this rank
+  int64_t committed_plan_id = 0;  // of the last plan that a regrouping put in force; 0: none so far
 };
 
 // What a rank sent: rows, results and headers of steps, and the parameters of experts.
@@ -212,6 +213,7 @@ class Engine {
   int32_t copies_committed_ = 0;
   int64_t stall_ns_ = 0;
   int64_t halted_ns_ = 0;  // when the regrouping under way began
+  int64_t committed_plan_id_ = 0;  // Regrouping
   std::atomic<bool> ended_ = false;
   std::atomic<int32_t> running_ = 0, waiting_ = 0;
   std::atomic<int64_t> kv_bytes_used_ = 0;

@@ -92,10 +92,13 @@ absl::Status Engine::ReportHalted(const HaltFrame& frame) {
 
 absl::Status Engine::Resume(const ResumeFrame& frame, Group group) {
   BALLAST_ASSIGN_OR_RETURN(const Regrouped regrouped, Follow(frame, group, rebalancer_.get()));
+  // Also if this rank is told to halt again before it has joined.
+  committed_plan_id_ = std::max(committed_plan_id_, frame.commit_plan_id);
   BALLAST_RETURN_IF_ERROR(JoinGroup(std::move(group), frame.step));
   observer_->OnRegrouped({.group = group_,
                           .reloads = static_cast<int32_t>(regrouped.reloads.size()),
-                          .pause_ns = NowNs() - halted_ns_},
+                          .pause_ns = NowNs() - halted_ns_,
+                          .committed_plan_id = committed_plan_id_},
                          regrouped.placement);
   return absl::OkStatus();
 }

@@ -109,8 +109,11 @@ void Frontend::State::DismissLocked() {
 }
 
 void Frontend::State::RegroupLocked() {
-  for (const int32_t r : group_.TakeLost()) DropLocked(r);
+  const std::vector<int32_t> lost = group_.TakeLost();
+  bool changed = !lost.empty();
+  for (const int32_t r : lost) DropLocked(r);
   while (auto send = group_.Take()) {
+    changed = true;
     const int rank = send->rank;
     if (closed_[rank] || failed_) continue;
     auto body = std::visit(
@@ -119,7 +122,7 @@ void Frontend::State::RegroupLocked() {
     const absl::Status sent = channels_[rank]->Send(Serialize(LeaderFrame{wake_seq_, body}));
     if (!sent.ok()) LoseLocked(rank, sent);
   }
-  WakeIo();
+  if (changed) WakeIo();  // else the I/O thread, which comes here in every round, would never rest
   if (group_.halting() || failed_) return;
   for (const int32_t r : group_.members()) book_.SetOpen(r, !leaving_[r]);
   std::vector<RequestBook::Assignment> moved = book_.AssignWaiting();

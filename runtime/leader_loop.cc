@@ -152,8 +152,7 @@ void LeaderLoop::OnRegrouped(const Regrouping& how, const Placement& in_force) {
   ranks_ = how.group.ranks;
   vacating_waits_ = false;
   if (controller_->in_flight()) {
-    // A regrouping is one epoch, and a plan that became part of it another one.
-    const bool applied = in_force.epoch() > controller_->placement().epoch() + 1;
+    const bool applied = how.committed_plan_id == controller_->last_plan_id();
     tether_->Do([applied](LeaderHost& host) {
       host.metrics->OnRebalance(applied ? RebalanceResult::kApplied : RebalanceResult::kAborted,
                                 RebalanceTrigger::kFailure);

@@ -1,7 +1,10 @@
 #include "runtime/frontend.h"
 
+#include <time.h>
+
 #include <atomic>
 #include <catch2/catch.hpp>
+#include <chrono>
 #include <limits>
 #include <mutex>
 #include <optional>
@@ -437,6 +440,23 @@ TEST_CASE("a rank in trouble over the stop is dismissed", "[runtime][unit]") {
   // No orderly end of MPI, which would wait for rank 2; and no group to meet in.
   REQUIRE_FALSE(std::get<StopFrame>(ends.Hear(1).body).complete);
   CHECK(std::get<ResumeFrame>(ends.Hear(1).body).members.empty());
+}
+
+TEST_CASE("a front end with nothing to do rests", "[runtime][unit]") {
+  FakeRanks ranks({.num_ranks = 2, .step = std::chrono::milliseconds(50)});
+  const auto frontend = Start(ranks);
+  const auto recorder = std::make_shared<Recorder>();
+  REQUIRE(frontend->Submit(Request(3, 2), recorder).ok());
+  REQUIRE(recorder->Finish() == FinishReason::kLength);
+  const auto cpu_ns = [] {
+    timespec now;
+    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &now);
+    return now.tv_sec * 1'000'000'000 + now.tv_nsec;
+  };
+  const int64_t before = cpu_ns();
+  std::this_thread::sleep_for(std::chrono::milliseconds(400));
+  // A thread that never sleeps takes all of it.
+  CHECK(cpu_ns() - before < 100'000'000);
 }
 
 TEST_CASE("destruction ends what is pending", "[runtime][unit]") {

@@ -124,9 +124,10 @@ class Watched {
     leader_->OnPlanEnded({.done = Command::kAbort, .plan_id = plan_id}, placement);
   }
   // The same ranks go on under an epoch of their own.
-  void Regroup() {
+  void Regroup(int64_t committed_plan_id = 0) {
     Regrouping how;
     how.group = {.generation = 1, .member = 0, .ranks = {0, 1, 2, 3}};
+    how.committed_plan_id = committed_plan_id;
     std::vector<GroupMember> members;
     for (int32_t r = 0; r < kRanks; ++r) members.push_back({.old_rank = r});
     placement = ballast::Regroup(placement, members, placement.epoch() + 1)->placement;
@@ -196,6 +197,35 @@ TEST_CASE("a controller that hangs is reported, and another takes its place", "[
   CHECK(watched.plans()[1].plan_id > watched.plans()[0].plan_id);
   CHECK(watched.plans()[1].base_epoch == watched.plans()[0].base_epoch + 1);
   SetLogLevel(LogLevel::kInfo);
+}
+
+TEST_CASE("a plan that a regrouping ends counts as what became of it", "[leader][watch]") {
+  SetLogLevel(LogLevel::kWarning);
+  Watched watched;
+  const auto count = [](const char* result) {
+    return absl::StrCat("ballast_rebalances_total{rank=\"0\",result=\"", result,
+                        "\",trigger=\"failure\"} 1");
+  };
+  watched.Step();
+  REQUIRE(watched.Rebalance()["planned"] == true);
+  // The regrouping was begun twice before it came through: two epochs, and no plan in them.
+  watched.placement =
+      ballast::Regroup(watched.placement,
+                       std::vector<GroupMember>{
+                           {.old_rank = 0}, {.old_rank = 1}, {.old_rank = 2}, {.old_rank = 3}},
+                       watched.placement.epoch() + 1)
+          ->placement;
+  watched.Regroup();
+  REQUIRE(watched.Await([&] { return watched.Shows(count("aborted")); }));
+  CHECK_FALSE(watched.Shows(count("applied")));
+
+  watched.Step();
+  REQUIRE(watched.Rebalance()["planned"] == true);
+  const MigrationPlan plan = watched.plans().back();
+  watched.placement = *plan.Apply(watched.placement);
+  watched.Regroup(plan.plan_id);
+  REQUIRE(watched.Await([&] { return watched.Shows(count("applied")); }));
+  CHECK(watched.Shows(count("aborted")));
 }
 
 TEST_CASE("a new controller waits for the plan of the old one, and goes on from it",
