@@ -2,7 +2,7 @@
 # The demonstration: serves the demo model on four ranks while traffic shifts from mixed text to code, to Japanese, to
 # JSON; once with the experts where they are, once with hot experts copied live. Ends with a table; writes
 # build/demo/result.json and build/demo/report.html.
-# Usage: deploy/demo.sh [--requests N] (requests per phase, 240 unless told; with 30 the two runs take about a minute)
+# Usage: deploy/demo.sh [--requests N] (requests per phase, 240 unless told; with 30 the two runs take one or two minutes)
 set -euo pipefail
 usage() { # usage WHY
   echo "demo: $1; usage: deploy/demo.sh [--requests N], N from 1 to 1000000" >&2
