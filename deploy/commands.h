@@ -24,7 +24,7 @@ int ExitCodeOf(const absl::Status& status);
 // Says "ballast: message" for a fault that every rank of the job finds by itself before MPI is
 // started, as in the command line; returns kExitUsage. Rank 0 alone speaks. mpirun kills all ranks
 // when the first one leaves, so the others give rank 0 the time to: they wait to be killed, or for
-// three seconds where mpirun does not (--enable-recovery).
+// five seconds where mpirun does not (--enable-recovery).
 int RefuseOnAllRanks(const std::string& message);
 
 // Runs a sub-command after its flags were read; returns the exit code.

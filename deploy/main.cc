@@ -46,7 +46,7 @@ int RefuseOnAllRanks(const std::string& message) {
     const std::string line = "ballast: " + message + "\n";
     std::fwrite(line.data(), 1, line.size(), stderr);
   } else {
-    std::this_thread::sleep_for(std::chrono::seconds(3));
+    std::this_thread::sleep_for(std::chrono::seconds(5));
   }
   return kExitUsage;
 }

@@ -257,7 +257,7 @@ TEST_CASE("a rank that is late says nevertheless why the job cannot start", "[se
   Process process({"bash", "-c",
                    ". " BALLAST_SOURCE_DIR
                    "/deploy/environment.sh; exec mpirun -n 2 --oversubscribe --bind-to none "
-                   "bash -c '[ $OMPI_COMM_WORLD_RANK != 0 ] || sleep 1; exec \"$@\"' bash \"$@\"",
+                   "bash -c '[ $OMPI_COMM_WORLD_RANK != 0 ] || sleep 2; exec \"$@\"' bash \"$@\"",
                    "bash", BALLAST_COMMAND, "serve", "--model", DemoModel(), "--max-seqs", "0"},
                   {}, dir / "out", dir / "err");
   REQUIRE(process.Wait(60'000) == 2);
