@@ -1,5 +1,6 @@
 #include "base/file.h"
 
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -13,6 +14,22 @@ namespace ballast {
 namespace {
 
 using File = std::unique_ptr<std::FILE, int (*)(std::FILE*)>;
+
+absl::Status CannotWrite(const std::string& path, const char* why) {
+  return absl::InvalidArgumentError(absl::StrCat(path, ": cannot be written: ", why));
+}
+
+// What is written beside the file and then takes its place.
+std::string Beside(const std::string& path) {
+  return absl::StrCat(path, ".", getpid(), ".tmp");
+}
+
+// A device, a pipe or a folder would be replaced by a file of its name.
+absl::Status CheckRegular(const std::string& path) {
+  struct stat there {};
+  if (stat(path.c_str(), &there) != 0 || S_ISREG(there.st_mode)) return absl::OkStatus();
+  return CannotWrite(path, S_ISDIR(there.st_mode) ? "it is a folder" : "it is not a regular file");
+}
 
 }  // namespace
 
@@ -30,12 +47,19 @@ absl::StatusOr<std::string> ReadFile(const std::string& path) {
   return bytes;
 }
 
+absl::Status CheckWritable(const std::string& path) {
+  BALLAST_RETURN_IF_ERROR(CheckRegular(path));
+  const std::string beside = Beside(path);
+  const File file(std::fopen(beside.c_str(), "wb"), &std::fclose);
+  if (file == nullptr) return CannotWrite(path, std::strerror(errno));
+  std::remove(beside.c_str());
+  return absl::OkStatus();
+}
+
 absl::Status WriteFile(const std::string& path, const std::string& bytes) {
-  const auto failed = [&](int error) {
-    return absl::InvalidArgumentError(
-        absl::StrCat(path, ": cannot be written: ", std::strerror(error)));
-  };
-  const std::string beside = absl::StrCat(path, ".", getpid(), ".tmp");
+  const auto failed = [&](int error) { return CannotWrite(path, std::strerror(error)); };
+  BALLAST_RETURN_IF_ERROR(CheckRegular(path));
+  const std::string beside = Beside(path);
   File file(std::fopen(beside.c_str(), "wb"), &std::fclose);
   if (file == nullptr) return failed(errno);
   const bool written = std::fwrite(bytes.data(), 1, bytes.size(), file.get()) == bytes.size();

@@ -229,6 +229,7 @@ std::string TableOf(const Json& rows) {
 }
 
 absl::Status RunBench(const std::string& what, const std::string& json_path) {
+  BALLAST_RETURN_IF_ERROR(CheckOutputs({{"--json", json_path}}));
   Json rows = Json::array();
   if (what == "split") {
     for (const BenchShape& shape : kSplitShapes) {

@@ -245,6 +245,7 @@ absl::StatusOr<CostConstants> ConstantsFromFlags(const BatchBenchFlags& flags) {
 }  // namespace
 
 absl::StatusOr<int> RunBatchBench(const BatchBenchFlags& flags) {
+  BALLAST_RETURN_IF_ERROR(CheckOutputs({{"--json", flags.json}, {"--report", flags.report}}));
   BALLAST_ASSIGN_OR_RETURN(const CostConstants constants, ConstantsFromFlags(flags));
   NamedArray all = DrawSequence();
   if (!flags.traces.empty()) {

@@ -385,9 +385,7 @@ void Print(const Json& json) {
 
 absl::StatusOr<int> RunOn(const RebalanceBenchFlags& flags, MpiRuntime* mpi) {
   cpu::SetMatmulThreads(std::max(1, CoresHere() / std::max(1, mpi->local_size())));
-  const DType dtype = flags.dtype == "fp32" || (flags.dtype == "auto" && !cpu::OneDnnHasBFloat16())
-                          ? DType::kF32
-                          : DType::kBF16;
+  const DType dtype = DTypeOfFlag(flags.dtype);
   const std::unique_ptr<Transport> transport = mpi->MakeTransport();
   BenchRank rank(flags, dtype, transport.get());
   const absl::Status loaded = rank.Load();
@@ -399,9 +397,6 @@ absl::StatusOr<int> RunOn(const RebalanceBenchFlags& flags, MpiRuntime* mpi) {
   const Samples& samples = rank.samples();
   const Json json = JsonOf(flags, dtype, mpi->size(), rank.block_bytes(), samples);
   Print(json);
-  if (mpi->size() == 1) {
-    std::cout << "one rank has nobody to send copies to: run it with mpirun -n 2 or more\n";
-  }
   if (!flags.json.empty()) BALLAST_RETURN_IF_ERROR(WriteFile(flags.json, json.dump(2) + "\n"));
   if (samples.wrong_outputs == 0) return int{kExitOk};
   std::cerr << "ballast: " << samples.wrong_outputs << " outputs have other bits than at first\n";
@@ -411,13 +406,23 @@ absl::StatusOr<int> RunOn(const RebalanceBenchFlags& flags, MpiRuntime* mpi) {
 }  // namespace
 
 absl::StatusOr<int> RunRebalanceBench(const RebalanceBenchFlags& flags, int* argc, char*** argv) {
-  BALLAST_ASSIGN_OR_RETURN(const std::unique_ptr<MpiRuntime> mpi, MpiRuntime::Start(argc, argv));
   if (flags.top_k > flags.experts_per_rank) {
+    return RefuseOnAllRanks(absl::StrCat("--top-k is ", flags.top_k,
+                                         "; allowed: up to --experts-per-rank, which is ",
+                                         flags.experts_per_rank));
+  }
+  BALLAST_ASSIGN_OR_RETURN(const std::unique_ptr<MpiRuntime> mpi, MpiRuntime::Start(argc, argv));
+  absl::Status ready = mpi->rank() == 0 ? CheckOutputs({{"--json", flags.json}}) : absl::OkStatus();
+  if (mpi->size() == 1) {
+    ready = absl::InvalidArgumentError(
+        "bench rebalance runs on one rank, which has nobody to send copies to; allowed: two or "
+        "more (mpirun -n 2)");
+  }
+  // Rank 0 speaks before any rank leaves: mpirun then kills them all.
+  if (!ready.ok()) Finish(ready);
+  if (mpi->Highest(ready.ok() ? 0 : 1) != 0) {
     mpi->Finish();
-    if (mpi->rank() != 0) return int{kExitUsage};  // one of them is enough to say it
-    return absl::InvalidArgumentError(absl::StrCat("--top-k is ", flags.top_k,
-                                                   "; allowed: up to --experts-per-rank, which is ",
-                                                   flags.experts_per_rank));
+    return int{kExitUsage};
   }
   absl::StatusOr<int> code = RunOn(flags, mpi.get());
   if (!code.ok()) {  // an orderly end needs all ranks, and they may not all be here

@@ -4,6 +4,7 @@
 
 #include <CLI/App.hpp>
 #include <functional>
+#include <string>
 
 #include "absl/status/status.h"
 
@@ -19,6 +20,12 @@ enum ExitCode : int {
 
 // The exit code that belongs to a failure.
 int ExitCodeOf(const absl::Status& status);
+
+// Says "ballast: message" for a fault that every rank of the job finds by itself before MPI is
+// started, as in the command line; returns kExitUsage. Rank 0 alone speaks. mpirun kills all ranks
+// when the first one leaves, so the others give rank 0 the time to: they wait to be killed, or for
+// five seconds where mpirun does not (--enable-recovery).
+int RefuseOnAllRanks(const std::string& message);
 
 // Runs a sub-command after its flags were read; returns the exit code.
 using RunCommand = std::function<int(int* argc, char*** argv)>;

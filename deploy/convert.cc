@@ -165,6 +165,8 @@ absl::Status RunConvert(const ConvertFlags& flags) {
     return absl::InvalidArgumentError(absl::StrCat(
         "--in names ", flags.in.size(), " files, allowed with --from ", flags.from, ": one"));
   }
+  BALLAST_RETURN_IF_ERROR(
+      CheckOutputs({{"--out", flags.out}, {"--weights-out", flags.weights_out}}));
   if (IsPlacement(flags.from) && IsPlacement(flags.to)) return ConvertPlacement(flags);
   if (flags.from == "load" && flags.to == "load") {
     BALLAST_ASSIGN_OR_RETURN(const LoadTable load, ReadLoad(flags.in[0]));

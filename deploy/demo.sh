@@ -2,16 +2,24 @@
 # The demonstration: serves the demo model on four ranks while traffic shifts from mixed text to code, to Japanese, to
 # JSON; once with the experts where they are, once with hot experts copied live. Ends with a table; writes
 # build/demo/result.json and build/demo/report.html.
-# Usage: deploy/demo.sh [--requests N] (requests per phase)
+# Usage: deploy/demo.sh [--requests N] (requests per phase, 240 unless told; with 30 the two runs take one or two minutes)
 set -euo pipefail
+usage() { # usage WHY
+  echo "demo: $1; usage: deploy/demo.sh [--requests N], N from 1 to 1000000" >&2
+  exit 2
+}
 root=$(cd "$(dirname "$0")/.." && pwd)
 cd "$root"
 ranks=4
 requests=240
 while (($#)); do
   case "$1" in
-    --requests) requests=$2; shift 2 ;;
-    *) echo "usage: deploy/demo.sh [--requests N]" >&2; exit 2 ;;
+    --requests)
+      (($# > 1)) || usage "--requests has no value"
+      requests=$2
+      [[ $requests =~ ^[1-9][0-9]{0,6}$ ]] && ((requests <= 1000000)) || usage "--requests is '$requests'"
+      shift 2 ;;
+    *) usage "'$1' is unknown" ;;
   esac
 done
 

@@ -31,7 +31,7 @@ struct DoctorFlags {
   bool constants = false;
   std::string model;
   int32_t hidden = 0, intermediate = 0, top_k = 8;
-  std::string dtype = "bf16";
+  std::string dtype = "auto";
   int64_t step_tokens = 1024;
   int32_t ranks = 2;
   std::string json;
@@ -121,6 +121,7 @@ Check CheckLibrary(const char* name, const char* library) {
 }
 
 absl::Status RunChecks(const DoctorFlags& flags, bool* fit) {
+  BALLAST_RETURN_IF_ERROR(CheckOutputs({{"--json", flags.json}}));
   std::vector<Check> checks = CheckMpi(flags.ranks);
   checks.push_back(CheckCores(flags.ranks));
   checks.push_back(CheckSharedMemory(flags.ranks));
@@ -214,7 +215,7 @@ Json JsonOf(const DoctorFlags& flags, int ranks, const Measured& measured) {
                {"ranks", ranks},
                {"hidden", flags.hidden},
                {"intermediate", flags.intermediate},
-               {"dtype", flags.dtype},
+               {"dtype", NameOf(DTypeOfFlag(flags.dtype))},
                {"read_bytes", c.read_bytes},
                {"read_gb_per_s", c.read_gb_per_s},
                {"expert_bytes", c.expert_bytes},
@@ -233,11 +234,12 @@ Json JsonOf(const DoctorFlags& flags, int ranks, const Measured& measured) {
   return json;
 }
 
-absl::Status RunConstants(DoctorFlags flags, int* argc, char*** argv) {
-  BALLAST_RETURN_IF_ERROR(Resolve(&flags));
-  const ExpertShape shape{.hidden = flags.hidden,
-                          .inter = flags.intermediate,
-                          .dtype = flags.dtype == "bf16" ? DType::kBF16 : DType::kF32};
+absl::StatusOr<int> RunConstants(DoctorFlags flags, int* argc, char*** argv) {
+  absl::Status resolved = Resolve(&flags);
+  resolved.Update(CheckOutputs({{"--json", flags.json}}));
+  if (!resolved.ok()) return RefuseOnAllRanks(std::string(resolved.message()));
+  const ExpertShape shape{
+      .hidden = flags.hidden, .inter = flags.intermediate, .dtype = DTypeOfFlag(flags.dtype)};
   BALLAST_ASSIGN_OR_RETURN(const std::unique_ptr<MpiRuntime> mpi, MpiRuntime::Start(argc, argv));
   const absl::StatusOr<Measured> measured = Measure(shape, mpi.get());
   if (!measured.ok()) {
@@ -252,7 +254,8 @@ absl::Status RunConstants(DoctorFlags flags, int* argc, char*** argv) {
     if (!flags.json.empty()) written = WriteFile(flags.json, json.dump(2) + "\n");
   }
   mpi->Finish();
-  return written;
+  BALLAST_RETURN_IF_ERROR(written);
+  return int{kExitOk};
 }
 
 }  // namespace
@@ -274,8 +277,9 @@ RunCommand AddDoctorCommand(CLI::App* app) {
   app->add_option("--intermediate", flags->intermediate, "Inner width of an expert")
       ->check(CLI::Range(0, 1 << 16))
       ->group(group);
-  app->add_option("--dtype", flags->dtype, "Activations and packed parameters")
-      ->check(CLI::IsMember({"bf16", "f32"}))
+  app->add_option("--dtype", flags->dtype,
+                  "Activations and packed parameters; auto: bf16 where the processor multiplies it")
+      ->check(CLI::IsMember({"auto", "bf16", "fp32"}))
       ->group(group);
   app->add_option("--top-k", flags->top_k, "Experts of a token, for rho; --model knows it")
       ->check(CLI::Range(1, 1024))
@@ -288,7 +292,10 @@ RunCommand AddDoctorCommand(CLI::App* app) {
       "Constants are medians; of several ranks the slowest's. The link needs two ranks:\n"
       "  mpirun -n 2 --bind-to none ballast doctor --constants --model deploy/demo/model");
   return [flags](int* argc, char*** argv) {
-    if (flags->constants) return Finish(RunConstants(*flags, argc, argv));
+    if (flags->constants) {
+      const absl::StatusOr<int> constants = RunConstants(*flags, argc, argv);
+      return constants.ok() ? *constants : Finish(constants.status());
+    }
     bool fit = false;
     const int code = Finish(RunChecks(*flags, &fit));
     return code == kExitOk && !fit ? int{kExitFailed} : code;

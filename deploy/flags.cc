@@ -30,19 +30,73 @@ size_t EditDistance(const std::string& a, const std::string& b) {
   return row[b.size()];
 }
 
-std::string NearestOption(const std::string& key, CLI::App* command) {
+std::string NearestOption(const std::string& key, const CLI::App& command) {
+  std::vector<std::string> names;
+  for (const CLI::Option* option : command.get_options()) {
+    names.insert(names.end(), option->get_lnames().begin(), option->get_lnames().end());
+  }
+  return NearestOf(key, names);
+}
+
+// Whether the text has the flag as a word: "--port" is not in "--port-range".
+bool Names(const std::string& text, const std::string& flag) {
+  for (size_t at = text.find(flag); at != std::string::npos; at = text.find(flag, at + 1)) {
+    const char next = at + flag.size() < text.size() ? text[at + flag.size()] : ' ';
+    if (next != '-' && std::isalnum(static_cast<unsigned char>(next)) == 0) return true;
+  }
+  return false;
+}
+
+bool IsGiven(const std::string& flag, int argc, char** argv) {
+  for (int i = 1; i < argc; ++i) {
+    const std::string argument = argv[i];
+    if (argument == flag || argument.rfind(flag + "=", 0) == 0) return true;
+  }
+  return false;
+}
+
+}  // namespace
+
+std::string NearestOf(const std::string& word, const std::vector<std::string>& names) {
   std::string nearest;
   size_t best = 4;
-  for (const CLI::Option* option : command->get_options()) {
-    for (const std::string& name : option->get_lnames()) {
-      const size_t distance = EditDistance(key, name);
-      if (distance < best) best = distance, nearest = name;
-    }
+  for (const std::string& name : names) {
+    const size_t distance = EditDistance(word, name);
+    if (distance < best) best = distance, nearest = name;
   }
   return nearest.empty() ? "" : absl::StrCat("; did you mean \"", nearest, "\"?");
 }
 
-}  // namespace
+std::string Explain(const CLI::ParseError& error, const CLI::App& command, int argc, char** argv) {
+  std::string text = error.what();
+  const std::string once = ": At Most 1 required but received ";
+  if (const size_t at = text.find(once); at != std::string::npos) {
+    text = absl::StrCat(text.substr(0, at), " is given ", text.substr(at + once.size()),
+                        " times, allowed: once");
+  }
+  for (const CLI::Option* option : command.get_options()) {
+    if (option->get_lnames().empty()) continue;
+    const std::string flag = "--" + option->get_lnames()[0];
+    if (!Names(text, flag)) continue;
+    if (error.get_exit_code() == static_cast<int>(CLI::ExitCodes::ConversionError)) {
+      const bool takes_no_value = option->get_expected_max() == 0;
+      absl::StrAppend(&text,
+                      ", allowed: ", takes_no_value ? "true or false" : option->get_type_name());
+    }
+    const char* value = std::getenv(option->get_envname().c_str());
+    if (value != nullptr && !IsGiven(flag, argc, argv)) {
+      absl::StrAppend(&text, " (from ", option->get_envname(), ")");
+    }
+    return text;
+  }
+  if (error.get_exit_code() != static_cast<int>(CLI::ExitCodes::ExtrasError)) return text;
+  for (int i = 1; i < argc; ++i) {
+    const std::string flag = std::string(argv[i]).substr(0, std::string(argv[i]).find('='));
+    if (flag.rfind("--", 0) != 0 || command.get_option_no_throw(flag) != nullptr) continue;
+    absl::StrAppend(&text, NearestOption(flag.substr(2), command));
+  }
+  return text;
+}
 
 void NameEnvironment(CLI::App* command) {
   for (CLI::Option* option : command->get_options()) {
@@ -70,7 +124,7 @@ absl::Status ApplyConfigFile(const std::string& path, CLI::App* command) {
         key == "config" || key == "help" ? nullptr : command->get_option_no_throw("--" + key);
     if (option == nullptr) {
       return absl::InvalidArgumentError(
-          absl::StrCat(path, ": unknown key \"", key, "\"", NearestOption(key, command)));
+          absl::StrCat(path, ": unknown key \"", key, "\"", NearestOption(key, *command)));
     }
     if (value.is_structured() || value.is_null()) {
       return absl::InvalidArgumentError(absl::StrCat(path, ": \"", key, "\" is ", value.dump(),

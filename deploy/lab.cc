@@ -14,6 +14,7 @@
 #include "base/file.h"
 #include "base/status.h"
 #include "deploy/commands.h"
+#include "kernels/matmul.h"
 
 namespace ballast {
 
@@ -59,6 +60,21 @@ absl::StatusOr<Topology> TopologyFromFlags(int32_t ranks, int32_t slots, int32_t
     return reject("--nodes", nodes, absl::StrCat("a divisor of --ranks, ", ranks));
   }
   return Topology::Uniform(ranks, slots / ranks, nodes);
+}
+
+absl::Status CheckOutputs(const std::vector<std::pair<const char*, std::string>>& path_of_flag) {
+  for (const auto& [flag, path] : path_of_flag) {
+    const absl::Status status = path.empty() ? absl::OkStatus() : CheckWritable(path);
+    if (!status.ok()) {
+      return absl::InvalidArgumentError(absl::StrCat(flag, ": ", status.message()));
+    }
+  }
+  return absl::OkStatus();
+}
+
+DType DTypeOfFlag(const std::string& name) {
+  const bool bf16 = name == "bf16" || (name == "auto" && cpu::OneDnnHasBFloat16());
+  return bf16 ? DType::kBF16 : DType::kF32;
 }
 
 std::string FormatTable(const std::vector<std::vector<std::string>>& rows) {

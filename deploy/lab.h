@@ -5,9 +5,11 @@
 #include <CLI/App.hpp>
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "base/dtype.h"
 #include "placement/placement.h"
 #include "placement/trace.h"
 
@@ -27,6 +29,14 @@ absl::StatusOr<LoadTable> ReadLoad(const std::string& path);
 // ERRORS kInvalidArgument names the flags --ranks, --slots, --nodes with their values
 absl::StatusOr<Topology> TopologyFromFlags(int32_t ranks, int32_t slots, int32_t nodes,
                                            int32_t num_experts);
+
+// Whether the files that a command is to write can be written, asked before the work: each with its
+// flag, "" for none.
+// ERRORS kInvalidArgument names the flag, the path and the reason
+absl::Status CheckOutputs(const std::vector<std::pair<const char*, std::string>>& path_of_flag);
+
+// The type that --dtype names: bf16, fp32, or auto: bf16 where the processor multiplies it.
+DType DTypeOfFlag(const std::string& name);
 
 // Columns under their headings, the first left-aligned, numbers right-aligned, as plain text.
 std::string FormatTable(const std::vector<std::vector<std::string>>& rows);

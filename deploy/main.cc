@@ -1,12 +1,16 @@
 // The `ballast` command.
 #include <CLI/CLI.hpp>
+#include <algorithm>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <iostream>
+#include <thread>
 #include <utility>
 #include <vector>
 
-#include "base/log.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "deploy/commands.h"
 #include "deploy/flags.h"
 
@@ -28,16 +32,32 @@ int ExitCodeOf(const absl::Status& status) {
 
 namespace {
 
-// Under mpirun every rank reads the same command line; one of them is enough to complain about it.
+// Under mpirun every rank reads the same command line; one of them is enough to speak of it.
 bool SpeaksForAll() {
   const char* rank = std::getenv("OMPI_COMM_WORLD_RANK");
   return rank == nullptr || std::string(rank) == "0";
 }
 
+}  // namespace
+
+int RefuseOnAllRanks(const std::string& message) {
+  if (SpeaksForAll()) {
+    // In one piece: mpirun writes to the same place.
+    const std::string line = "ballast: " + message + "\n";
+    std::fwrite(line.data(), 1, line.size(), stderr);
+  } else {
+    std::this_thread::sleep_for(std::chrono::seconds(5));
+  }
+  return kExitUsage;
+}
+
+namespace {
+
 int Main(int argc, char** argv) {
   CLI::App app("Ballast: an expert-parallel runtime for Mixture-of-Experts models", "ballast");
   app.require_subcommand(1);
   app.set_help_all_flag("--help-all", "Help of all sub-commands");
+  app.set_version_flag("--version", "ballast " BALLAST_VERSION);
   std::vector<std::pair<CLI::App*, RunCommand>> commands;
 
   CLI::App* serve = app.add_subcommand("serve", "Serve a model over HTTP (run under mpirun)");
@@ -61,9 +81,15 @@ int Main(int argc, char** argv) {
     std::cout << "ballast " << BALLAST_VERSION << "\n";
     return int{kExitOk};
   });
+  std::vector<std::string> names;
   for (auto& [command, run] : commands) {
     NameEnvironment(command);
     command->option_defaults()->always_capture_default();
+    names.push_back(command->get_name());
+  }
+  if (argc > 1 && argv[1][0] != '-' && std::ranges::find(names, argv[1]) == names.end()) {
+    return RefuseOnAllRanks(absl::StrCat("sub-command ", argv[1], " is unknown, allowed: ",
+                                         absl::StrJoin(names, ", "), NearestOf(argv[1], names)));
   }
   const std::string config = FindConfigPath(argc, argv);
   if (!config.empty()) {
@@ -71,27 +97,24 @@ int Main(int argc, char** argv) {
       if (argc < 2 || command->get_name() != argv[1]) continue;
       const absl::Status applied = ApplyConfigFile(config, command);
       if (applied.ok()) continue;
-      if (SpeaksForAll()) {
-        std::fprintf(stderr, "ballast: %s\n", std::string(applied.message()).c_str());
-      }
-      return kExitUsage;
+      return RefuseOnAllRanks(std::string(applied.message()));
     }
   }
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
     if (error.get_exit_code() == 0) {
-      if (SpeaksForAll()) app.exit(error);  // --help
+      if (SpeaksForAll()) app.exit(error);  // --help, --version
       return kExitOk;
     }
-    if (SpeaksForAll()) {
-      std::string message = std::string("ballast: ") + error.what() + "\n(`ballast";
-      for (const CLI::App* chosen : app.get_subcommands()) message += " " + chosen->get_name();
-      message += " --help` lists what is allowed)\n";
-      // In one piece: mpirun writes to the same place.
-      std::fwrite(message.data(), 1, message.size(), stderr);
+    const CLI::App* chosen = &app;
+    std::string name;
+    if (!app.get_subcommands().empty()) {
+      chosen = app.get_subcommands().front();
+      name = " " + chosen->get_name();
     }
-    return kExitUsage;
+    return RefuseOnAllRanks(absl::StrCat(Explain(error, *chosen, argc, argv), "\n(`ballast", name,
+                                         " --help` lists what is allowed)"));
   }
   for (auto& [command, run] : commands) {
     if (command->parsed()) return run(&argc, &argv);

@@ -128,7 +128,8 @@ absl::Status CheckFlags(const PlanFlags& flags, const LoadTable& load, const Top
     return absl::InvalidArgumentError(
         absl::StrCat("--coverage is 1, but ", topology.num_slots(), " slots on ",
                      topology.num_ranks(), " ranks can hold each of ", load.num_experts,
-                     " experts on one rank only; allowed: 0, or more --slots"));
+                     " experts on one rank only; allowed: 0, or more --",
+                     topology.num_ranks() == 1 ? "ranks" : "slots"));
   }
   if (!flags.replica_budget.has_value()) return absl::OkStatus();
   const auto excluded = [&](const char* flag, const auto& value, const char* allowed) {
@@ -315,6 +316,8 @@ std::string SummaryOf(const PlanFlags& flags, const LoadTable& load, const Outco
 
 absl::Status RunPlan(const PlanFlags& flags) {
   BALLAST_ASSIGN_OR_RETURN(const PlacementFormat format, ParsePlacementFormat(flags.format));
+  BALLAST_RETURN_IF_ERROR(
+      CheckOutputs({{"--out", flags.dry_run ? "" : flags.out}, {"--json", flags.json}}));
   BALLAST_ASSIGN_OR_RETURN(const LoadTable load, ReadLoad(flags.load));
   BALLAST_ASSIGN_OR_RETURN(const Outcome outcome, MakePlan(flags, load));
   std::cout << TableOf(flags, load, outcome) << SummaryOf(flags, load, outcome) << flags.policy

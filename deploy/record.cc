@@ -84,6 +84,7 @@ absl::Status RunRecord(const RecordFlags& flags) {
                                           ? "record dump: --out is required, the .npy to write"
                                           : "--out: allowed with record dump only");
   }
+  BALLAST_RETURN_IF_ERROR(CheckOutputs({{"--out", flags.out}}));
   const json wish = {{"what", flags.what}, {"max_bytes", flags.max_bytes}};
   BALLAST_ASSIGN_OR_RETURN(const std::string answer,
                            Ask(flags, flags.action == "start" ? wish.dump() : ""));

@@ -5,6 +5,7 @@
 #include <iostream>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <numeric>
 #include <optional>
 
 #include "absl/strings/str_join.h"
@@ -15,6 +16,7 @@
 #include "deploy/controller_flags.h"
 #include "deploy/lab.h"
 #include "deploy/replay_report.h"
+#include "placement/policy.h"
 
 namespace ballast {
 namespace {
@@ -27,7 +29,7 @@ struct ReplayFlags {
   int32_t slots = 0;
   int64_t step_tokens = 1024;
   int32_t top_k = 0;
-  std::vector<std::string> policies = {"never", "eplb", "regret"};
+  std::vector<std::string> policies;  // none: those of kUsualPolicies that keep the rules
   std::vector<std::string> splits = {"exact"};
   std::string when = "after-step";
   std::vector<double> rhos = {0.3};
@@ -72,9 +74,26 @@ absl::Status ReadModels(const ReplayFlags& flags, ReplayOptions* options, int32_
   return absl::OkStatus();
 }
 
+constexpr const char* kUsualPolicies[] = {"never", "eplb", "regret"};
+
+// Nobody who gave no policy should be told that one of the usual ones cannot keep a rule.
+absl::StatusOr<std::vector<std::string>> PoliciesOf(const ReplayFlags& flags) {
+  if (!flags.policies.empty()) return flags.policies;
+  const PlacementRules& wanted = flags.controller.rules;
+  std::vector<std::string> names;
+  for (const char* name : kUsualPolicies) {
+    BALLAST_ASSIGN_OR_RETURN(const auto policy, MakePolicy(name));
+    const PlacementRules kept = policy->rules_kept();
+    if (kept.coverage >= wanted.coverage && kept.node_local >= wanted.node_local) {
+      names.push_back(name);
+    }
+  }
+  return names;
+}
+
 absl::StatusOr<ReplayOptions> OptionsFromFlags(const ReplayFlags& flags, int32_t num_experts) {
   ReplayOptions options;
-  options.policies = flags.policies;
+  BALLAST_ASSIGN_OR_RETURN(options.policies, PoliciesOf(flags));
   int32_t nodes = flags.nodes;
   BALLAST_RETURN_IF_ERROR(ReadModels(flags, &options, &nodes));
   BALLAST_ASSIGN_OR_RETURN(options.topology,
@@ -187,25 +206,45 @@ std::string CoverageTable(const ReplayOptions& options, const ReplayResult& with
                       FormatTable(rows));
 }
 
+// --top-k says how many tokens made the counts of a step, so it divides them.
+absl::Status CheckTopK(const StepTrace& trace) {
+  for (size_t phase = 0; phase < trace.phase_names.size(); ++phase) {
+    for (int64_t t = trace.phase_offsets[phase]; t < trace.phase_offsets[phase + 1]; ++t) {
+      for (int32_t layer = 0; layer < trace.num_layers; ++layer) {
+        const auto counts = trace.layer(t, layer);
+        const int64_t copies = std::accumulate(counts.begin(), counts.end(), int64_t{0});
+        if (copies % trace.top_k == 0) continue;
+        return absl::InvalidArgumentError(absl::StrCat(
+            "--top-k is ", trace.top_k, ", but ", trace.phase_names[phase], " has ", copies,
+            " copies in step ", t - trace.phase_offsets[phase], " layer ", layer,
+            "; allowed: what divides them, the experts of a token in the model that made them"));
+      }
+    }
+  }
+  return absl::OkStatus();
+}
+
 absl::Status RunReplay(const ReplayFlags& flags) {
+  BALLAST_RETURN_IF_ERROR(CheckOutputs({{"--json", flags.json}, {"--report", flags.report}}));
   std::vector<NamedArray> phases;
   for (const std::string& path : flags.traces) {
     BALLAST_ASSIGN_OR_RETURN(NamedArray phase, ReadArray(path));
     phases.push_back(std::move(phase));
   }
-  BALLAST_ASSIGN_OR_RETURN(
-      const StepTrace trace,
-      CountSteps(phases, {.step_tokens = flags.step_tokens,
-                                                .num_experts = flags.experts,
-                                                .top_k = flags.top_k}));
+  BALLAST_ASSIGN_OR_RETURN(const StepTrace trace,
+                           CountSteps(phases, {.step_tokens = flags.step_tokens,
+                                               .num_experts = flags.experts,
+                                               .top_k = flags.top_k}));
+  if (trace.top_k > 0) BALLAST_RETURN_IF_ERROR(CheckTopK(trace));
   BALLAST_ASSIGN_OR_RETURN(ReplayOptions options, OptionsFromFlags(flags, trace.num_experts));
   ProgressBar bar("replay");
   options.progress = [&](int64_t done, int64_t all) { bar.Show(done, all); };
   BALLAST_ASSIGN_OR_RETURN(const ReplayResult result, Replay(trace, options));
-  std::cout << result.num_steps << " steps of " << trace.step_tokens << " tokens, "
-            << trace.num_layers << " layers, " << trace.num_experts << " experts in " << flags.slots
-            << " slots on " << flags.ranks << " ranks; " << trace.dropped_tokens
-            << " tokens dropped at the ends of the files\n"
+  const NpyType type = phases[0].array.type;
+  const std::string steps = StepsText(trace, type == NpyType::kI32 || type == NpyType::kI64);
+  std::cout << steps << ", " << trace.num_layers << " layers, " << trace.num_experts
+            << " experts in " << flags.slots << " slots on " << flags.ranks << " ranks; "
+            << trace.dropped_tokens << " tokens dropped at the ends of the files\n"
             << TableOf(options, result) << PredictionOf(options, result);
   std::optional<ReplayResult> uncovered;
   if (flags.controller.rules.coverage == 1) {
@@ -218,7 +257,7 @@ absl::Status RunReplay(const ReplayFlags& flags) {
     BALLAST_RETURN_IF_ERROR(WriteFile(flags.json, JsonOf(trace, options, result, uncovered)));
   }
   if (!flags.report.empty()) {
-    BALLAST_RETURN_IF_ERROR(WriteFile(flags.report, ReplayReport(trace, options, result)));
+    BALLAST_RETURN_IF_ERROR(WriteFile(flags.report, ReplayReport(steps, trace, options, result)));
   }
   return absl::OkStatus();
 }
@@ -249,7 +288,10 @@ void AddFlags(CLI::App* app, ReplayFlags* f) {
                   "Experts of a token, which says how many tokens made counts; 0: not "
                   "known, every step counts as --step-tokens")
       ->check(CLI::Range(0, 65536));
-  app->add_option("--policy", f->policies, absl::StrCat("Policies, of: ", policies))
+  app->add_option("--policy", f->policies,
+                  absl::StrCat("Policies, of: ", policies, "; none: those of ",
+                               absl::StrJoin(kUsualPolicies, ", "),
+                               " that keep --coverage and --node-local"))
       ->delimiter(',');
   app->add_option("--split", f->splits, "Splits, of: " + absl::StrJoin(SplitModeNames(), ", "))
       ->delimiter(',');
@@ -257,6 +299,7 @@ void AddFlags(CLI::App* app, ReplayFlags* f) {
                   "after-step: a plan serves the next step; in-step: the step whose counts made it")
       ->check(CLI::IsMember({"after-step", "in-step"}));
   app->add_option("--rho", f->rhos, "Time to receive one copy over the ideal time of a layer-step")
+      ->check(CLI::Range(0.0, 1e6))
       ->delimiter(',');
   app->add_option("--cost-constants", f->cost_constants,
                   "JSON file of measured times for --split cost; none: an H200's");

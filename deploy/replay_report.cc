@@ -20,8 +20,9 @@ std::string FileName(const std::string& path) {
 
 class Report {
  public:
-  Report(const StepTrace& trace, const ReplayOptions& options, const ReplayResult& result)
-      : trace_(trace), options_(options), result_(result) {}
+  Report(const std::string& steps, const StepTrace& trace, const ReplayOptions& options,
+         const ReplayResult& result)
+      : steps_(steps), trace_(trace), options_(options), result_(result) {}
 
   std::string Page() const {
     return absl::StrCat(PageHead("Ballast replay"), Heading(), Table(), Predicted(), OverTime(),
@@ -53,11 +54,10 @@ class Report {
     for (const std::string& name : trace_.phase_names) {
       absl::StrAppend(&files, files.empty() ? "" : " → ", FileName(name));
     }
-    return absl::StrCat("<h1>Replay of ", Escape(files), "</h1><p>", result_.num_steps,
-                        " steps of ", trace_.step_tokens, " tokens, ", result_.num_layers,
-                        " layers, ", trace_.num_experts, " experts in ", topology.num_slots(),
-                        " slots on ", topology.num_ranks(), " ranks; plans take effect ",
-                        NameOf(options_.when), ".</p>\n");
+    return absl::StrCat("<h1>Replay of ", Escape(files), "</h1><p>", steps_, ", ",
+                        result_.num_layers, " layers, ", trace_.num_experts, " experts in ",
+                        topology.num_slots(), " slots on ", topology.num_ranks(),
+                        " ranks; plans take effect ", NameOf(options_.when), ".</p>\n");
   }
 
   std::string Table() const {
@@ -210,6 +210,7 @@ class Report {
     return svg + "</svg>";
   }
 
+  const std::string& steps_;
   const StepTrace& trace_;
   const ReplayOptions& options_;
   const ReplayResult& result_;
@@ -235,9 +236,21 @@ std::vector<std::vector<std::string>> PredictedTable(const ReplayResult& result)
   return rows;
 }
 
-std::string ReplayReport(const StepTrace& trace, const ReplayOptions& options,
-                         const ReplayResult& result) {
-  return Report(trace, options, result).Page();
+std::string StepsText(const StepTrace& trace, bool of_counts) {
+  const int64_t steps = trace.num_steps();
+  if (!of_counts) return absl::StrCat(steps, " steps of ", trace.step_tokens, " tokens");
+  if (trace.top_k == 0) {
+    return absl::StrCat(steps, " steps of counts (--top-k would say of how many tokens; each is ",
+                        "taken as ", trace.step_tokens, ")");
+  }
+  int64_t tokens = 0;
+  for (int64_t t = 0; t < steps; ++t) tokens += trace.tokens_of(t);
+  return absl::StrCat(steps, " steps of counts of ", tokens, " tokens in all");
+}
+
+std::string ReplayReport(const std::string& steps, const StepTrace& trace,
+                         const ReplayOptions& options, const ReplayResult& result) {
+  return Report(steps, trace, options, result).Page();
 }
 
 }  // namespace ballast

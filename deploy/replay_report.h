@@ -13,8 +13,12 @@ std::vector<std::vector<std::string>> PredictedTable(const ReplayResult& result)
 
 // One HTML page that needs nothing else: the final table, imbalance and copies over time, cost over
 // rho, and imbalance per layer, as SVG.
-std::string ReplayReport(const StepTrace& trace, const ReplayOptions& options,
-                         const ReplayResult& result);
+// How many steps a trace has, and of how many tokens: counts tell that with top_k only.
+std::string StepsText(const StepTrace& trace, bool of_counts);
+
+// `steps` is the text of StepsText.
+std::string ReplayReport(const std::string& steps, const StepTrace& trace,
+                         const ReplayOptions& options, const ReplayResult& result);
 
 }  // namespace ballast
 

@@ -42,7 +42,8 @@ int Serve(const ServeFlags& flags, int* argc, char*** argv) {
 
   Server server(flags, mpi->get());
   absl::Status status = server.Prepare();
-  // The lowest rank that failed speaks; all leave together.
+  // The lowest rank that failed speaks; all leave together, once it has: mpirun kills every rank
+  // when the first one leaves.
   const int failed_rank = status.ok() ? -1 : (*mpi)->size() - (*mpi)->rank();
   const int speaker = (*mpi)->size() - (*mpi)->Highest(failed_rank);
   if (speaker <= (*mpi)->size() - 1) {
@@ -56,7 +57,7 @@ int Serve(const ServeFlags& flags, int* argc, char*** argv) {
   status = server.Start();
   if (status.ok()) status = server.Run();
   if (!status.ok()) {
-    if (server.speaks()) {
+    if (!server.said_why()) {
       std::fprintf(stderr, "ballast: rank %d: %s\n", (*mpi)->rank(),
                    std::string(status.message()).c_str());
     }

@@ -38,7 +38,8 @@ void AddServerFlags(CLI::App* app, ServeFlags* f) {
       ->check(CLI::Range(int64_t{0}, int64_t{86'400'000}))
       ->group(group);
   app->add_option("--ready-file", f->ready_file,
-                  "Written when all ranks are ready: JSON with the ports in use")
+                  "Written when all ranks are ready: JSON with the pid of rank 0 and the ports in "
+                  "use. Removed at start and at an orderly end")
       ->group(group);
   app->add_option("--log-level", f->log_level, "Lowest level that is logged")
       ->check(CLI::IsMember({"debug", "info", "warning", "error"}))
@@ -111,7 +112,8 @@ std::string CheckPolicy(const std::string& name) {
 void AddPlacementFlags(CLI::App* app, ServeFlags* f) {
   const char* group = "Placement";
   app->add_option("--slots-per-rank", f->slots_per_rank,
-                  "Expert slots of a rank in each layer; 0: its share of the experts and two more")
+                  "Expert slots of a rank in each layer, at most the experts of a layer; 0: its "
+                  "share of the experts and two more")
       ->check(CLI::Range(0, 4096))
       ->group(group);
   app->add_option("--policy", f->policy, "What plans the placement")
@@ -184,8 +186,8 @@ void AddWatchFlags(CLI::App* app, ServeFlags* f) {
       ->check(CLI::Range(int64_t{0}, int64_t{86'400'000}))
       ->group(group);
   app->add_option("--state-file", f->state_file,
-                  "File that keeps placement and load; a server that starts goes on from it, if it "
-                  "fits")
+                  "File that keeps placement and load; a server that starts goes on from it. One "
+                  "that does not fit is renamed to FILE.rejected (in the place of an earlier one)")
       ->group(group);
   app->add_option("--state-every-s", f->state_every_s, "How often it is written, if there is news")
       ->check(CLI::Range(int64_t{1}, int64_t{86'400}))

@@ -1,13 +1,17 @@
 #include "deploy/server.h"
 
+#include <netdb.h>
 #include <sched.h>
+#include <sys/socket.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <chrono>
 #include <cstdio>
-#include <fstream>
+#include <cstring>
 #include <future>
+#include <utility>
 
 #include "base/log.h"
 #include "base/status.h"
@@ -25,6 +29,30 @@ struct CoreSet {
   cpu_set_t cores = {};
 };
 
+// Whether something can listen on the address at all: a port in use is another matter.
+absl::Status CheckHost(const std::string& host) {
+  const auto refused = [&](const char* why) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--host is ", host, ": ", why,
+                     "; allowed: an address of this machine, as 127.0.0.1, or 0.0.0.0 for all"));
+  };
+  addrinfo wanted{};
+  wanted.ai_socktype = SOCK_STREAM;
+  addrinfo* found = nullptr;
+  const int error = getaddrinfo(host.c_str(), nullptr, &wanted, &found);
+  if (error != 0) return refused(gai_strerror(error));
+  int why = 0;
+  bool bound = false;
+  for (const addrinfo* at = found; at != nullptr && !bound; at = at->ai_next) {
+    const int fd = socket(at->ai_family, at->ai_socktype | SOCK_CLOEXEC, 0);
+    bound = fd >= 0 && bind(fd, at->ai_addr, at->ai_addrlen) == 0;  // to any free port
+    why = errno;
+    if (fd >= 0) close(fd);
+  }
+  freeaddrinfo(found);
+  return bound ? absl::OkStatus() : refused(std::strerror(why));
+}
+
 }  // namespace
 
 sigset_t StopSignals() {
@@ -40,21 +68,27 @@ absl::Status Server::Prepare() {
   BALLAST_ASSIGN_OR_RETURN(Tokenizer tokenizer, Tokenizer::Load(flags_.model));
   tokenizer_ = std::move(tokenizer);
   BALLAST_RETURN_IF_ERROR(ChooseTypes());
-  if (is_leader() && !flags_.ready_file.empty() && !std::ofstream(flags_.ready_file + ".new")) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("--ready-file: cannot write ", flags_.ready_file));
-  }
-  if (is_leader() && !flags_.state_file.empty()) {
-    const std::string beside = flags_.state_file + ".new";
-    if (!std::ofstream(beside)) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("--state-file: cannot write ", flags_.state_file));
-    }
-    std::remove(beside.c_str());
+  BALLAST_RETURN_IF_ERROR(CheckHost(flags_.host));
+  if (is_leader()) {
+    BALLAST_RETURN_IF_ERROR(
+        CheckOutputs({{"--ready-file", flags_.ready_file}, {"--state-file", flags_.state_file}}));
   }
   BALLAST_RETURN_IF_ERROR(MakePlacement());
   BALLAST_RETURN_IF_ERROR(CheckMemory());
-  return flags_.dry_run ? absl::OkStatus() : StartMetrics();
+  if (flags_.dry_run) return absl::OkStatus();
+  BALLAST_RETURN_IF_ERROR(StartMetrics());
+  // Last, so that a start that is refused, say because a server has the ports, takes nothing away
+  // from that server.
+  return RemoveReadyFile();
+}
+
+// The file is there while the server is ready, and after it only if that did not end in an orderly
+// way.
+absl::Status Server::RemoveReadyFile() const {
+  if (!is_leader() || flags_.ready_file.empty()) return absl::OkStatus();
+  if (std::remove(flags_.ready_file.c_str()) == 0 || errno == ENOENT) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat("--ready-file: ", flags_.ready_file,
+                                                 ": cannot be removed: ", std::strerror(errno)));
 }
 
 // The ranks of this machine together must find room in it.
@@ -101,11 +135,7 @@ absl::Status Server::ChooseTypes() {
         "need the same constants, so cost is for replay and bench");
   }
   kernels_ = &DefaultCpuKernels();
-  if (flags_.dtype == "auto") {
-    dtype_ = cpu::OneDnnHasBFloat16() ? DType::kBF16 : DType::kF32;
-  } else {
-    dtype_ = flags_.dtype == "bf16" ? DType::kBF16 : DType::kF32;
-  }
+  dtype_ = DTypeOfFlag(flags_.dtype);
   if (dtype_ == DType::kBF16 && !cpu::OneDnnHasBFloat16()) kernels_ = &PlainKernels();
   return absl::OkStatus();
 }
@@ -139,6 +169,11 @@ absl::Status Server::MakePlacement() {
     return absl::InvalidArgumentError(
         absl::StrCat("--slots-per-rank is ", slots, ": ", ranks, " ranks then hold ", slots * ranks,
                      " experts, the model has ", gate.num_experts, "; allowed: at least ", share));
+  }
+  if (slots > gate.num_experts) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--slots-per-rank is ", slots, ", allowed: at most ", gate.num_experts,
+                     ", the experts of a layer: a rank needs none twice"));
   }
   if (flags_.staging_experts > 0 && flags_.staging_experts < slots) {
     return absl::InvalidArgumentError(absl::StrCat("--staging-experts is ", flags_.staging_experts,
@@ -177,11 +212,15 @@ absl::Status Server::StartMetrics() {
                                                           .num_ranks = mpi_->size()}));
   if (flags_.no_metrics) return absl::OkStatus();
   const int port = flags_.metrics_port == 0 ? 0 : flags_.metrics_port + mpi_->local_rank();
-  auto exporter = MetricsExporter::Start({.host = flags_.host, .port = port},
-                                         [this] { return metrics_->Render(); });
+  const bool is_ipv6 = flags_.host.find(':') != std::string::npos;
+  auto exporter = MetricsExporter::Start(
+      {.host = is_ipv6 ? absl::StrCat("[", flags_.host, "]") : flags_.host, .port = port},
+      [this] { return metrics_->Render(); });
   if (!exporter.ok()) {
     return absl::InvalidArgumentError(
-        absl::StrCat("--metrics-port: ", std::string(exporter.status().message())));
+        absl::StrCat("--metrics-port: ", std::string(exporter.status().message()),
+                     "; allowed: one from which on there is a free port for each rank, 0 for any, "
+                     "or --no-metrics"));
   }
   exporter_ = *std::move(exporter);
   return absl::OkStatus();
@@ -191,10 +230,16 @@ absl::Status Server::StartMetrics() {
 absl::Status Server::Agree(absl::Status mine, const char* what) {
   const int failed = mpi_->Highest(mine.ok() ? -1 : mpi_->size() - mpi_->rank());
   if (failed < 0) return absl::OkStatus();
-  // The lowest rank that failed speaks, and all end with its code.
-  speaks_ = mpi_->size() - failed == mpi_->rank();
-  const int code = mpi_->Highest(speaks_ ? static_cast<int>(mine.code()) : 0);
-  if (speaks_) return mine;
+  // The lowest rank that failed speaks, and all end with its code. They learn it only after it has
+  // spoken: mpirun kills all ranks when the first one leaves.
+  const bool speaks = mpi_->size() - failed == mpi_->rank();
+  if (speaks) {
+    std::fprintf(stderr, "ballast: rank %d: %s\n", mpi_->rank(),
+                 std::string(mine.message()).c_str());
+  }
+  said_why_ = true;
+  const int code = mpi_->Highest(speaks ? static_cast<int>(mine.code()) : 0);
+  if (speaks) return mine;
   return absl::Status(static_cast<absl::StatusCode>(code),
                       absl::StrCat(what, " failed on another rank"));
 }
@@ -220,6 +265,8 @@ void Server::Stop() {
   if (verification_ != nullptr) verification_->Cancel();
   if (signal_thread_.joinable()) signal_thread_.join();
   http_.reset();
+  const absl::Status removed = RemoveReadyFile();
+  if (!removed.ok()) LogWarning("serve", std::string(removed.message()));
   if (is_leader()) LogInfo("serve", "stopped");
 }
 

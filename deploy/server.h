@@ -39,7 +39,8 @@ class Server {
  public:
   Server(const ServeFlags& flags, MpiRuntime* mpi) : flags_(flags), mpi_(mpi) {}
 
-  // Everything that can fail on this rank alone: flags, checkpoint, metrics.
+  // Everything that can fail on this rank alone: flags, checkpoint, metrics. Removes the file of
+  // --ready-file that an earlier server left.
   absl::Status Prepare();
   // What a rank will take of its machine's memory, for --dry-run. REQUIRES prepared
   absl::StatusOr<std::string> DescribeMemory() const;
@@ -47,9 +48,10 @@ class Server {
   absl::Status Start();
   // COLLECTIVE: serves until told to stop.
   absl::Status Run() { return engine_->Run(); }
+  // An orderly end: what was admitted is finished, and the file of --ready-file is gone.
   void Stop();
-  // Whether this rank is the one to say why Start failed.
-  bool speaks() const { return speaks_; }
+  // Whether one of the ranks has said already why Start failed.
+  bool said_why() const { return said_why_; }
   // Whether all ranks of the job have come to its end.
   bool complete() const { return engine_->complete(); }
 
@@ -57,11 +59,13 @@ class Server {
   bool is_leader() const { return mpi_->rank() == 0; }
   absl::Status ChooseTypes();
   absl::Status ChooseThreads();
+  absl::Status RemoveReadyFile() const;
   absl::Status MakePlacement();
   EngineOptions MakeEngineOptions() const;
   absl::Status CheckMemory() const;
   absl::Status StartMetrics();
   absl::StatusOr<ServerState> ReadState() const;
+  absl::StatusOr<std::string> TakeUpState();
   absl::Status ResumeState();
   absl::Status ConnectControl();
   absl::Status MakeFrontend(std::vector<std::unique_ptr<ControlChannel>> channels);
@@ -98,7 +102,7 @@ class Server {
   std::unique_ptr<HttpServer> http_;
   std::thread signal_thread_;
   std::atomic<bool> ready_{false};
-  bool speaks_ = true;
+  bool said_why_ = false;
 };
 
 }  // namespace ballast

@@ -2,9 +2,11 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <cstdio>
 #include <cstdlib>
-#include <fstream>
+#include <cstring>
+#include <filesystem>
 #include <future>
 #include <nlohmann/json.hpp>
 #include <random>
@@ -86,25 +88,43 @@ absl::StatusOr<ServerState> Server::ReadState() const {
   return state;
 }
 
+// The placement of the state file as JSON, or "" for a fresh one. A file that cannot be gone on
+// from is put aside: somebody may have started the server with the wrong number of ranks, and its
+// own state will take that place. On the leader.
+absl::StatusOr<std::string> Server::TakeUpState() {
+  const std::string& file = flags_.state_file;
+  std::error_code unknown;
+  if (!std::filesystem::exists(file, unknown)) {
+    LogInfo("serve", absl::StrCat("there is no --state-file ", file, " yet: starts afresh"));
+    return "";
+  }
+  absl::StatusOr<ServerState> state = ReadState();
+  if (state.ok()) {
+    window_ = {.num_tokens = state->window_tokens, .load = std::move(state->window_load)};
+    LogInfo("serve", absl::StrCat("goes on from ", file, ": epoch ", state->placement.epoch(), ", ",
+                                  window_.num_tokens, " tokens in the window"));
+    return state->placement.ToJson();
+  }
+  const std::string why(state.status().message());
+  const std::string aside = file + ".rejected";
+  if (std::rename(file.c_str(), aside.c_str()) != 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--state-file: ", file, " cannot be gone on from: ", why,
+                     "; and it cannot be renamed to ", aside, ": ", std::strerror(errno)));
+  }
+  LogWarning("serve", absl::StrCat("starts afresh, not from --state-file ", file, ", which is now ",
+                                   aside, ": ", why));
+  return "";
+}
+
 // Goes on from the state file where that can be done. COLLECTIVE
 absl::Status Server::ResumeState() {
-  std::string placement;  // as JSON; empty: a fresh one
-  if (is_leader() && !flags_.state_file.empty()) {
-    absl::StatusOr<ServerState> state = ReadState();
-    if (state.ok()) {
-      placement = state->placement.ToJson();
-      window_ = {.num_tokens = state->window_tokens, .load = std::move(state->window_load)};
-      LogInfo("serve",
-              absl::StrCat("goes on from ", flags_.state_file, ": epoch ", state->placement.epoch(),
-                           ", ", window_.num_tokens, " tokens in the window"));
-    } else {
-      LogWarning("serve", absl::StrCat("starts afresh, not from --state-file ", flags_.state_file,
-                                       ": ", std::string(state.status().message())));
-    }
-  }
-  BALLAST_RETURN_IF_ERROR(mpi_->Broadcast(&placement));
-  if (placement.empty()) return absl::OkStatus();
-  BALLAST_ASSIGN_OR_RETURN(placement_, Placement::FromJson(placement));
+  absl::StatusOr<std::string> placement("");
+  if (is_leader() && !flags_.state_file.empty()) placement = TakeUpState();
+  BALLAST_RETURN_IF_ERROR(Agree(placement.status(), "the state file"));
+  BALLAST_RETURN_IF_ERROR(mpi_->Broadcast(&*placement));
+  if (placement->empty()) return absl::OkStatus();
+  BALLAST_ASSIGN_OR_RETURN(placement_, Placement::FromJson(*placement));
   return absl::OkStatus();
 }
 
@@ -323,8 +343,8 @@ absl::Status Server::StartHttp() {
                {"/v1/verify", [this] { return AnswerVerify(verification_.get()); }}},
        .post = OperatorEndpoints()});
   if (!http.ok()) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("--port: ", std::string(http.status().message())));
+    return absl::InvalidArgumentError(absl::StrCat("--port: ", std::string(http.status().message()),
+                                                   "; allowed: a free port, or 0 for any"));
   }
   http_ = *std::move(http);
   signal_thread_ = std::thread(&Server::AwaitSignal, this);
@@ -350,10 +370,9 @@ absl::Status Server::Announce() {
                                 {"host", flags_.host},
                                 {"port", http_->port()},
                                 {"metrics_ports", metrics_ports}};
-  const std::string unfinished = flags_.ready_file + ".new";
-  std::ofstream(unfinished) << ready.dump() << "\n";
-  if (std::rename(unfinished.c_str(), flags_.ready_file.c_str()) != 0) {
-    LogWarning("serve", absl::StrCat("--ready-file: cannot write ", flags_.ready_file));
+  const absl::Status written = WriteFile(flags_.ready_file, ready.dump() + "\n");
+  if (!written.ok()) {
+    LogWarning("serve", absl::StrCat("--ready-file: ", std::string(written.message())));
   }
   return absl::OkStatus();
 }

@@ -11,11 +11,12 @@
 namespace ballast {
 namespace {
 
-// Why the server could not start: it logs the reason on the thread that starts it.
+// Why the server could not start: it logs the reason on the thread that starts it, first what went
+// wrong, then that something did.
 thread_local std::string server_log;
 
 int KeepLog(const mg_connection*, const char* message) {
-  server_log = message;
+  if (server_log.empty()) server_log = message;
   return 1;  // not printed by the server
 }
 

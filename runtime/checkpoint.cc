@@ -1,5 +1,6 @@
 #include "runtime/checkpoint.h"
 
+#include <cerrno>
 #include <cmath>
 #include <cstring>
 #include <fstream>
@@ -87,7 +88,9 @@ std::string ExpertPrefix(int layer, int expert) {
 
 absl::StatusOr<std::string> ReadFile(const std::string& path, size_t max_bytes) {
   std::ifstream in(path, std::ios::binary);
-  if (!in) return absl::NotFoundError(absl::StrCat(path, ": cannot be read"));
+  if (!in) {
+    return absl::NotFoundError(absl::StrCat(path, ": cannot be read: ", std::strerror(errno)));
+  }
   std::string content;
   char piece[1 << 16];
   while (in.read(piece, sizeof piece), in.gcount() > 0) {

@@ -174,9 +174,13 @@ absl::Status ReadStop(const json& body, std::vector<std::string>* out) {
     out->push_back(stop->get<std::string>());
     return absl::OkStatus();
   }
-  if (!stop->is_array() || stop->size() > kMaxStops ||
-      !std::all_of(stop->begin(), stop->end(), is_text)) {
-    return Refuse("stop", *stop, kAllowed);
+  if (!stop->is_array()) return Refuse("stop", *stop, kAllowed);
+  const auto wrong = std::find_if_not(stop->begin(), stop->end(), is_text);
+  if (wrong != stop->end() || stop->size() > kMaxStops) {
+    const std::string what = wrong != stop->end() ? absl::StrCat("that has ", Show(*wrong))
+                                                  : absl::StrCat("of ", stop->size());
+    return absl::InvalidArgumentError(
+        absl::StrCat("stop: an array is given ", what, "; it must be ", kAllowed));
   }
   for (const json& text : *stop) out->push_back(text.get<std::string>());
   return absl::OkStatus();

@@ -67,6 +67,10 @@ HttpReply AnswerDrain(Frontend* frontend, const std::function<void(int rank)>& v
                       const std::string& body) {
   const absl::StatusOr<int> rank = RankOf(body);
   absl::Status status = rank.status();
+  if (status.ok() && frontend->rank_states().size() == 1) {
+    status = absl::InvalidArgumentError(
+        "rank: there is none to drain: this server has rank 0 alone, which takes the requests");
+  }
   if (status.ok()) status = frontend->BeginLeaving(*rank);
   if (status.ok()) vacate(*rank);
   return Answer(status, rank.value_or(-1), "leaving");

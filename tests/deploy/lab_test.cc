@@ -211,6 +211,13 @@ TEST_CASE("ballast replay keeps rules and says what coverage costs", "[deploy][l
     RequireRefused(base + "--coverage 1 --policy " + policy,
                    {absl::StrCat("policy ", policy, " "), "coverage 1", "regret"});
   }
+  // Nobody who named no policy is told that one of the usual ones cannot keep the rule.
+  REQUIRE(Ballast(base + "--coverage 1 --json " + files.At("usual.json")).exit_code == 0);
+  const json usual = JsonAt(files.At("usual.json"))["policies"];
+  REQUIRE(usual.size() == 1);
+  REQUIRE(usual[0]["policy"] == "regret");
+  REQUIRE(Ballast(base + "--json " + files.At("usual.json")).exit_code == 0);
+  REQUIRE(JsonAt(files.At("usual.json"))["policies"].size() == 3);
   // At a rate that never lets more than the first slots of a layer go, there are fewer copies.
   const auto copies = [&](const std::string& flags) {
     REQUIRE(
@@ -240,7 +247,15 @@ TEST_CASE("ballast replay refuses bad traces and flags by name and value",
   RequireRefused(a + shape + "--policy eplb-interval:0", {"eplb-interval:0", "1 to"});
   RequireRefused(a + shape + "--split fair",
                  {"unknown split mode 'fair'", "exact, cost, price, even"});
-  RequireRefused(a + shape + "--rho -1", {"rho is -1"});
+  RequireRefused(a + shape + "--rho -1", {"--rho", "-1", "0.000000 to 1000000.000000"});
+  RequireRefused(a + shape + "--rho x", {"--rho", "x", "0.000000 to 1000000.000000"});
+  // Before the work: the table is not there.
+  for (const char* flag : {"--json", "--report"}) {
+    const Ended ended = Ballast(a + shape + flag + " /nowhere/x");
+    REQUIRE(ended.exit_code == 2);
+    REQUIRE_THAT(ended.output, Contains(absl::StrCat(flag, ": /nowhere/x: cannot be written: No")));
+    REQUIRE_THAT(ended.output, !Contains("imbalance"));
+  }
   RequireRefused(a + shape + "--when never", {"--when", "never", "after-step"});
   RequireRefused(a + " --ranks 32 --slots 20 --step-tokens 50",
                  {"--slots is 20", "at least --ranks, 32"});
@@ -369,6 +384,16 @@ TEST_CASE("counts by kind replay with separate and joint windows and add up to l
   REQUIRE(*total == MakeNpyArray(NpyType::kI64, {1, kExperts}, load));
 
   const std::string shape = "replay --ranks 4 --slots 20 --trace ";
+  // Counts do not say how many tokens made them.
+  REQUIRE_THAT(Ballast(shape + three).output,
+               Contains("48 steps of counts (--top-k would say of how many tokens"));
+  const std::vector<int64_t> even = {3, 1, 0, 2, 2, 4};  // 4 and 8 copies
+  REQUIRE(WriteNpy(files.At("even.npy"), MakeNpyArray(NpyType::kI32, {2, 1, 3}, even)).ok());
+  const std::string of_even = "replay --ranks 1 --slots 3 --trace " + files.At("even.npy");
+  REQUIRE_THAT(Ballast(of_even + " --top-k 4").output,
+               Contains("2 steps of counts of 3 tokens in all, 1 layers"));
+  RequireRefused(of_even + " --top-k 8",
+                 {"--top-k is 8, but ", "even.npy has 4 copies in step 0 layer 0"});
   RequireRefused(shape + four + " --windows both", {"--windows", "both", "separate", "joint"});
   RequireRefused(shape + four + "," + three, {"three.npy: [48, 1, 16] of i64 does not go with"});
   REQUIRE(WriteNpy(files.At("bad.npy"), MakeNpyArray(NpyType::kI32, {16, 3, 2, 16}, by_kind)).ok());

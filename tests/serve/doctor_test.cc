@@ -27,7 +27,7 @@ TEST_CASE("the constants of the machine are positive numbers", "[serve]") {
   };
   for (const int ranks : {1, 2}) {
     const json found = Constants(ranks, {"--hidden", "64", "--intermediate", "128", "--dtype",
-                                         "f32", "--step-tokens", "256", "--top-k", "4"});
+                                         "fp32", "--step-tokens", "256", "--top-k", "4"});
     INFO(found.dump());
     for (const char* key : of_rank) REQUIRE(is_positive(found.at(key)));
     for (const char* key : of_link) {
@@ -44,7 +44,7 @@ TEST_CASE("the constants of the machine are positive numbers", "[serve]") {
       REQUIRE(found.at("rho").get<double>() == Approx(found.at("copy_us").get<double>() / ideal));
     }
   }
-  const json of_model = Constants(1, {"--model", DemoModel()});
+  const json of_model = Constants(1, {"--model", DemoModel(), "--dtype", "auto"});
   REQUIRE(of_model.at("hidden") == 128);
   REQUIRE(of_model.at("intermediate") == 64);
   REQUIRE(of_model.at("top_k") == 4);
@@ -66,6 +66,8 @@ TEST_CASE("the doctor names flags that cannot be used", "[serve]") {
   refused({"--constants", "--model", "/nowhere"}, "/nowhere/config.json");
   refused({"--constants", "--model", DemoModel(), "--hidden", "8"}, "--model gives the sizes");
   refused({"--step-tokens", "0"}, "--step-tokens");
+  refused({"--constants", "--model", DemoModel(), "--json", "/nowhere/c.json"},
+          "--json: /nowhere/c.json: cannot be written");
 }
 
 TEST_CASE("the doctor looks at the machine and says what it saw", "[serve]") {

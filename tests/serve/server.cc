@@ -201,7 +201,7 @@ int Scrape::Count(const std::string& name) const {
 
 Server::Server(int ranks, const std::vector<std::string>& flags, const Environment& environment)
     : ranks_(ranks) {
-  const std::string ready = dir_ / "ready.json";
+  const std::string ready = ready_path();
   std::vector<std::string> arguments = {"serve",          "--model", DemoModel(),    "--port", "0",
                                         "--metrics-port", "0",       "--ready-file", ready};
   arguments.insert(arguments.end(), flags.begin(), flags.end());

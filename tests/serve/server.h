@@ -104,6 +104,7 @@ class Server {
   pid_t RankPid(int rank) const;
   Process& mpirun() { return *process_; }
   std::string Log() const { return ReadText(dir_ / "log"); }
+  std::string ready_path() const { return dir_ / "ready.json"; }
 
   Answer Request(const std::string& method, const std::string& path, const std::string& body = "",
                  const std::string& headers = "") const;

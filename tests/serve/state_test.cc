@@ -1,6 +1,7 @@
 // What a server remembers over a restart, and how it is asked whether it is sound.
 #include <catch2/catch.hpp>
 #include <chrono>
+#include <filesystem>
 #include <thread>
 
 #include "tests/serve/prompts.h"
@@ -40,9 +41,13 @@ TEST_CASE("a restart goes on from the placement that was in force", "[serve]") {
   json before;
   {
     Server server(kRanks, flags);
-    CHECK(server.Log().find("starts afresh, not from --state-file") != std::string::npos);
+    // The first time there is nothing to go on from, which is as it should be.
+    CHECK(server.Log().find("there is no --state-file " + file + " yet") != std::string::npos);
+    CHECK(server.Log().find("warning") == std::string::npos);
+    CHECK(std::filesystem::exists(server.ready_path()));
     before = ServeAndMove(server);
     REQUIRE(server.Stop() == 0);
+    CHECK_FALSE(std::filesystem::exists(server.ready_path()));
   }
   const json kept = json::parse(ReadText(file));
   CHECK(kept["placement"]["layers"] == before["layers"]);
@@ -57,11 +62,16 @@ TEST_CASE("a restart goes on from the placement that was in force", "[serve]") {
     CHECK(server.Complete({{"prompt", "def f(x):"}, {"max_tokens", 8}}).status == 200);
     REQUIRE(server.Stop() == 0);
   }
-  // Another number of slots: the file does not fit, which is said.
-  Server other(kRanks, {"--policy", "eplb", "--state-file", file, "--slots-per-rank", "24"});
-  CHECK(other.Log().find("it now has 24") != std::string::npos);
-  CHECK(other.Epoch() == 0);
-  REQUIRE(other.Stop() == 0);
+  // The wrong number of ranks: the file does not fit, which is said, and is not lost by it.
+  const std::string kept_text = ReadText(file);
+  {
+    Server other(1, flags);
+    CHECK(other.Log().find("it is of 2 ranks, here are 1") != std::string::npos);
+    CHECK(other.Log().find("which is now " + file + ".rejected") != std::string::npos);
+    CHECK(other.Epoch() == 0);
+    REQUIRE(other.Stop() == 0);
+  }
+  CHECK(ReadText(file + ".rejected") == kept_text);
 }
 
 TEST_CASE("a state file that is broken is said to be, and serving starts afresh",
@@ -72,7 +82,8 @@ TEST_CASE("a state file that is broken is said to be, and serving starts afresh"
   CHECK(server.Log().find("state: JSON: allowed: an object") != std::string::npos);
   CHECK(server.Epoch() == 0);
   REQUIRE(server.Stop() == 0);
-  // At the end it is replaced by a sound one.
+  CHECK(ReadText(dir / "state.json.rejected") == "{\"schema\":1,\"model\":");
+  // At the end there is a sound one in its place.
   const json kept = json::parse(ReadText(dir / "state.json"), nullptr, /*allow_exceptions=*/false);
   REQUIRE(kept.is_object());
   CHECK(kept["window_load"].size() == kept["placement"]["layers"].size());

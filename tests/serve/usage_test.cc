@@ -120,7 +120,23 @@ TEST_CASE("a bad flag is named with its value and what is allowed", "[serve]") {
   RequireRefusal(OnFreePorts(DemoModel(), {"--kv-bytes", "10"}),
                  {"--kv-bytes is 10", "allowed: 1310720", "whole context"});
   RequireRefusal(OnFreePorts(DemoModel(), {"--ready-file", "/nowhere/ready"}),
-                 {"--ready-file", "/nowhere/ready"});
+                 {"--ready-file: /nowhere/ready: cannot be written: No such file"});
+  RequireRefusal(OnFreePorts(DemoModel(), {"--state-file", "/nowhere/state"}),
+                 {"--state-file: /nowhere/state: cannot be written: No such file"});
+  // Reading this one would never end.
+  RequireRefusal(OnFreePorts(DemoModel(), {"--state-file", "/dev/full"}),
+                 {"--state-file: /dev/full: ", "not a regular file"});
+  RequireRefusal(OnFreePorts(DemoModel(), {"--state-file", "/tmp"}),
+                 {"--state-file: /tmp: ", "it is a folder"});
+  RequireRefusal(OnFreePorts(DemoModel(), {"--slots-per-rank", "33"}),
+                 {"--slots-per-rank is 33, allowed: at most 32, the experts of a layer"});
+  RequireRefusal(OnFreePorts(DemoModel(), {"--rho", ".1", "--rho", ".2"}),
+                 {"--rho is given 2 times, allowed: once"});
+  RequireRefusal(OnFreePorts(DemoModel(), {"--polcy", "eplb"}), {"--polcy", "\"policy\"?"});
+  RequireRefusal(OnFreePorts(DemoModel(), {"--host", "300.1.1.1"}), {"--host is 300.1.1.1: "});
+  // Of the net that is kept for documentation: nobody's address.
+  RequireRefusal(OnFreePorts(DemoModel(), {"--host", "192.0.2.1"}),
+                 {"--host is 192.0.2.1: ", "allowed: an address of this machine"});
   RequireRefusal(OnFreePorts(DemoModel(), {"--slots-per-rank", "3"}),
                  {"--slots-per-rank", "3", "at least"});
   RequireRefusal(OnFreePorts(DemoModel(), {"--staging-experts", "3"}),
@@ -136,7 +152,16 @@ TEST_CASE("a bad flag is named with its value and what is allowed", "[serve]") {
 }
 
 TEST_CASE("a bad environment variable is refused like its flag", "[serve]") {
-  RequireRefusal(OnFreePorts(DemoModel()), {"--max-seqs", "lots"}, {{"BALLAST_MAX_SEQS", "lots"}});
+  RequireRefusal(OnFreePorts(DemoModel()), {"--max-seqs", "lots", "(from BALLAST_MAX_SEQS)"},
+                 {{"BALLAST_MAX_SEQS", "lots"}});
+  RequireRefusal(OnFreePorts(DemoModel()), {"--no-metrics", "maybe", "true or false"},
+                 {{"BALLAST_NO_METRICS", "maybe"}});
+  // The flag is to blame where both are given.
+  const Ended ended = RunBallast(1, {"serve", "--model", DemoModel(), "--max-seqs", "0"},
+                                 {{"BALLAST_MAX_SEQS", "4"}});
+  INFO(ended.err);
+  REQUIRE(ended.code == 2);
+  REQUIRE(CountOf(ended.err, "BALLAST_MAX_SEQS") == 0);
   RequireRefusal(OnFreePorts(DemoModel()), {"--policy", "best", "eplb"},
                  {{"BALLAST_POLICY", "best"}});
   RequireRefusal(OnFreePorts(DemoModel()), {"--max-queue", "0"}, {{"BALLAST_MAX_QUEUE", "0"}});
@@ -166,13 +191,13 @@ TEST_CASE("a flag wins over the environment over the file over the default", "[s
   const std::string path = dir / "ballast.json";
   WriteText(
       path,
-      json{{"model", DemoModel()}, {"policy", "static"}, {"split", "even"}, {"slots-per-rank", 33}}
+      json{{"model", DemoModel()}, {"policy", "static"}, {"split", "even"}, {"slots-per-rank", 20}}
           .dump());
   // The model itself comes from the file here; where a value won shows in the line at start.
-  Server server(1, {"--config", path, "--policy", "never"},
+  Server server(2, {"--config", path, "--policy", "never"},
                 {{"BALLAST_POLICY", "eplb"}, {"BALLAST_SPLIT", "hash"}});
   INFO(server.Log());
-  REQUIRE(server.Log().find("33 slots per rank, policy never, split hash") != std::string::npos);
+  REQUIRE(server.Log().find("20 slots per rank, policy never, split hash") != std::string::npos);
   REQUIRE(server.Stop() == 0);
 
   WriteText(path, json{{"model", DemoModel()}, {"max-seqs", 0}}.dump());
@@ -221,13 +246,71 @@ TEST_CASE("a dry run says what a rank takes and binds no port", "[serve]") {
 TEST_CASE("a port in use is named", "[serve]") {
   const TakenPort taken;
   RequireRefusal({"--model", DemoModel(), "--port", taken.port(), "--metrics-port", "0"},
-                 {"--port", taken.port()});
+                 {"--port", taken.port(), "in use", "allowed: a free port"});
   RequireRefusal({"--model", DemoModel(), "--port", "0", "--metrics-port", taken.port()},
-                 {"--metrics-port", taken.port()});
+                 {"--metrics-port", taken.port(), "in use", "--no-metrics"});
+}
+
+// mpirun kills all ranks when the first one leaves.
+TEST_CASE("a rank that is late says nevertheless why the job cannot start", "[serve]") {
+  TempDir dir;
+  Process process({"bash", "-c",
+                   ". " BALLAST_SOURCE_DIR
+                   "/deploy/environment.sh; exec mpirun -n 2 --oversubscribe --bind-to none "
+                   "bash -c '[ $OMPI_COMM_WORLD_RANK != 0 ] || sleep 2; exec \"$@\"' bash \"$@\"",
+                   "bash", BALLAST_COMMAND, "serve", "--model", DemoModel(), "--max-seqs", "0"},
+                  {}, dir / "out", dir / "err");
+  REQUIRE(process.Wait(60'000) == 2);
+  const std::string said = ReadText(dir / "err");
+  INFO(said);
+  REQUIRE(CountOf(said, "ballast: --max-seqs") == 1);
+}
+
+TEST_CASE("the file of an earlier server's readiness goes away at a start only", "[serve]") {
+  const TakenPort taken;
+  TempDir dir;
+  const std::string ready = dir / "ready";
+  const auto refused = [&](const Arguments& more) {
+    Arguments all = {"serve", "--model", DemoModel(), "--ready-file", ready};
+    all.insert(all.end(), more.begin(), more.end());
+    const Ended ended = RunBallast(2, all);
+    INFO(ended.err);
+    return ended.code;
+  };
+  WriteText(ready, "{}");
+  // Another server may be running, and it may be its file.
+  REQUIRE(refused({"--port", "0", "--metrics-port", taken.port()}) == 2);
+  REQUIRE(refused({"--port", "0", "--metrics-port", "0", "--dry-run"}) == 0);
+  REQUIRE(std::filesystem::exists(ready));
+  REQUIRE(refused({"--port", taken.port(), "--metrics-port", "0"}) == 2);
+  REQUIRE_FALSE(std::filesystem::exists(ready));
+}
+
+TEST_CASE("a state file that can be neither used nor put aside is refused and left", "[serve]") {
+  TempDir dir;
+  const std::string state = dir / "state";
+  WriteText(state, "no state");
+  std::filesystem::create_directory(state + ".rejected");
+  RequireRefusal(OnFreePorts(DemoModel(), {"--state-file", state}),
+                 {"--state-file: " + state, "state: JSON: allowed: an object",
+                  "cannot be renamed to " + state + ".rejected: "});
+  REQUIRE(ReadText(state) == "no state");
+}
+
+TEST_CASE("sub-commands and the version are named", "[serve]") {
+  const Ended bogus = RunBallast(2, {"srve", "--port", "0"});
+  INFO(bogus.err);
+  REQUIRE(bogus.code == 2);
+  REQUIRE(CountOf(bogus.err, "ballast: sub-command srve is unknown") == 1);
+  REQUIRE(CountOf(bogus.err, "did you mean \"serve\"?") == 1);
+  const Ended version = RunBallast(1, {"--version"});
+  REQUIRE(version.code == 0);
+  REQUIRE(version.out == RunBallast(1, {"version"}).out);
+  REQUIRE(CountOf(version.out, "ballast ") == 1);
 }
 
 TEST_CASE("a model that cannot be used is refused with the tensor or key", "[serve][sanitized]") {
-  RequireRefusal(OnFreePorts("/nowhere/model"), {"/nowhere/model"});
+  RequireRefusal(OnFreePorts("/nowhere/model"), {"/nowhere/model", "No such file"});
   ModelCopy model;
   SECTION("architecture") {
     model.EditConfig([](json& c) { c["architectures"] = {"LlamaForCausalLM"}; });
