@@ -11,12 +11,11 @@ namespace ballast {
 // The predicted times of a replay with a cluster, a row per figure under a row of headings.
 std::vector<std::vector<std::string>> PredictedTable(const ReplayResult& result);
 
-// One HTML page that needs nothing else: the final table, imbalance and copies over time, cost over
-// rho, and imbalance per layer, as SVG.
 // How many steps a trace has, and of how many tokens: counts tell that with top_k only.
 std::string StepsText(const StepTrace& trace, bool of_counts);
 
-// `steps` is the text of StepsText.
+// One HTML page that needs nothing else: the final table, imbalance and copies over time, cost over
+// rho, and imbalance per layer, as SVG. `steps` is the text of StepsText.
 std::string ReplayReport(const std::string& steps, const StepTrace& trace,
                          const ReplayOptions& options, const ReplayResult& result);
 
