@@ -2,6 +2,7 @@
 
 #include <sched.h>
 
+#include <algorithm>
 #include <atomic>
 #include <catch2/catch.hpp>
 #include <thread>
@@ -30,12 +31,14 @@ MigrationPlan FilePlan(const Placement& placement, int64_t plan_id, bool relay) 
 
 // A reader that waits until it is let through, and says so.
 struct SlowReader {
-  std::atomic<int> begun = 0, allowed = 0;
+  std::atomic<int> begun = 0, allowed = 0, ended = 0;
   ReadExpert read() {
     return [this](int32_t layer, int32_t expert, std::span<std::byte> block) {
       const int mine = ++begun;
       while (allowed < mine) sched_yield();
-      return ReadRight(layer, expert, block);
+      const absl::Status read = ReadRight(layer, expert, block);
+      ++ended;
+      return read;
     };
   }
 };
@@ -138,6 +141,23 @@ TEST_CASE("a block that is being read is not used for anything else", "[runtime]
     REQUIRE(CheckHolds(*store, *plan_of(3).Apply(initial), 1) == absl::OkStatus());
     REQUIRE(store->memory_bytes() == memory + RoundUp(kBlockBytes, kCacheLineBytes));
   }
+}
+
+TEST_CASE("a read that ends late writes into its own block", "[runtime][store]") {
+  const Placement initial = Initial();
+  SlowReader reader;
+  LocalFabric fabric(kRanks);
+  const auto transport = fabric.MakeTransport(1);
+  const auto store = FilledStore(transport.get(), initial, 192, /*staging=*/1, reader.read());
+  REQUIRE(store->Stage(FilePlan(initial, 1, false), initial).ok());
+  while (reader.begun < 1) sched_yield();
+  store->Discard();
+  // The only block that is to spare is another one.
+  const std::span<std::byte> block = store->Allocate(1, 5);
+  std::ranges::fill(block, std::byte{77});
+  reader.allowed = 1;
+  while (reader.ended < 1) sched_yield();
+  REQUIRE(std::ranges::all_of(block, [](std::byte b) { return b == std::byte{77}; }));
 }
 
 // A disk that hangs is in nobody's way but the reader's.
