@@ -40,19 +40,12 @@ function(ballast_library folder)
   set_target_properties(ballast_${folder} PROPERTIES POSITION_INDEPENDENT_CODE ON)
 endfunction()
 
-# What is asked of the product, not of the tests' own sources: they take a third less to compile without. After
-# ballast_flags, or that would bring it back.
-add_library(ballast_test_flags INTERFACE)
-if(BALLAST_SANITIZE MATCHES "undefined")
-  target_compile_options(ballast_test_flags INTERFACE -fno-sanitize=undefined)
-endif()
-
 # ballast_test(name SOURCES ... LIBS ...)
 # One Catch2 program, registered as one test per case under the label `unit`.
 function(ballast_test name)
   cmake_parse_arguments(arg "" "" "SOURCES;LIBS" ${ARGN})
   add_executable(${name}_test ${arg_SOURCES})
-  target_link_libraries(${name}_test PRIVATE ${arg_LIBS} ballast_flags ballast_test_flags Catch2::Catch2WithMain)
+  target_link_libraries(${name}_test PRIVATE ${arg_LIBS} ballast_flags Catch2::Catch2WithMain)
   catch_discover_tests(${name}_test TEST_PREFIX "${name}: "
     PROPERTIES LABELS unit TIMEOUT ${BALLAST_UNIT_TEST_SECONDS} SKIP_REGULAR_EXPRESSION "BALLAST_TRACES is not set")
 endfunction()
@@ -86,7 +79,7 @@ endfunction()
 function(ballast_serve_test name)
   cmake_parse_arguments(arg "ALONE" "" "SOURCES;LIBS" ${ARGN})
   add_executable(${name}_test ${arg_SOURCES})
-  target_link_libraries(${name}_test PRIVATE ${arg_LIBS} ballast_flags ballast_test_flags Catch2::Catch2WithMain)
+  target_link_libraries(${name}_test PRIVATE ${arg_LIBS} ballast_flags Catch2::Catch2WithMain)
   target_compile_definitions(${name}_test PRIVATE
     BALLAST_SOURCE_DIR="${PROJECT_SOURCE_DIR}" BALLAST_COMMAND="$<TARGET_FILE:ballast>")
   add_dependencies(${name}_test ballast)

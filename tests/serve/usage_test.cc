@@ -24,20 +24,22 @@ int CountOf(const std::string& text, const std::string& part) {
   return count;
 }
 
-// `ballast serve` on two ranks says each of `parts` in its one message and exits 2.
+// `ballast serve` says each of `parts` in its one message and exits 2, alone and on two ranks.
 void RequireRefusal(const Arguments& arguments, const std::vector<std::string>& parts,
-                    const Environment& environment = {}, int ranks = 2) {
-  Arguments all = {"serve"};
-  all.insert(all.end(), arguments.begin(), arguments.end());
-  const Ended ended = RunBallast(ranks, all, environment);
-  INFO(ranks << " ranks: " << ended.err);
-  REQUIRE(ended.code == 2);
-  REQUIRE(CountOf(ended.err, "ballast: ") == 1);
-  const size_t begin = ended.err.find("ballast: ");
-  const std::string message = ended.err.substr(begin, ended.err.find('\n', begin) - begin);
-  for (const std::string& part : parts) {
-    INFO("wanted: " << part);
-    REQUIRE(message.find(part) != std::string::npos);
+                    const Environment& environment = {}) {
+  for (const int ranks : {1, 2}) {
+    Arguments all = {"serve"};
+    all.insert(all.end(), arguments.begin(), arguments.end());
+    const Ended ended = RunBallast(ranks, all, environment);
+    INFO(ranks << " ranks: " << ended.err);
+    REQUIRE(ended.code == 2);
+    REQUIRE(CountOf(ended.err, "ballast: ") == 1);
+    const size_t begin = ended.err.find("ballast: ");
+    const std::string message = ended.err.substr(begin, ended.err.find('\n', begin) - begin);
+    for (const std::string& part : parts) {
+      INFO("wanted: " << part);
+      REQUIRE(message.find(part) != std::string::npos);
+    }
   }
 }
 
@@ -105,9 +107,7 @@ class ModelCopy {
 constexpr char kExpertTensor[] = "model.layers.2.mlp.experts.5.up_proj.weight";
 
 TEST_CASE("a bad flag is named with its value and what is allowed", "[serve]") {
-  for (const int ranks : {1, 2}) {
-    RequireRefusal({"--model", DemoModel(), "--bogus=3"}, {"--bogus"}, {}, ranks);
-  }
+  RequireRefusal({"--model", DemoModel(), "--bogus=3"}, {"--bogus"});
   RequireRefusal({"--model", DemoModel(), "--split", "cost"},
                  {"--split is cost", "allowed in serve"});
   RequireRefusal({"--port", "0"}, {"--model"});
@@ -230,9 +230,9 @@ TEST_CASE("memory that a machine has not got is refused before it is taken", "[s
 TEST_CASE("a dry run says what a rank takes and binds no port", "[serve]") {
   const TakenPort taken;
   for (const int ranks : {1, 2}) {
-    const Ended ended =
-        RunBallast(ranks, {"serve", "--model", DemoModel(), "--dry-run", "--metrics-port",
-                           taken.port(), "--policy", "eplb", "--rho", "0.5", "--kv-bytes", "64mb"});
+    const Ended ended = RunBallast(ranks, {"serve", "--model", DemoModel(), "--dry-run",
+                                           "--metrics-port", taken.port(), "--policy", "eplb",
+                                           "--rho", "0.5", "--kv-bytes", "64mb"});
     INFO(ended.out << ended.err);
     REQUIRE(ended.code == 0);
     for (const char* part : {"parameters that every rank holds", "experts in its slots",
@@ -310,9 +310,7 @@ TEST_CASE("sub-commands and the version are named", "[serve]") {
 }
 
 TEST_CASE("a model that cannot be used is refused with the tensor or key", "[serve][sanitized]") {
-  for (const int ranks : {1, 2}) {
-    RequireRefusal(OnFreePorts("/nowhere/model"), {"/nowhere/model", "No such file"}, {}, ranks);
-  }
+  RequireRefusal(OnFreePorts("/nowhere/model"), {"/nowhere/model", "No such file"});
   ModelCopy model;
   SECTION("architecture") {
     model.EditConfig([](json& c) { c["architectures"] = {"LlamaForCausalLM"}; });
