@@ -71,6 +71,7 @@ class Server {
   absl::Status MakeFrontend(std::vector<std::unique_ptr<ControlChannel>> channels);
   absl::Status StartLeader();
   absl::Status StartEngine();
+  absl::Status CompareParameters();
   absl::Status StartHttp();
   absl::Status Announce();
   std::map<std::string, std::function<HttpReply(const std::string&)>> OperatorEndpoints();

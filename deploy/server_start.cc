@@ -65,6 +65,7 @@ absl::Status Server::Start() {
   BALLAST_RETURN_IF_ERROR(Agree(ConnectControl(), "connecting the ranks"));
   BALLAST_RETURN_IF_ERROR(Agree(is_leader() ? StartLeader() : absl::OkStatus(), "the controller"));
   BALLAST_RETURN_IF_ERROR(Agree(StartEngine(), "loading the model"));
+  BALLAST_RETURN_IF_ERROR(Agree(CompareParameters(), "comparing the parameters"));
   BALLAST_RETURN_IF_ERROR(Agree(is_leader() ? StartHttp() : absl::OkStatus(), "the HTTP server"));
   return Announce();
 }
@@ -303,6 +304,13 @@ absl::Status Server::StartEngine() {
   BALLAST_ASSIGN_OR_RETURN(engine_, Engine::Create(options, *checkpoint_, *kernels_, *placement_,
                                                    transport_.get(), channel_.get(), observer));
   return absl::OkStatus();
+}
+
+// To start such a job again would not help.
+absl::Status Server::CompareParameters() {
+  const absl::Status same = engine_->ShareChecksums();
+  if (!absl::IsDataLoss(same)) return same;
+  return absl::InvalidArgumentError(absl::StrCat("--model: ", std::string(same.message())));
 }
 
 std::map<std::string, std::function<HttpReply(const std::string&)>> Server::OperatorEndpoints() {

@@ -243,8 +243,6 @@ absl::Status Engine::Run() {
   return status;
 }
 
-// The members tell each other what they know the experts by: from then on none of them takes in
-// anything else, from wherever it comes.
 absl::Status Engine::ShareChecksums() {
   const std::span<const uint64_t> mine = store_->checksums();
   std::vector<uint64_t> all(mine.size() * group_.ranks.size());

@@ -127,6 +127,11 @@ class Engine {
       EngineObserver* observer);
   ~Engine();
 
+  // The members tell each other what they know the experts by: from then on none of them takes in
+  // anything else, from wherever it comes. Every generation begins with it. COLLECTIVE.
+  // ERRORS kDataLoss: two of them read different checkpoints; those of AllGather
+  absl::Status ShareChecksums();
+
   // Steps until the leader says stop. COLLECTIVE.
   // ERRORS kUnavailable, kDeadlineExceeded: the leader is lost, or a rank and the leader has not
   //        said how to go on; kInternal: this rank can no longer be trusted
@@ -147,7 +152,6 @@ class Engine {
   absl::Status ReadExpertPatiently(int32_t layer, int32_t expert);
   absl::Status JoinGroup(Group group, int64_t last_step);
 
-  absl::Status ShareChecksums();
   absl::Status RunSteps();    // until told to stop, or to halt (kAborted)
   absl::Status TakeFrames();  // off the channel, into the inbox
   absl::Status ReadFrames();

@@ -230,9 +230,9 @@ TEST_CASE("memory that a machine has not got is refused before it is taken", "[s
 TEST_CASE("a dry run says what a rank takes and binds no port", "[serve]") {
   const TakenPort taken;
   for (const int ranks : {1, 2}) {
-    const Ended ended = RunBallast(ranks, {"serve", "--model", DemoModel(), "--dry-run",
-                                           "--metrics-port", taken.port(), "--policy", "eplb",
-                                           "--rho", "0.5", "--kv-bytes", "64mb"});
+    const Ended ended =
+        RunBallast(ranks, {"serve", "--model", DemoModel(), "--dry-run", "--metrics-port",
+                           taken.port(), "--policy", "eplb", "--rho", "0.5", "--kv-bytes", "64mb"});
     INFO(ended.out << ended.err);
     REQUIRE(ended.code == 0);
     for (const char* part : {"parameters that every rank holds", "experts in its slots",
@@ -264,6 +264,29 @@ TEST_CASE("a rank that is late says nevertheless why the job cannot start", "[se
   const std::string said = ReadText(dir / "err");
   INFO(said);
   REQUIRE(CountOf(said, "ballast: --max-seqs") == 1);
+}
+
+TEST_CASE("ranks that read different checkpoints do not start to serve", "[serve]") {
+  ModelCopy other;
+  const size_t at = other.header.at(kExpertTensor).at("data_offsets").at(0).get<size_t>();
+  other.data[at] = static_cast<char>(other.data[at] ^ 4);
+  other.WriteWeights();
+  TempDir dir;
+  // Rank 1 has the other one; both hold every expert.
+  Process process({"bash", "-c",
+                   ". " BALLAST_SOURCE_DIR
+                   "/deploy/environment.sh; exec mpirun -n 2 --oversubscribe --bind-to none "
+                   "bash -c 'model=$1; [ $OMPI_COMM_WORLD_RANK = 0 ] || model=$2; "
+                   "exec \"$3\" serve --model \"$model\" --port 0 --metrics-port 0 "
+                   "--slots-per-rank 32' bash \"$@\"",
+                   "bash", DemoModel(), other.path(), BALLAST_COMMAND},
+                  {}, dir / "out", dir / "err");
+  REQUIRE(process.Wait(60'000) == 2);
+  const std::string said = ReadText(dir / "err");
+  INFO(said);
+  REQUIRE(CountOf(said, "they read different checkpoints") == 1);
+  REQUIRE(said.find("--model: layer 1, expert 5") != std::string::npos);
+  REQUIRE(said.find("ready: http") == std::string::npos);
 }
 
 TEST_CASE("the file of an earlier server's readiness goes away at a start only", "[serve]") {
