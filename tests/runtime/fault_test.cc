@@ -203,6 +203,35 @@ TEST_CASE("a checkpoint that was overwritten is not taken for the one that was l
   CHECK(FirstError(server.cluster->Stop()) == "");
 }
 
+// No pass of verification is due: the abort is what makes the source look.
+TEST_CASE("a source whose memory is damaged finds it out by the abort", "[fault][cluster]") {
+  Faulty server({.model = "",
+                 .slots_per_rank = 4,
+                 .make_controller = [](ControllerOptions options, Placement initial) {
+                   return Controller::CreateWith(std::make_unique<TurningPolicy>(), options,
+                                                 std::move(initial));
+                 }});
+  REQUIRE(server.ServesRight());  // a plan needs load
+  const ExpertStore& store = server.cluster->store(0);
+  for (int32_t e = 0; e < TinyModel{}.num_experts; ++e) {
+    if (store.Parameters(0, e) == nullptr) continue;
+    const_cast<std::byte&>(store.Parameters(0, e)[100]) ^= std::byte{1};
+  }
+  const std::string found = "ballast_verify_failures_total{rank=\"0\",what=\"parameters\"}";
+  REQUIRE(server.Counted(found) == 0);
+  for (int i = 0; i < 6000 && server.Counted(found) < 1; ++i) {
+    server.cluster->leader().Rebalance();
+    std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  }
+  CHECK(server.cluster->aborts() > 0);
+  CHECK(server.cluster->flips() == 0);
+  CHECK(server.Counted(found) >= 1);
+  CHECK(nlohmann::json::parse(*server.cluster->Verify()).contains("ok"));  // all is read by then
+  CHECK(nlohmann::json::parse(*server.cluster->Verify())["ok"] == true);
+  CHECK(server.ServesRight());
+  CHECK(FirstError(server.cluster->Stop()) == "");
+}
+
 // Rank 0 has found that its memory is damaged and tries to read the expert again when another rank
 // dies: the ranks begin anew, and what is damaged must not be part of it.
 TEST_CASE("damage that is being mended when a rank dies does not serve", "[fault][cluster]") {
