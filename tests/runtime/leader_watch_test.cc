@@ -84,6 +84,8 @@ class Watched {
     options.loop.make_controller = [shared = shared_](ControllerOptions o, Placement p) {
       return Controller::CreateWith(std::make_unique<ScriptedPolicy>(shared), o, p);
     };
+    options.leave = [this](int32_t rank) { left = rank; };
+    options.stay = [this](int32_t rank) { stays = rank; };
     options.stall_deadline_ms = 1000;  // far longer than anything but a hang takes
     auto leader =
         Leader::Create(options, placement, RankObserver(0, kRanks, 1, metrics_.get()),
@@ -156,6 +158,7 @@ class Watched {
 
   // Threads that were given up may outlive the test: the script is theirs too.
   Script& script = *shared_;
+  std::atomic<int> left = -1, stays = -1;  // ranks whose departure has come to its end
   Placement placement =
       *Placement::Contiguous(1, kExperts, Topology::Uniform(kRanks, kSlots), false);
 
@@ -280,10 +283,7 @@ TEST_CASE("a controller that hangs in the load it is given anew is replaced as w
 
 TEST_CASE("a departure under way outlives its controller", "[leader][watch]") {
   SetLogLevel(LogLevel::kOff);
-  std::atomic<int> left = -1;
-  Leader::Options options;
-  options.leave = [&](int32_t rank) { left = rank; };
-  Watched watched(options);
+  Watched watched;
   watched.Step();
   watched.leader().Vacate(2);
   REQUIRE(watched.Await([&] { return !watched.plans().empty(); }));
@@ -296,7 +296,7 @@ TEST_CASE("a departure under way outlives its controller", "[leader][watch]") {
   REQUIRE(watched.Await([&] {
     const MigrationPlan last = watched.plans().back();
     if (last.base_epoch == watched.placement.epoch()) watched.EndLastPlan();
-    return left == 2;
+    return watched.left == 2;
   }));
   watched.script.release = true;
   SetLogLevel(LogLevel::kInfo);
@@ -305,11 +305,7 @@ TEST_CASE("a departure under way outlives its controller", "[leader][watch]") {
 // Leaving would lose last copies if the checkpoint cannot be read.
 TEST_CASE("a departure whose plans abort three times in a row is called off", "[leader]") {
   SetLogLevel(LogLevel::kOff);
-  std::atomic<int> left = -1, stays = -1;
-  Leader::Options options;
-  options.leave = [&](int32_t rank) { left = rank; };
-  options.stay = [&](int32_t rank) { stays = rank; };
-  Watched watched(options);
+  Watched watched;
   watched.Step();
   // A plan that was under way before is none of the departure's.
   REQUIRE(watched.Rebalance()["planned"] == true);
@@ -317,11 +313,11 @@ TEST_CASE("a departure whose plans abort three times in a row is called off", "[
   watched.AbortLastPlan();
   for (size_t aborts = 0; aborts < 3; ++aborts) {
     REQUIRE(watched.Await([&] { return watched.plans().size() == 2 + aborts; }));
-    CHECK(stays == -1);
+    CHECK(watched.stays == -1);
     watched.AbortLastPlan();
   }
-  REQUIRE(watched.Await([&] { return stays == 2; }));
-  CHECK(left == -1);
+  REQUIRE(watched.Await([&] { return watched.stays == 2; }));
+  CHECK(watched.left == -1);
   watched.Step();
   CHECK(watched.Rebalance()["planned"] == true);  // other plans go on
   REQUIRE(watched.plans().size() == 5);
@@ -336,18 +332,14 @@ TEST_CASE("a departure whose plans abort three times in a row is called off", "[
     if (last.base_epoch == watched.placement.epoch() && watched.plans().size() > 6) {
       watched.EndLastPlan();
     }
-    return left == 2;
+    return watched.left == 2;
   }));
   SetLogLevel(LogLevel::kInfo);
 }
 
 TEST_CASE("a departure whose plan cannot be sent waits and is not aborted", "[leader]") {
   SetLogLevel(LogLevel::kOff);
-  std::atomic<int> left = -1, stays = -1;
-  Leader::Options options;
-  options.leave = [&](int32_t rank) { left = rank; };
-  options.stay = [&](int32_t rank) { stays = rank; };
-  Watched watched(options);
+  Watched watched;
   watched.refuses = true;
   watched.Step();
   watched.leader().Vacate(2);
@@ -361,13 +353,13 @@ TEST_CASE("a departure whose plan cannot be sent waits and is not aborted", "[le
   watched.Regroup();
   REQUIRE(watched.Await([&] { return !watched.plans().empty(); }));
   CHECK(watched.sends == 7);
-  CHECK(stays == -1);
-  CHECK(left == -1);
+  CHECK(watched.stays == -1);
+  CHECK(watched.left == -1);
   watched.EndLastPlan();
   REQUIRE(watched.Await([&] {
     const MigrationPlan last = watched.plans().back();
     if (last.base_epoch == watched.placement.epoch()) watched.EndLastPlan();
-    return left == 2;
+    return watched.left == 2;
   }));
   SetLogLevel(LogLevel::kInfo);
 }
