@@ -82,8 +82,9 @@ void AttentionTyped(const AttentionArgs& a) {
           a.q + static_cast<size_t>(t) * a.stride + static_cast<size_t>(h) * a.head_dim;
       OnlineSoftmax state;
       for (int begin = 0; begin < num_keys; begin += kKvBlockTokens) {
-        const size_t at = (static_cast<size_t>(blocks[begin / kKvBlockTokens]) * a.kv_heads +
-                           h / heads_per_kv) * head_block;
+        const size_t at =
+            (static_cast<size_t>(blocks[begin / kKvBlockTokens]) * a.kv_heads + h / heads_per_kv) *
+            head_block;
         AddBlock(q, keys + at, values + at, std::min(kKvBlockTokens, num_keys - begin), a.head_dim,
                  scale, &state);
       }
@@ -95,7 +96,7 @@ void AttentionTyped(const AttentionArgs& a) {
 
 }  // namespace
 
-void RmsNorm(const RmsNormArgs& a, Stream) {
+absl::Status RmsNorm(const RmsNormArgs& a, Stream) {
   for (int t = 0; t < a.num_rows; ++t) {
     const float* x = a.x + static_cast<size_t>(t) * a.width;
     const float mean_square = Dot(x, x, a.width) / static_cast<float>(a.width);
@@ -113,9 +114,10 @@ void RmsNorm(const RmsNormArgs& a, Stream) {
       for (int i = 0; i < a.width; ++i) y[i] = ToBFloat16(x[i] * factor * a.weight[i]);
     }
   }
+  return absl::OkStatus();
 }
 
-void SiluMul(const SiluMulArgs& a, Stream) {
+absl::Status SiluMul(const SiluMulArgs& a, Stream) {
   for (int t = 0; t < a.num_rows; ++t) {
     const float* gate = a.gate_up + static_cast<size_t>(t) * 2 * a.width;
     const size_t row = static_cast<size_t>(t) * a.width;
@@ -125,9 +127,10 @@ void SiluMul(const SiluMulArgs& a, Stream) {
       SiluMulRow(gate, gate + a.width, a.width, static_cast<BFloat16*>(a.y) + row);
     }
   }
+  return absl::OkStatus();
 }
 
-void Rotary(const RotaryArgs& a, Stream) {
+absl::Status Rotary(const RotaryArgs& a, Stream) {
   const int half = a.rotary_dim / 2;
   for (int t = 0; t < a.num_rows; ++t) {
     const float* cos = a.cos + static_cast<size_t>(a.position[t]) * half;
@@ -141,17 +144,19 @@ void Rotary(const RotaryArgs& a, Stream) {
       }
     }
   }
+  return absl::OkStatus();
 }
 
-void KvWrite(const KvWriteArgs& a, Stream) {
+absl::Status KvWrite(const KvWriteArgs& a, Stream) {
   if (a.cache.type == DType::kF32) {
     KvWriteTyped<float>(a);
   } else {
     KvWriteTyped<BFloat16>(a);
   }
+  return absl::OkStatus();
 }
 
-void Attention(const AttentionArgs& a, Stream) {
+absl::Status Attention(const AttentionArgs& a, Stream) {
   BALLAST_CHECK(a.head_dim <= kMaxHeadDim && a.num_heads % a.kv_heads == 0);
   if (a.cache.type == DType::kF32) {
     a.act_type == DType::kF32 ? AttentionTyped<float, float>(a)
@@ -160,6 +165,7 @@ void Attention(const AttentionArgs& a, Stream) {
     a.act_type == DType::kF32 ? AttentionTyped<BFloat16, float>(a)
                               : AttentionTyped<BFloat16, BFloat16>(a);
   }
+  return absl::OkStatus();
 }
 
 }  // namespace ballast::cpu

@@ -1,10 +1,7 @@
 // CUDA twins of RmsNorm, SiluMul and Rotary: the same operations in the same order, so the same
-// bits as the CPU's. Compiled with -fmad=false: a fused multiply-add stands where the source says
-// fmaf.
-#include <cuda_bf16.h>
-#include <cuda_runtime.h>
-
+// bits as the CPU's.
 #include "kernels/decoder_ops.h"
+#include "kernels/device.cuh"
 
 namespace ballast::cuda {
 namespace {
@@ -21,26 +18,6 @@ __device__ float SumLanes(float lane) {
   lane += __shfl_down_sync(half_warp, lane, 2, kLanes);
   lane += __shfl_down_sync(half_warp, lane, 1, kLanes);
   return __shfl_sync(half_warp, lane, 0, kLanes);
-}
-
-// cpu::Exp, operation by operation.
-__device__ float Exp(float x) {
-  const float clamped = fminf(fmaxf(x, -87.5f), 88.5f);
-  const float shifted = fmaf(clamped, 1.44269504088896341f, 12582912.0f);
-  const float k = shifted - 12582912.0f;
-  float r = fmaf(k, -0.693359375f, clamped);
-  r = fmaf(k, 2.12194440e-4f, r);
-  float p = 1.9875691500e-4f;
-  p = fmaf(p, r, 1.3981999507e-3f);
-  p = fmaf(p, r, 8.3334519073e-3f);
-  p = fmaf(p, r, 4.1665795894e-2f);
-  p = fmaf(p, r, 1.6666665459e-1f);
-  p = fmaf(p, r, 5.0000001201e-1f);
-  p = fmaf(p, r * r, r) + 1.0f;
-  const int ki = __float_as_int(shifted) - 0x4b400000;
-  const int half = ki >> 1;
-  const float y = p * __int_as_float((half + 127) << 23) * __int_as_float((ki - half + 127) << 23);
-  return x < -87.5f ? 0.0f : y;
 }
 
 __device__ void Store(void* y, DType type, size_t i, float value) {
@@ -78,7 +55,7 @@ __global__ void SiluMulKernel(SiluMulArgs a) {
   const size_t row = at / a.width, column = at % a.width;
   const float gate = a.gate_up[row * 2 * a.width + column];
   const float up = a.gate_up[row * 2 * a.width + a.width + column];
-  Store(a.y, a.act_type, at, gate * (1.0f / (1.0f + Exp(-gate))) * up);
+  Store(a.y, a.act_type, at, Silu(gate) * up);
 }
 
 // One thread per pair of elements that turn together.
@@ -96,30 +73,32 @@ __global__ void RotaryKernel(RotaryArgs a) {
   x[i + half] = fmaf(high, cos, low * sin);
 }
 
-}  // namespace
-
 // ---- launchers --------------------------------------------------------------------------------
 
-constexpr int kThreads = 256;
+constexpr unsigned kThreads = 256;
 
-void RmsNorm(const RmsNormArgs& a, Stream stream) {
-  if (a.num_rows == 0) return;
-  constexpr int kRows = kThreads / kLanes;
-  RmsNormKernel<<<(a.num_rows + kRows - 1) / kRows, kThreads, 0, stream>>>(a);
+// One thread for each of `count`.
+LaunchShape Cover(size_t count) {
+  return {.blocks = static_cast<unsigned>(CeilDiv(count, size_t{kThreads})), .threads = kThreads};
 }
 
-void SiluMul(const SiluMulArgs& a, Stream stream) {
+}  // namespace
+
+absl::Status RmsNorm(const RmsNormArgs& a, Stream stream) {
+  if (a.num_rows == 0) return absl::OkStatus();
+  return Launch(Cover(static_cast<size_t>(a.num_rows) * kLanes), stream, RmsNormKernel, a);
+}
+
+absl::Status SiluMul(const SiluMulArgs& a, Stream stream) {
   const size_t count = static_cast<size_t>(a.num_rows) * a.width;
-  if (count == 0) return;
-  SiluMulKernel<<<static_cast<unsigned>((count + kThreads - 1) / kThreads), kThreads, 0, stream>>>(
-      a);
+  if (count == 0) return absl::OkStatus();
+  return Launch(Cover(count), stream, SiluMulKernel, a);
 }
 
-void Rotary(const RotaryArgs& a, Stream stream) {
+absl::Status Rotary(const RotaryArgs& a, Stream stream) {
   const size_t count = static_cast<size_t>(a.num_rows) * a.num_heads * (a.rotary_dim / 2);
-  if (count == 0) return;
-  RotaryKernel<<<static_cast<unsigned>((count + kThreads - 1) / kThreads), kThreads, 0, stream>>>(
-      a);
+  if (count == 0) return absl::OkStatus();
+  return Launch(Cover(count), stream, RotaryKernel, a);
 }
 
 }  // namespace ballast::cuda

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <span>
 
+#include "absl/status/status.h"
 #include "base/dtype.h"
 #include "kernels/stream.h"
 
@@ -89,20 +90,21 @@ struct AttentionArgs {
   void* y = nullptr;
 };
 
+// They do not fail.
 namespace cpu {
-void RmsNorm(const RmsNormArgs& args, Stream stream);
-void SiluMul(const SiluMulArgs& args, Stream stream);
-void Rotary(const RotaryArgs& args, Stream stream);
-void KvWrite(const KvWriteArgs& args, Stream stream);
-void Attention(const AttentionArgs& args, Stream stream);
+absl::Status RmsNorm(const RmsNormArgs& args, Stream stream);
+absl::Status SiluMul(const SiluMulArgs& args, Stream stream);
+absl::Status Rotary(const RotaryArgs& args, Stream stream);
+absl::Status KvWrite(const KvWriteArgs& args, Stream stream);
+absl::Status Attention(const AttentionArgs& args, Stream stream);
 }  // namespace cpu
 
-// Pointers are to device memory. STREAM asynchronous; the arrays must live until the stream gets
-// there.
+// The same bits as the CPU's. Pointers are to device memory. STREAM asynchronous; the arrays must
+// live until the stream gets there. ERRORS kInternal: a launch was refused
 namespace cuda {
-void RmsNorm(const RmsNormArgs& args, Stream stream);
-void SiluMul(const SiluMulArgs& args, Stream stream);
-void Rotary(const RotaryArgs& args, Stream stream);
+absl::Status RmsNorm(const RmsNormArgs& args, Stream stream);
+absl::Status SiluMul(const SiluMulArgs& args, Stream stream);
+absl::Status Rotary(const RotaryArgs& args, Stream stream);
 }  // namespace cuda
 
 }  // namespace ballast

@@ -30,12 +30,12 @@ absl::Status GatedMlp::Run(const void* x, int rows, const std::byte* packed, flo
   gate_up_out_.EnsureSize(padded * 2 * static_cast<size_t>(inter()) * sizeof(float));
   activated_.EnsureSize(padded * static_cast<size_t>(inter()) * SizeOf(dtype_));
   BALLAST_RETURN_IF_ERROR(gate_up_->Run(x, rows, packed, gate_up_out_.as<float>()));
-  kernels_.silu_mul({.num_rows = rows,
-                     .width = inter(),
-                     .gate_up = gate_up_out_.as<float>(),
-                     .act_type = dtype_,
-                     .y = activated_.data()},
-                    nullptr);
+  BALLAST_RETURN_IF_ERROR(kernels_.silu_mul({.num_rows = rows,
+                                             .width = inter(),
+                                             .gate_up = gate_up_out_.as<float>(),
+                                             .act_type = dtype_,
+                                             .y = activated_.data()},
+                                            nullptr));
   return down_->Run(activated_.data(), rows, packed + down_offset_, y);
 }
 

@@ -12,8 +12,8 @@ struct Decoder::Layer {
   std::vector<float> attention_norm, mlp_norm;
   std::vector<float> qkv_bias, q_norm, k_norm;  // empty where the model has none
   AlignedBuffer qkv, out;
-  AlignedBuffer mlp;                            // of a dense layer
-  AlignedBuffer shared;                         // shared experts of an MoE layer
+  AlignedBuffer mlp;     // of a dense layer
+  AlignedBuffer shared;  // shared experts of an MoE layer
   RouterParameters router;
 };
 
@@ -129,8 +129,7 @@ absl::Status Decoder::LoadLayer(const Checkpoint& checkpoint, int32_t index, Lay
   }
   BALLAST_ASSIGN_OR_RETURN(layer->router.bias,
                            checkpoint.LoadFloats(p + "mlp.gate.e_score_correction_bias"));
-  return checkpoint.LoadMatrix({p + "mlp.gate.weight"}, moe_->gate_matmul(),
-                               &layer->router.packed);
+  return checkpoint.LoadMatrix({p + "mlp.gate.weight"}, moe_->gate_matmul(), &layer->router.packed);
 }
 
 absl::Status Decoder::LoadExpert(const Checkpoint& checkpoint, int32_t moe_layer, int32_t expert,
@@ -164,13 +163,43 @@ void Decoder::Embed(const Batch& batch) {
   }
 }
 
+// Each head of the queries and keys by itself.
+absl::Status Decoder::NormHeads(const Layer& layer, int rows) {
+  const ModelConfig& c = config_;
+  const int width = qkv_->n(), q_width = c.num_heads * c.head_dim;
+  float* q = qkv_out_.as<float>();
+  for (int t = 0; t < rows; ++t) {
+    float* row = q + static_cast<size_t>(t) * width;
+    BALLAST_RETURN_IF_ERROR(kernels_.rms_norm({.num_rows = c.num_heads,
+                                               .width = c.head_dim,
+                                               .x = row,
+                                               .weight = layer.q_norm.data(),
+                                               .eps = c.norm_eps,
+                                               .y_f32 = row},
+                                              nullptr));
+    BALLAST_RETURN_IF_ERROR(kernels_.rms_norm({.num_rows = c.num_kv_heads,
+                                               .width = c.head_dim,
+                                               .x = row + q_width,
+                                               .weight = layer.k_norm.data(),
+                                               .eps = c.norm_eps,
+                                               .y_f32 = row + q_width},
+                                              nullptr));
+  }
+  return absl::OkStatus();
+}
+
 absl::Status Decoder::Attend(const Layer& layer, const Batch& batch, KvLayerView cache) {
   const ModelConfig& c = config_;
   const int rows = batch.num_tokens(), width = qkv_->n();
   const int q_width = c.num_heads * c.head_dim, kv_width = c.num_kv_heads * c.head_dim;
-  kernels_.rms_norm({.num_rows = rows, .width = c.hidden, .x = residual_.as<float>(),
-                     .weight = layer.attention_norm.data(), .eps = c.norm_eps,
-                     .act_type = options_.dtype, .y_act = normed_act_.data()}, nullptr);
+  BALLAST_RETURN_IF_ERROR(kernels_.rms_norm({.num_rows = rows,
+                                             .width = c.hidden,
+                                             .x = residual_.as<float>(),
+                                             .weight = layer.attention_norm.data(),
+                                             .eps = c.norm_eps,
+                                             .act_type = options_.dtype,
+                                             .y_act = normed_act_.data()},
+                                            nullptr));
   BALLAST_RETURN_IF_ERROR(
       qkv_->Run(normed_act_.data(), rows, layer.qkv.data(), qkv_out_.as<float>()));
   float* q = qkv_out_.as<float>();
@@ -179,30 +208,40 @@ absl::Status Decoder::Attend(const Layer& layer, const Batch& batch, KvLayerView
       for (int i = 0; i < width; ++i) q[static_cast<size_t>(t) * width + i] += layer.qkv_bias[i];
     }
   }
-  if (c.qk_norm) {
-    for (int t = 0; t < rows; ++t) {
-      float* row = q + static_cast<size_t>(t) * width;
-      kernels_.rms_norm({.num_rows = c.num_heads, .width = c.head_dim, .x = row,
-                         .weight = layer.q_norm.data(), .eps = c.norm_eps, .y_f32 = row}, nullptr);
-      kernels_.rms_norm({.num_rows = c.num_kv_heads, .width = c.head_dim, .x = row + q_width,
-                         .weight = layer.k_norm.data(), .eps = c.norm_eps, .y_f32 = row + q_width},
-                        nullptr);
-    }
-  }
+  if (c.qk_norm) BALLAST_RETURN_IF_ERROR(NormHeads(layer, rows));
   // Queries and keys stand side by side in a row and turn by the same angles.
-  kernels_.rotary({.num_rows = rows, .num_heads = c.num_heads + c.num_kv_heads,
-                   .head_dim = c.head_dim, .rotary_dim = c.rotary_dim, .stride = width, .x = q,
-                   .position = batch.position.data(), .cos = rotary_cos_.data(),
-                   .sin = rotary_sin_.data()}, nullptr);
+  BALLAST_RETURN_IF_ERROR(kernels_.rotary({.num_rows = rows,
+                                           .num_heads = c.num_heads + c.num_kv_heads,
+                                           .head_dim = c.head_dim,
+                                           .rotary_dim = c.rotary_dim,
+                                           .stride = width,
+                                           .x = q,
+                                           .position = batch.position.data(),
+                                           .cos = rotary_cos_.data(),
+                                           .sin = rotary_sin_.data()},
+                                          nullptr));
   const KvIndex index{batch.position, batch.table_offset, batch.block_table};
-  kernels_.kv_write({.num_rows = rows, .kv_heads = c.num_kv_heads, .head_dim = c.head_dim,
-                     .stride = width, .k = q + q_width, .v = q + q_width + kv_width,
-                     .index = index, .cache = cache}, nullptr);
-  kernels_.attention({.num_rows = rows, .num_heads = c.num_heads, .kv_heads = c.num_kv_heads,
-                      .head_dim = c.head_dim, .stride = width, .q = q, .index = index,
-                      .cache = cache, .act_type = options_.dtype, .y = attended_.data()}, nullptr);
-  BALLAST_RETURN_IF_ERROR(
-      out_->Run(attended_.data(), rows, layer.out.data(), branch_.as<float>()));
+  BALLAST_RETURN_IF_ERROR(kernels_.kv_write({.num_rows = rows,
+                                             .kv_heads = c.num_kv_heads,
+                                             .head_dim = c.head_dim,
+                                             .stride = width,
+                                             .k = q + q_width,
+                                             .v = q + q_width + kv_width,
+                                             .index = index,
+                                             .cache = cache},
+                                            nullptr));
+  BALLAST_RETURN_IF_ERROR(kernels_.attention({.num_rows = rows,
+                                              .num_heads = c.num_heads,
+                                              .kv_heads = c.num_kv_heads,
+                                              .head_dim = c.head_dim,
+                                              .stride = width,
+                                              .q = q,
+                                              .index = index,
+                                              .cache = cache,
+                                              .act_type = options_.dtype,
+                                              .y = attended_.data()},
+                                             nullptr));
+  BALLAST_RETURN_IF_ERROR(out_->Run(attended_.data(), rows, layer.out.data(), branch_.as<float>()));
   float* residual = residual_.as<float>();
   const float* branch = branch_.as<float>();
   const size_t count = static_cast<size_t>(rows) * static_cast<size_t>(c.hidden);
@@ -250,7 +289,7 @@ absl::StatusOr<std::span<const float>> Decoder::Logits(const Batch& batch) {
   const size_t hidden = static_cast<size_t>(config_.hidden), act = SizeOf(options_.dtype);
   const int wanted = static_cast<int>(batch.logit_rows.size());
   for (int i = 0; i < wanted; ++i) {
-    kernels_.rms_norm(
+    BALLAST_RETURN_IF_ERROR(kernels_.rms_norm(
         {.num_rows = 1,
          .width = config_.hidden,
          .x = residual_.as<float>() + static_cast<size_t>(batch.logit_rows[i]) * hidden,
@@ -258,7 +297,7 @@ absl::StatusOr<std::span<const float>> Decoder::Logits(const Batch& batch) {
          .eps = config_.norm_eps,
          .act_type = options_.dtype,
          .y_act = logits_in_.data() + static_cast<size_t>(i) * hidden * act},
-        nullptr);
+        nullptr));
   }
   if (wanted > 0) {
     BALLAST_RETURN_IF_ERROR(
@@ -279,10 +318,15 @@ absl::StatusOr<std::span<const float>> Decoder::Forward(
     const bool dense = i < config_.num_dense_layers;
     if (batch.num_tokens() > 0) {
       BALLAST_RETURN_IF_ERROR(Attend(layer, batch, cache->layer(i)));
-      kernels_.rms_norm({.num_rows = batch.num_tokens(), .width = config_.hidden,
-                         .x = residual_.as<float>(), .weight = layer.mlp_norm.data(),
-                         .eps = config_.norm_eps, .y_f32 = normed_.as<float>(),
-                         .act_type = options_.dtype, .y_act = normed_act_.data()}, nullptr);
+      BALLAST_RETURN_IF_ERROR(kernels_.rms_norm({.num_rows = batch.num_tokens(),
+                                                 .width = config_.hidden,
+                                                 .x = residual_.as<float>(),
+                                                 .weight = layer.mlp_norm.data(),
+                                                 .eps = config_.norm_eps,
+                                                 .y_f32 = normed_.as<float>(),
+                                                 .act_type = options_.dtype,
+                                                 .y_act = normed_act_.data()},
+                                                nullptr));
       if (dense) BALLAST_RETURN_IF_ERROR(RunDense(layer, batch));
     }
     if (dense) continue;

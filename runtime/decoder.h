@@ -75,6 +75,7 @@ class Decoder {
   absl::Status LoadLayer(const Checkpoint& checkpoint, int32_t index, Layer* layer);
   void Reserve(int32_t num_tokens, int32_t num_logits);
   void Embed(const Batch& batch);
+  absl::Status NormHeads(const Layer& layer, int rows);
   absl::Status Attend(const Layer& layer, const Batch& batch, KvLayerView cache);
   absl::Status RunDense(const Layer& layer, const Batch& batch);
   absl::Status RunMoe(const Layer& layer, int32_t moe_layer, const Batch& batch,

@@ -66,11 +66,24 @@ TEST_CASE("rms norm agrees with fp64 in both outputs", "[kernels][property]") {
     const auto x = RandomValues(5 * w, 2, 3.0), weight = RandomValues(w, 3);
     std::vector<float> y(5 * w), same(5 * w);
     std::vector<BFloat16> rounded(5 * w);
-    cpu::RmsNorm({.num_rows = 5, .width = width, .x = x.data(), .weight = weight.data(),
-                  .eps = 1e-5f, .y_f32 = y.data(), .act_type = DType::kBF16,
-                  .y_act = rounded.data()}, nullptr);
-    cpu::RmsNorm({.num_rows = 5, .width = width, .x = x.data(), .weight = weight.data(),
-                  .eps = 1e-5f, .y_act = same.data()}, nullptr);
+    REQUIRE(cpu::RmsNorm({.num_rows = 5,
+                          .width = width,
+                          .x = x.data(),
+                          .weight = weight.data(),
+                          .eps = 1e-5f,
+                          .y_f32 = y.data(),
+                          .act_type = DType::kBF16,
+                          .y_act = rounded.data()},
+                         nullptr)
+                .ok());
+    REQUIRE(cpu::RmsNorm({.num_rows = 5,
+                          .width = width,
+                          .x = x.data(),
+                          .weight = weight.data(),
+                          .eps = 1e-5f,
+                          .y_act = same.data()},
+                         nullptr)
+                .ok());
     REQUIRE(y == same);
     for (size_t t = 0; t < 5; ++t) {
       double squares = 0;
@@ -87,8 +100,13 @@ TEST_CASE("rms norm agrees with fp64 in both outputs", "[kernels][property]") {
 TEST_CASE("silu times up agrees with fp64", "[kernels][property]") {
   const auto in = RandomValues(2 * 2 * 37, 4, 20.0);
   std::vector<float> y(2 * 37);
-  cpu::SiluMul({.num_rows = 2, .width = 37, .gate_up = in.data(), .act_type = DType::kF32,
-                .y = y.data()}, nullptr);
+  REQUIRE(cpu::SiluMul({.num_rows = 2,
+                        .width = 37,
+                        .gate_up = in.data(),
+                        .act_type = DType::kF32,
+                        .y = y.data()},
+                       nullptr)
+              .ok());
   for (size_t t = 0; t < 2; ++t) {
     for (size_t i = 0; i < 37; ++i) {
       const double gate = in[t * 74 + i], up = in[t * 74 + 37 + i];
@@ -109,9 +127,17 @@ TEST_CASE("rotary turns halves by the angle of the position", "[kernels][propert
   const std::vector<int32_t> position = {5, 0, 3};
   const auto before = RandomValues(3 * stride, 5);
   auto x = before;
-  cpu::Rotary({.num_rows = 3, .num_heads = heads, .head_dim = head_dim, .rotary_dim = rotary_dim,
-               .stride = stride, .x = x.data(), .position = position.data(), .cos = cos.data(),
-               .sin = sin.data()}, nullptr);
+  REQUIRE(cpu::Rotary({.num_rows = 3,
+                       .num_heads = heads,
+                       .head_dim = head_dim,
+                       .rotary_dim = rotary_dim,
+                       .stride = stride,
+                       .x = x.data(),
+                       .position = position.data(),
+                       .cos = cos.data(),
+                       .sin = sin.data()},
+                      nullptr)
+              .ok());
   for (int t = 0; t < 3; ++t) {
     for (int c = 0; c < stride; ++c) {
       const int at = t * stride + c, i = c % head_dim;
@@ -132,7 +158,9 @@ struct Sequence {
   static constexpr int kStride = (kHeads + 2 * kKvHeads) * kHeadDim;
 
   Sequence(int num_tokens, DType cache_type, std::vector<int32_t> block_ids, int num_blocks)
-      : tokens(num_tokens), type(cache_type), blocks(std::move(block_ids)),
+      : tokens(num_tokens),
+        type(cache_type),
+        blocks(std::move(block_ids)),
         rows(RandomValues(static_cast<size_t>(num_tokens) * kStride, 6)),
         keys(static_cast<size_t>(num_blocks) * kKvHeads * kKvBlockTokens * kHeadDim),
         values(keys.size()),
@@ -147,14 +175,28 @@ struct Sequence {
     const KvIndex index{position, offset, table};
     const KvLayerView cache{type, keys.data(), values.data()};
     const float* q = rows.data() + static_cast<size_t>(begin) * kStride;
-    cpu::KvWrite({.num_rows = end - begin, .kv_heads = kKvHeads, .head_dim = kHeadDim,
-                  .stride = kStride, .k = q + kHeads * kHeadDim,
-                  .v = q + (kHeads + kKvHeads) * kHeadDim, .index = index, .cache = cache},
-                 nullptr);
-    cpu::Attention({.num_rows = end - begin, .num_heads = kHeads, .kv_heads = kKvHeads,
-                    .head_dim = kHeadDim, .stride = kStride, .q = q, .index = index,
-                    .cache = cache, .act_type = DType::kF32,
-                    .y = y.data() + static_cast<size_t>(begin) * kHeads * kHeadDim}, nullptr);
+    REQUIRE(cpu::KvWrite({.num_rows = end - begin,
+                          .kv_heads = kKvHeads,
+                          .head_dim = kHeadDim,
+                          .stride = kStride,
+                          .k = q + kHeads * kHeadDim,
+                          .v = q + (kHeads + kKvHeads) * kHeadDim,
+                          .index = index,
+                          .cache = cache},
+                         nullptr)
+                .ok());
+    REQUIRE(cpu::Attention({.num_rows = end - begin,
+                            .num_heads = kHeads,
+                            .kv_heads = kKvHeads,
+                            .head_dim = kHeadDim,
+                            .stride = kStride,
+                            .q = q,
+                            .index = index,
+                            .cache = cache,
+                            .act_type = DType::kF32,
+                            .y = y.data() + static_cast<size_t>(begin) * kHeads * kHeadDim},
+                           nullptr)
+                .ok());
   }
   float Row(int t, int at) const { return rows[static_cast<size_t>(t) * kStride + at]; }
   float Stored(int t, int at) const {
@@ -191,8 +233,8 @@ TEST_CASE("attention agrees with its definition in fp64", "[kernels][property]")
         for (int d = 0; d < dim; ++d) {
           double want = 0;
           for (int j = 0; j <= t; ++j) {
-            want += p[j] / sum *
-                    s.Stored(j, (Sequence::kHeads + Sequence::kKvHeads + kv) * dim + d);
+            want +=
+                p[j] / sum * s.Stored(j, (Sequence::kHeads + Sequence::kKvHeads + kv) * dim + d);
           }
           const size_t at = (static_cast<size_t>(t) * Sequence::kHeads + h) * dim + d;
           worst = std::max(worst, std::abs(want - s.y[at]));

@@ -1,0 +1,10 @@
+#include "tests/gpu/schedules.h"
+
+namespace ballast::testing {
+
+void ForEachSchedule(const std::function<void(int round)>& body) {
+  constexpr int kRounds = 3;  // of fresh data
+  for (int round = 0; round < kRounds; ++round) body(round);
+}
+
+}  // namespace ballast::testing

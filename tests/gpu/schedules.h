@@ -1,0 +1,14 @@
+// Where a test of kernels runs: on a device once, in the emulator under several schedules.
+#ifndef BALLAST_TESTS_GPU_SCHEDULES_H_
+#define BALLAST_TESTS_GPU_SCHEDULES_H_
+
+#include <functional>
+
+namespace ballast::testing {
+
+// Runs the body once per schedule; `round` counts them, for data of its own each time.
+void ForEachSchedule(const std::function<void(int round)>& body);
+
+}  // namespace ballast::testing
+
+#endif  // BALLAST_TESTS_GPU_SCHEDULES_H_

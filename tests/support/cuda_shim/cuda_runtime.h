@@ -1,0 +1,394 @@
+// Stands for the CUDA toolkit's header of this name where kernels are compiled as C++ and run by
+// the emulator: what our kernels and their tests use of it, and no more.
+#ifndef BALLAST_TESTS_SUPPORT_CUDA_SHIM_CUDA_RUNTIME_H_
+#define BALLAST_TESTS_SUPPORT_CUDA_SHIM_CUDA_RUNTIME_H_
+
+#include <math.h>
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+
+#include "tests/support/cuda_shim/emulator.h"
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+
+// ---- vector types
+// ----------------------------------------------------------------------------------
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+  constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+struct uint3 {
+  unsigned x, y, z;
+};
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(8) int2 {
+  int x, y;
+};
+struct alignas(16) int4 {
+  int x, y, z, w;
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+inline float4 make_float4(float x, float y, float z, float w) {
+  return {x, y, z, w};
+}
+inline int4 make_int4(int x, int y, int z, int w) {
+  return {x, y, z, w};
+}
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) {
+  return {x, y, z, w};
+}
+
+// Set by the emulator before a thread goes on.
+inline uint3 threadIdx, blockIdx;
+inline dim3 blockDim, gridDim;
+inline constexpr int warpSize = 32;
+
+// ---- block and warp
+// --------------------------------------------------------------------------------
+inline void __syncthreads() {
+  cuda_shim::Barrier();
+}
+inline void __threadfence() {
+  cuda_shim::Fence();
+}
+inline void __threadfence_block() {
+  cuda_shim::Yield();
+}
+inline void __threadfence_system() {
+  cuda_shim::Fence();
+}
+inline void __nanosleep(unsigned) {
+  cuda_shim::Yield();
+}
+[[noreturn]] inline void __trap() {
+  cuda_shim::Trap("__trap()");
+}
+
+namespace cuda_shim {
+
+template <typename T>
+uint64_t Bits(T value) {
+  static_assert(sizeof(T) <= 8 && std::is_trivially_copyable_v<T>);
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  return bits;
+}
+template <typename T>
+T FromBits(uint64_t bits) {
+  T value;
+  std::memcpy(&value, &bits, sizeof(T));
+  return value;
+}
+
+// Sets result[i] = lane(i) for every lane of the mask.
+template <typename Lane>
+void ForLanes(uint32_t mask, uint64_t* result, const Lane& lane) {
+  for (uint32_t i = 0; i < 32; ++i) {
+    if (mask >> i & 1) result[i] = lane(i);
+  }
+}
+
+// argument: the lane to read from, worked out by the caller; a lane outside the mask gives noise.
+inline constexpr WarpOp kShuffle = {
+    "__shfl_sync",
+    [](uint32_t mask, const uint64_t* value, const uint64_t* from, uint64_t* result) {
+      ForLanes(mask, result, [&](uint32_t i) {
+        const uint64_t lane = from[i];
+        return lane < 32 && (mask >> lane & 1) ? value[lane] : 0x7ff4dead7fa4dead;
+      });
+    }};
+inline constexpr WarpOp kBallot = {
+    "__ballot_sync", [](uint32_t mask, const uint64_t* value, const uint64_t*, uint64_t* result) {
+      uint64_t votes = 0;
+      for (uint32_t i = 0; i < 32; ++i) votes |= (mask >> i & 1) && value[i] ? 1u << i : 0;
+      ForLanes(mask, result, [&](uint32_t) { return votes; });
+    }};
+inline constexpr WarpOp kMatchAny = {
+    "__match_any_sync",
+    [](uint32_t mask, const uint64_t* value, const uint64_t*, uint64_t* result) {
+      ForLanes(mask, result, [&](uint32_t i) {
+        uint64_t same = 0;
+        for (uint32_t j = 0; j < 32; ++j)
+          same |= (mask >> j & 1) && value[j] == value[i] ? 1u << j : 0;
+        return same;
+      });
+    }};
+inline constexpr WarpOp kSyncWarp = {"__syncwarp",
+                                     [](uint32_t, const uint64_t*, const uint64_t*, uint64_t*) {}};
+
+template <typename T, typename Fold>
+void Reduce(uint32_t mask, const uint64_t* value, uint64_t* result) {
+  bool any = false;
+  T all{};
+  for (uint32_t i = 0; i < 32; ++i) {
+    if ((mask >> i & 1) == 0) continue;
+    all = any ? Fold{}(all, FromBits<T>(value[i])) : FromBits<T>(value[i]);
+    any = true;
+  }
+  ForLanes(mask, result, [&](uint32_t) { return Bits(all); });
+}
+struct Add {
+  template <typename T>
+  T operator()(T a, T b) const {
+    return a + b;
+  }
+};
+struct Max {
+  template <typename T>
+  T operator()(T a, T b) const {
+    return std::max(a, b);
+  }
+};
+struct Min {
+  template <typename T>
+  T operator()(T a, T b) const {
+    return std::min(a, b);
+  }
+};
+template <typename T, typename Fold>
+T ReduceInWarp(const char* name, uint32_t mask, T value) {
+  const WarpOp op = {name, [](uint32_t m, const uint64_t* v, const uint64_t*, uint64_t* r) {
+                       Reduce<T, Fold>(m, v, r);
+                     }};
+  return FromBits<T>(InWarp(op, mask, Bits(value), 0));
+}
+
+inline unsigned Lane() {
+  return (threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % 32;
+}
+
+}  // namespace cuda_shim
+
+inline void __syncwarp(unsigned mask = 0xffffffffu) {
+  cuda_shim::InWarp(cuda_shim::kSyncWarp, mask, 0, 0);
+}
+inline unsigned __ballot_sync(unsigned mask, int predicate) {
+  return static_cast<unsigned>(cuda_shim::InWarp(cuda_shim::kBallot, mask, predicate != 0, 0));
+}
+inline int __any_sync(unsigned mask, int predicate) {
+  return __ballot_sync(mask, predicate) != 0;
+}
+inline int __all_sync(unsigned mask, int predicate) {
+  return __ballot_sync(mask, !predicate) == 0;
+}
+template <typename T>
+unsigned __match_any_sync(unsigned mask, T value) {
+  return static_cast<unsigned>(
+      cuda_shim::InWarp(cuda_shim::kMatchAny, mask, cuda_shim::Bits(value), 0));
+}
+template <typename T>
+T __shfl_sync(unsigned mask, T value, int lane, int width = 32) {
+  const unsigned from =
+      (cuda_shim::Lane() & ~(width - 1u)) + (static_cast<unsigned>(lane) & (width - 1u));
+  return cuda_shim::FromBits<T>(
+      cuda_shim::InWarp(cuda_shim::kShuffle, mask, cuda_shim::Bits(value), from));
+}
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32) {
+  const unsigned own = cuda_shim::Lane();
+  unsigned from = own ^ static_cast<unsigned>(lanes);
+  if ((from & ~(width - 1u)) > (own & ~(width - 1u))) from = own;  // later segments are not read
+  return cuda_shim::FromBits<T>(
+      cuda_shim::InWarp(cuda_shim::kShuffle, mask, cuda_shim::Bits(value), from));
+}
+template <typename T>
+T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32) {
+  const unsigned own = cuda_shim::Lane();
+  const unsigned from =
+      (own & (width - 1u)) + delta < static_cast<unsigned>(width) ? own + delta : own;
+  return cuda_shim::FromBits<T>(
+      cuda_shim::InWarp(cuda_shim::kShuffle, mask, cuda_shim::Bits(value), from));
+}
+template <typename T>
+T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32) {
+  const unsigned own = cuda_shim::Lane();
+  const unsigned from = (own & (width - 1u)) >= delta ? own - delta : own;
+  return cuda_shim::FromBits<T>(
+      cuda_shim::InWarp(cuda_shim::kShuffle, mask, cuda_shim::Bits(value), from));
+}
+template <typename T>
+T __reduce_add_sync(unsigned mask, T value) {
+  return cuda_shim::ReduceInWarp<T, cuda_shim::Add>("__reduce_add_sync", mask, value);
+}
+template <typename T>
+T __reduce_max_sync(unsigned mask, T value) {
+  return cuda_shim::ReduceInWarp<T, cuda_shim::Max>("__reduce_max_sync", mask, value);
+}
+template <typename T>
+T __reduce_min_sync(unsigned mask, T value) {
+  return cuda_shim::ReduceInWarp<T, cuda_shim::Min>("__reduce_min_sync", mask, value);
+}
+
+// ---- memory
+// ----------------------------------------------------------------------------------------
+namespace cuda_shim {
+// Others may come between any two atomic operations.
+template <typename T, typename Change>
+T Atomically(T* at, const Change& change) {
+  Yield();
+  const T before = *at;
+  *at = change(before);
+  return before;
+}
+}  // namespace cuda_shim
+
+template <typename T>
+T atomicAdd(T* at, std::type_identity_t<T> value) {
+  return cuda_shim::Atomically(at, [&](T before) { return static_cast<T>(before + value); });
+}
+template <typename T>
+T atomicMax(T* at, std::type_identity_t<T> value) {
+  return cuda_shim::Atomically(at, [&](T before) { return std::max(before, value); });
+}
+template <typename T>
+T atomicMin(T* at, std::type_identity_t<T> value) {
+  return cuda_shim::Atomically(at, [&](T before) { return std::min(before, value); });
+}
+template <typename T>
+T atomicExch(T* at, std::type_identity_t<T> value) {
+  return cuda_shim::Atomically(at, [&](T) { return value; });
+}
+template <typename T>
+T atomicCAS(T* at, std::type_identity_t<T> compare, std::type_identity_t<T> value) {
+  return cuda_shim::Atomically(at, [&](T before) { return before == compare ? value : before; });
+}
+template <typename T>
+T __ldg(const T* at) {
+  return *at;
+}
+
+// ---- numbers
+// ---------------------------------------------------------------------------------------
+using std::max;
+using std::min;
+inline int __popc(unsigned x) {
+  return std::popcount(x);
+}
+inline int __clz(int x) {
+  return std::countl_zero(static_cast<unsigned>(x));
+}
+inline int __ffs(int x) {
+  return x == 0 ? 0 : std::countr_zero(static_cast<unsigned>(x)) + 1;
+}
+inline int __float_as_int(float x) {
+  return std::bit_cast<int>(x);
+}
+inline unsigned __float_as_uint(float x) {
+  return std::bit_cast<unsigned>(x);
+}
+inline float __int_as_float(int x) {
+  return std::bit_cast<float>(x);
+}
+inline float __uint_as_float(unsigned x) {
+  return std::bit_cast<float>(x);
+}
+inline unsigned __umulhi(unsigned a, unsigned b) {
+  return static_cast<unsigned>(uint64_t{a} * b >> 32);
+}
+
+// ---- the runtime
+// -----------------------------------------------------------------------------------
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorMemoryAllocation = 2,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorNotReady = 600,
+  cudaErrorLaunchFailure = 719,
+};
+using cudaStream_t = CUstream_st*;
+struct CUevent_st;
+using cudaEvent_t = CUevent_st*;
+enum cudaMemcpyKind {
+  cudaMemcpyHostToHost,
+  cudaMemcpyHostToDevice,
+  cudaMemcpyDeviceToHost,
+  cudaMemcpyDeviceToDevice,
+  cudaMemcpyDefault
+};
+inline constexpr unsigned cudaStreamNonBlocking = 1;
+inline constexpr unsigned cudaEventDisableTiming = 2;
+inline constexpr unsigned cudaHostAllocMapped = 2;
+
+const char* cudaGetErrorString(cudaError_t error);
+const char* cudaGetErrorName(cudaError_t error);
+cudaError_t cudaGetLastError();
+cudaError_t cudaGetDeviceCount(int* count);
+cudaError_t cudaMalloc(void** block, size_t bytes);
+cudaError_t cudaFree(void* block);
+cudaError_t cudaHostAlloc(void** block, size_t bytes, unsigned flags);
+cudaError_t cudaFreeHost(void* block);
+cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind);
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind,
+                            cudaStream_t stream = nullptr);
+cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream = nullptr);
+cudaError_t cudaMemset(void* to, int value, size_t bytes);
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags);
+cudaError_t cudaStreamDestroy(cudaStream_t stream);
+cudaError_t cudaStreamSynchronize(cudaStream_t stream);
+cudaError_t cudaStreamQuery(cudaStream_t stream);
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags = 0);
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags);
+cudaError_t cudaEventDestroy(cudaEvent_t event);
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream = nullptr);
+cudaError_t cudaEventQuery(cudaEvent_t event);
+cudaError_t cudaEventSynchronize(cudaEvent_t event);
+cudaError_t cudaDeviceSynchronize();
+
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+template <typename T>
+cudaError_t cudaFuncSetAttribute(T*, cudaFuncAttribute, int) {
+  return cudaSuccess;
+}
+
+enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative = 2 };
+struct cudaLaunchAttributeValue {
+  int cooperative = 0;
+};
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  cudaLaunchAttributeValue val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes = 0;
+  cudaStream_t stream = nullptr;
+  cudaLaunchAttribute* attrs = nullptr;
+  unsigned numAttrs = 0;
+};
+cudaError_t LaunchInShim(const cudaLaunchConfig_t& config, std::function<void()> body);
+
+// The arguments are copied at the launch, as a kernel's are.
+template <typename... Params, typename... Args>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...),
+                               Args&&... args) {
+  return LaunchInShim(*config,
+                      [kernel, copies = std::tuple<Params...>(std::forward<Args>(args)...)] {
+                        std::apply(kernel, copies);
+                      });
+}
+
+#endif  // BALLAST_TESTS_SUPPORT_CUDA_SHIM_CUDA_RUNTIME_H_

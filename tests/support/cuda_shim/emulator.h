@@ -1,0 +1,75 @@
+// Runs kernels on the processor: every thread of a block is a fiber, and a seeded choice says who
+// goes on whenever one of them waits. What a kernel may not rely on is as bad as it can be: blocks
+// start in any order, shared and device memory begin as noise, stores to peers arrive late, copies
+// and launches of different streams interleave. Built against this header, device code is plain
+// C++.
+//
+// THREADS one: all of it belongs to one system thread at a time.
+#ifndef BALLAST_TESTS_SUPPORT_CUDA_SHIM_EMULATOR_H_
+#define BALLAST_TESTS_SUPPORT_CUDA_SHIM_EMULATOR_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+
+struct CUstream_st;
+
+namespace cuda_shim {
+
+struct Shape {
+  unsigned x = 1, y = 1, z = 1;
+  unsigned count() const { return x * y * z; }
+};
+
+// What a collective operation of a warp does with the values of its lanes.
+struct WarpOp {
+  const char* name;
+  // Sets result[i] for every lane i of `mask` from value[] and argument[] of the lanes of `mask`.
+  void (*combine)(uint32_t mask, const uint64_t* value, const uint64_t* argument, uint64_t* result);
+};
+
+// ---- called by device code
+// -----------------------------------------------------------------------
+uint64_t InWarp(const WarpOp& op, uint32_t mask, uint64_t value, uint64_t argument);
+void Barrier();             // __syncthreads
+void Yield();               // another thread may go on; time passes
+void Fence();               // what this thread has stored or seen, others see
+std::byte* SharedMemory();  // of the block
+uint64_t Nanoseconds();     // on the device: advances with every switch
+// A store that others see at the next fence at the latest, and perhaps before.
+void StoreLate(void* to, const void* from, size_t bytes);
+[[noreturn]] void Trap(const char* why);
+
+// ---- called by host code
+// -------------------------------------------------------------------------
+struct Launch {
+  const char* name = "";
+  Shape grid, block;
+  size_t shared_bytes = 0;
+  std::function<void()> body;  // of one thread
+};
+void Enqueue(CUstream_st* stream, Launch launch);
+void Enqueue(CUstream_st* stream, std::function<void()> host_work);
+// Work that waits until `ready` says so.
+void EnqueueWait(CUstream_st* stream, std::function<bool()> ready);
+bool IsIdle(CUstream_st* stream);
+// Runs until the stream (nullptr of `all`: every stream) has nothing left. False: a kernel failed
+// or nothing can go on; the reason is LastFailure().
+bool RunUntilIdle(CUstream_st* stream, bool all);
+const char* LastFailure();  // empty: none
+
+std::byte* AllocateDevice(size_t bytes);
+// False: something wrote outside of the block, or it is not one.
+bool FreeDevice(void* block);
+// Names a block that something wrote outside of, or returns true.
+bool CheckDeviceBlocks();
+
+// ---- called by tests
+// ----------------------------------------------------------------------------- Begins a schedule:
+// every choice, and what fresh memory holds, follows from the seed. REQUIRES all streams are idle
+void Reseed(uint64_t seed);
+
+}  // namespace cuda_shim
+
+#endif  // BALLAST_TESTS_SUPPORT_CUDA_SHIM_EMULATOR_H_

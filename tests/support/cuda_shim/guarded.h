@@ -1,0 +1,34 @@
+// Memory with noise in it and guards around it.
+#ifndef BALLAST_TESTS_SUPPORT_CUDA_SHIM_GUARDED_H_
+#define BALLAST_TESTS_SUPPORT_CUDA_SHIM_GUARDED_H_
+
+#include <cstddef>
+#include <cstdint>
+
+namespace cuda_shim {
+
+// A block that begins as noise. A write beside it is found out by IntactGuards, and under the
+// address sanitizer, as a read is, when it happens.
+class Guarded {
+ public:
+  static constexpr size_t kAlignment = 1024;  // as much as any instruction asks of shared memory
+
+  Guarded(size_t bytes, uint64_t noise);
+  ~Guarded();
+  Guarded(const Guarded&) = delete;
+  Guarded& operator=(const Guarded&) = delete;
+
+  std::byte* data() const { return whole_ + kAlignment; }
+  size_t size() const { return bytes_; }
+  bool IntactGuards() const;
+
+ private:
+  void SetPoison(bool on) const;
+
+  std::byte* whole_;
+  size_t bytes_, whole_bytes_;
+};
+
+}  // namespace cuda_shim
+
+#endif  // BALLAST_TESTS_SUPPORT_CUDA_SHIM_GUARDED_H_

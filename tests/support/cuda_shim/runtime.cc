@@ -1,0 +1,148 @@
+// The functions of the CUDA runtime, over the emulator.
+#include <memory>
+
+#include "tests/support/cuda_shim/cuda_runtime.h"
+
+namespace {
+
+cudaError_t last_error = cudaSuccess;
+
+cudaError_t Note(cudaError_t error) {
+  if (error != cudaSuccess) last_error = error;
+  return error;
+}
+
+// An error stays with the context until the next schedule, as a device's does until its reset.
+cudaError_t Sound() {
+  return Note(cuda_shim::LastFailure()[0] == '\0' ? cudaSuccess : cudaErrorLaunchFailure);
+}
+
+cudaError_t Settle(CUstream_st* stream, bool all) {
+  if (!cuda_shim::RunUntilIdle(stream, all)) return Note(cudaErrorLaunchFailure);
+  return Note(cuda_shim::CheckDeviceBlocks() ? cudaSuccess : cudaErrorLaunchFailure);
+}
+
+}  // namespace
+
+struct CUevent_st {
+  // One more for each record; a wait is for the number at the time that it was asked for.
+  std::shared_ptr<uint64_t> recorded = std::make_shared<uint64_t>(0);
+  uint64_t wanted = 0;
+};
+
+const char* cudaGetErrorName(cudaError_t error) {
+  switch (error) {
+    case cudaSuccess:
+      return "cudaSuccess";
+    case cudaErrorInvalidValue:
+      return "cudaErrorInvalidValue";
+    case cudaErrorMemoryAllocation:
+      return "cudaErrorMemoryAllocation";
+    case cudaErrorInvalidConfiguration:
+      return "cudaErrorInvalidConfiguration";
+    case cudaErrorNotReady:
+      return "cudaErrorNotReady";
+    case cudaErrorLaunchFailure:
+      return "cudaErrorLaunchFailure";
+  }
+  return "unknown";
+}
+const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaErrorLaunchFailure ? cuda_shim::LastFailure() : cudaGetErrorName(error);
+}
+cudaError_t cudaGetLastError() {
+  return std::exchange(last_error, cudaSuccess);
+}
+cudaError_t cudaGetDeviceCount(int* count) {
+  *count = 1;
+  return cudaSuccess;
+}
+
+cudaError_t cudaMalloc(void** block, size_t bytes) {
+  *block = cuda_shim::AllocateDevice(bytes);
+  return cudaSuccess;
+}
+cudaError_t cudaFree(void* block) {
+  if (block == nullptr) return cudaSuccess;
+  const cudaError_t settled = Settle(nullptr, true);
+  return cuda_shim::FreeDevice(block) ? settled : Note(cudaErrorInvalidValue);
+}
+cudaError_t cudaHostAlloc(void** block, size_t bytes, unsigned) {
+  return cudaMalloc(block, bytes);
+}
+cudaError_t cudaFreeHost(void* block) {
+  return cudaFree(block);
+}
+
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind,
+                            cudaStream_t stream) {
+  cuda_shim::Enqueue(stream, [=] {
+    if (bytes > 0) std::memcpy(to, from, bytes);
+  });
+  return Sound();
+}
+cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
+  cudaMemcpyAsync(to, from, bytes, kind, nullptr);
+  return Settle(nullptr, false);
+}
+cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream) {
+  cuda_shim::Enqueue(stream, [=] { std::memset(to, value, bytes); });
+  return Sound();
+}
+cudaError_t cudaMemset(void* to, int value, size_t bytes) {
+  cudaMemsetAsync(to, value, bytes, nullptr);
+  return Settle(nullptr, false);
+}
+
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  return Settle(stream, false);
+}
+cudaError_t cudaDeviceSynchronize() {
+  return Settle(nullptr, true);
+}
+cudaError_t cudaStreamQuery(cudaStream_t stream) {
+  const cudaError_t sound = Sound();
+  if (sound != cudaSuccess) return sound;
+  return cuda_shim::IsIdle(stream) ? cudaSuccess : cudaErrorNotReady;
+}
+
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
+  *event = new CUevent_st;
+  return cudaSuccess;
+}
+cudaError_t cudaEventDestroy(cudaEvent_t event) {
+  delete event;
+  return cudaSuccess;
+}
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+  cuda_shim::Enqueue(
+      stream, [recorded = event->recorded, number = ++event->wanted] { *recorded = number; });
+  return Sound();
+}
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
+  cuda_shim::EnqueueWait(
+      stream, [recorded = event->recorded, number = event->wanted] { return *recorded >= number; });
+  return Sound();
+}
+cudaError_t cudaEventQuery(cudaEvent_t event) {
+  return *event->recorded >= event->wanted ? cudaSuccess : cudaErrorNotReady;
+}
+cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+  return cudaEventQuery(event) == cudaSuccess ? Sound() : Settle(nullptr, true);
+}
+
+cudaError_t LaunchInShim(const cudaLaunchConfig_t& config, std::function<void()> body) {
+  const auto shape = [](dim3 d) { return cuda_shim::Shape{d.x, d.y, d.z}; };
+  cuda_shim::Launch launch;
+  launch.grid = shape(config.gridDim);
+  launch.block = shape(config.blockDim);
+  launch.shared_bytes = config.dynamicSmemBytes;
+  launch.body = std::move(body);
+  constexpr size_t kMostShared = 227 << 10;  // of a block, on Hopper
+  if (launch.grid.count() == 0 || launch.block.count() == 0 || launch.block.count() > 1024 ||
+      launch.shared_bytes > kMostShared) {
+    return Note(cudaErrorInvalidConfiguration);
+  }
+  cuda_shim::Enqueue(config.stream, std::move(launch));
+  return Sound();
+}

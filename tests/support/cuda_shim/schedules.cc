@@ -1,0 +1,15 @@
+#include "tests/gpu/schedules.h"
+
+#include "tests/support/cuda_shim/emulator.h"
+
+namespace ballast::testing {
+
+void ForEachSchedule(const std::function<void(int round)>& body) {
+  constexpr int kSchedules = 20;
+  for (int round = 0; round < kSchedules; ++round) {
+    cuda_shim::Reseed(static_cast<uint64_t>(round) + 1);
+    body(round);
+  }
+}
+
+}  // namespace ballast::testing
