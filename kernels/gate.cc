@@ -11,14 +11,12 @@ namespace ballast {
 absl::Status CheckGate(const GateArgs& a) {
   const auto& r = a.rule;
   const size_t tokens = static_cast<size_t>(a.num_tokens);
-  if (r.num_experts < 1 || r.num_experts > kMaxExperts || r.top_k < 1 || r.top_k > kMaxTopK ||
-      r.num_groups < 1 || r.num_groups > kMaxGroups || r.num_experts % r.num_groups != 0 ||
-      r.top_groups < 1 || r.top_groups > r.num_groups ||
+  if (r.num_experts < 1 || r.num_experts > kMaxExperts || r.top_k < 1 || r.num_groups < 1 ||
+      r.num_experts % r.num_groups != 0 || r.top_groups < 1 || r.top_groups > r.num_groups ||
       r.top_k > r.num_experts / r.num_groups * r.top_groups) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("gate: ", r.num_experts, " experts in ", r.num_groups, " groups, top ",
-                     r.top_groups, " groups, top ", r.top_k, ": not a rule (at most ", kMaxExperts,
-                     " experts, ", kMaxGroups, " groups, top ", kMaxTopK, ")"));
+    return absl::InvalidArgumentError(absl::StrCat(
+        "gate: ", r.num_experts, " experts in ", r.num_groups, " groups, top ", r.top_groups,
+        " groups, top ", r.top_k, ": not a rule (at most ", kMaxExperts, " experts)"));
   }
   if (a.logits.size() != tokens * r.num_experts || a.ids.size() != tokens * r.top_k ||
       a.weights.size() != a.ids.size() ||
@@ -45,7 +43,7 @@ float Margin(float best, float left) {
 // Returns the group margin.
 float TakeOtherGroups(const GateRule& rule, const float* choice, bool* taken) {
   const int group_size = rule.num_experts / rule.num_groups;
-  float group_score[kMaxGroups];
+  float group_score[kMaxExperts];
   for (int g = 0; g < rule.num_groups; ++g) {
     float best = kNever, second = kNever;
     for (int i = g * group_size; i < (g + 1) * group_size; ++i) {

@@ -221,6 +221,11 @@ __global__ void __launch_bounds__(kThreads) GateKernel(GateView g) {
 
 absl::Status Gate(const GateArgs& a, Stream stream) {
   BALLAST_RETURN_IF_ERROR(CheckGate(a));
+  if (a.rule.top_k > kMaxTopK || a.rule.num_groups > kMaxGroups) {
+    return absl::InvalidArgumentError(absl::StrCat("gate: ", a.rule.num_groups, " groups, top ",
+                                                   a.rule.top_k, ": at most ", kMaxGroups,
+                                                   " groups and top ", kMaxTopK, " on a device"));
+  }
   const unsigned experts = static_cast<unsigned>(a.rule.num_experts);
   if (a.workspace.size() != 2 * experts + 1) {
     return absl::InvalidArgumentError("gate: the workspace does not fit the rule");

@@ -50,8 +50,6 @@ struct GateArgs {
 };
 
 inline constexpr int32_t kMaxExperts = 2048;
-inline constexpr int32_t kMaxTopK = 32;
-inline constexpr int32_t kMaxGroups = 32;
 
 // Whether the rule is one and the arrays fit it.
 absl::Status CheckGate(const GateArgs& args);
@@ -60,9 +58,12 @@ namespace cpu {
 absl::Status Gate(const GateArgs& args, Stream stream);
 }
 // The same bits. Pointers are to device memory. STREAM asynchronous, one launch.
+// ERRORS also kInvalidArgument: more than kMaxTopK choices or kMaxGroups groups, a lane for each
 namespace cuda {
+inline constexpr int32_t kMaxTopK = 32;
+inline constexpr int32_t kMaxGroups = 32;
 absl::Status Gate(const GateArgs& args, Stream stream);
-}
+}  // namespace cuda
 
 }  // namespace ballast
 
