@@ -1,6 +1,9 @@
 # The CUDA kernels: compiled for the device where BALLAST_WITH_CUDA says so, and everywhere for the emulator of the tests.
 set(BALLAST_DEVICE_SOURCES
+  kernels/copy_route.cu
   kernels/decoder_ops.cu
+  kernels/device_split.cu
+  kernels/exchange.cu
   kernels/gate.cu)
 
 if(BALLAST_WITH_CUDA)

@@ -71,6 +71,9 @@ inline constexpr int warpSize = 32;
 inline void __syncthreads() {
   cuda_shim::Barrier();
 }
+inline int __syncthreads_or(int predicate) {
+  return cuda_shim::BarrierOr(predicate != 0);
+}
 inline void __threadfence() {
   cuda_shim::Fence();
 }

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <deque>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "base/random.h"
@@ -68,6 +69,7 @@ struct Block {
   std::vector<std::unique_ptr<Thread>> threads;
   std::vector<std::vector<Meeting>> meetings;  // per warp
   unsigned alive = 0, at_barrier = 0;
+  bool any = false;  // of those at the barrier
   std::vector<LateStore> late;  // stored before a barrier: any fence of the block makes them seen
 };
 
@@ -184,12 +186,18 @@ class Emulator {
     return me->result;
   }
 
-  void AtBarrier() {
-    Block* block = current_->block;
-    Append(&current_->late, &block->late);
-    if (++block->at_barrier < block->alive) return Wait("__syncthreads");
-    OpenBarrier(block);
-    Yield();
+  bool AtBarrier(bool any) {
+    Thread* me = current_;
+    Block* block = me->block;
+    Append(&me->late, &block->late);
+    block->any |= any;
+    if (++block->at_barrier < block->alive) {
+      Wait("__syncthreads");
+    } else {
+      OpenBarrier(block);
+      Yield();
+    }
+    return me->result != 0;
   }
 
   void Store(void* to, const void* from, size_t bytes) {
@@ -229,7 +237,9 @@ class Emulator {
 
   void OpenBarrier(Block* block) {
     block->at_barrier = 0;
+    const bool any = std::exchange(block->any, false);
     for (auto& thread : block->threads) {
+      thread->result = any;
       if (thread->waits_for != nullptr && std::strcmp(thread->waits_for, "__syncthreads") == 0) {
         Wake(thread.get());
       }
@@ -412,7 +422,10 @@ uint64_t InWarp(const WarpOp& op, uint32_t mask, uint64_t value, uint64_t argume
   return TheEmulator().Meet(op, mask, value, argument);
 }
 void Barrier() {
-  TheEmulator().AtBarrier();
+  TheEmulator().AtBarrier(false);
+}
+bool BarrierOr(bool any) {
+  return TheEmulator().AtBarrier(any);
 }
 void Yield() {
   TheEmulator().Yield();

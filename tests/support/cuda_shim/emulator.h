@@ -33,6 +33,7 @@ struct WarpOp {
 // -----------------------------------------------------------------------
 uint64_t InWarp(const WarpOp& op, uint32_t mask, uint64_t value, uint64_t argument);
 void Barrier();             // __syncthreads
+bool BarrierOr(bool any);   // __syncthreads_or
 void Yield();               // another thread may go on; time passes
 void Fence();               // what this thread has stored or seen, others see
 std::byte* SharedMemory();  // of the block

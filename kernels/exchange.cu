@@ -1,0 +1,242 @@
+// Dispatch, expand and combine: each moves rows of 16-byte vectors, reads a row once, and keeps as
+// many accesses in flight as registers allow. All are bound by memory or by the links.
+#include "base/status.h"
+#include "kernels/exchange.cuh"
+#include "kernels/exchange.h"
+
+namespace ballast::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kMostBlocks = 1056;  // 8 blocks on each of 132 multiprocessors
+constexpr int kMostChoices = 32;   // top-k
+
+// ---- device functions
+// -------------------------------------------------------------------------------
+
+// Copies one row to up to kMostChoices places, by all threads of the block. Either to peers, or
+// what came from them.
+template <bool kToPeers>
+__device__ void CopyRow(const std::byte* from, std::byte* const* to, int num_to, int row_bytes) {
+  constexpr int kAtOnce = 4;  // independent loads per thread
+  const int vectors = row_bytes / 16;
+  for (int first = static_cast<int>(threadIdx.x); first < vectors; first += kAtOnce * kThreads) {
+    uint4 value[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int at = first + i * kThreads;
+      if (at >= vectors) continue;
+      const std::byte* vector = from + size_t{16} * at;
+      value[i] = kToPeers ? LoadStreaming(vector) : LoadFresh(vector);
+    }
+    for (int d = 0; d < num_to; ++d) {
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int at = first + i * kThreads;
+        if (at >= vectors) continue;
+        if constexpr (kToPeers) {
+          StorePeer(to[d] + size_t{16} * at, value[i]);
+        } else {
+          StoreStreaming(to[d] + size_t{16} * at, value[i]);
+        }
+      }
+    }
+  }
+}
+
+struct RowTargets {
+  std::byte* to[kMostChoices];
+  int count;
+};
+
+// Tells every rank which rows the copies of token t have there.
+__device__ void PublishRows(const DispatchArgs& a, const Exchange& x, int t) {
+  const ArenaShape& shape = x.shape;
+  const size_t first = static_cast<size_t>(t) * shape.top_k;
+  const size_t slot = (static_cast<size_t>(x.rank) * shape.max_tokens + t) * shape.top_k;
+  const int entries = shape.num_ranks * shape.top_k;
+  for (int i = static_cast<int>(threadIdx.x); i < entries; i += kThreads) {
+    const int rank = i / shape.top_k, k = i % shape.top_k;
+    int32_t* rows = InArena<int32_t>(x, rank, shape.row_of_copy_offset());
+    StorePeer(&rows[slot + k], a.copy_rank[first + k] == rank ? a.copy_row[first + k] : -1);
+  }
+}
+
+__device__ void DispatchRows(const DispatchArgs& a, const Exchange& x, Part part,
+                             RowTargets& targets) {
+  const ArenaShape& shape = x.shape;
+  for (int t = part.index; t < a.num_tokens; t += part.count) {
+    __syncthreads();  // the targets of the token before are read
+    if (threadIdx.x < kWarp) {
+      const int k = static_cast<int>(threadIdx.x);
+      const int rank =
+          k < shape.top_k ? a.copy_rank[static_cast<size_t>(t) * shape.top_k + k] : -1 - k;
+      const unsigned same = __match_any_sync(kFullWarp, rank);
+      const bool first = rank >= 0 && __ffs(static_cast<int>(same)) - 1 == k;
+      const unsigned firsts = __ballot_sync(kFullWarp, first);
+      if (first) {
+        const size_t slot = static_cast<size_t>(x.rank) * shape.max_tokens + t;
+        targets.to[__popc(firsts & ((1u << k) - 1))] = InArena<std::byte>(
+            x, rank, shape.rows_offset() + slot * static_cast<size_t>(shape.row_bytes));
+      }
+      if (k == 0) targets.count = __popc(firsts);
+    }
+    __syncthreads();
+    PublishRows(a, x, t);
+    CopyRow<true>(a.x + static_cast<size_t>(t) * shape.row_bytes, targets.to, targets.count,
+                  shape.row_bytes);
+  }
+}
+
+// The last block of the rank tells the others that all rows are there.
+__device__ void EndDispatch(const DispatchArgs& a, const Exchange& x, Part part, int& ticket) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence_system();  // what this block stored, before it is counted
+    ticket = atomicAdd(a.blocks_done, 1);
+  }
+  __syncthreads();
+  if (ticket != part.count - 1) return;
+  __threadfence_system();
+  if (threadIdx.x == 0) *a.blocks_done = 0;
+  for (int r = static_cast<int>(threadIdx.x); r < x.shape.num_ranks; r += kThreads) {
+    StorePeer(&InArena<int32_t>(x, r, x.shape.tokens_offset())[x.rank], a.num_tokens);
+  }
+  RaiseFlag(x, Flag::kRows);
+}
+
+__device__ void ExpandRows(const ExpandArgs& a, const Exchange& x, Part part, RowTargets& targets) {
+  const ArenaShape& shape = x.shape;
+  const int32_t* row_of_copy = InArena<int32_t>(x, x.rank, shape.row_of_copy_offset());
+  const int32_t* num_tokens = InArena<int32_t>(x, x.rank, shape.tokens_offset());
+  const std::byte* rows = InArena<std::byte>(x, x.rank, shape.rows_offset());
+  int before = 0;  // tokens of earlier sources: the blocks take turns over all of them
+  for (int source = 0; source < shape.num_ranks; ++source) {
+    const int tokens = LoadPeer(&num_tokens[source]);
+    const int begin = (part.index - before % part.count + part.count) % part.count;
+    before += tokens;
+    for (int t = begin; t < tokens; t += part.count) {
+      const size_t slot = static_cast<size_t>(source) * shape.max_tokens + t;
+      __syncthreads();  // the targets of the token before are read
+      if (threadIdx.x < kWarp) {
+        const int k = static_cast<int>(threadIdx.x);
+        const int row = k < shape.top_k ? LoadPeer(&row_of_copy[slot * shape.top_k + k]) : -1;
+        const unsigned here = __ballot_sync(kFullWarp, row >= 0);
+        if (row >= 0) {
+          targets.to[__popc(here & ((1u << k) - 1))] =
+              a.x + static_cast<size_t>(row) * shape.row_bytes;
+        }
+        if (k == 0) targets.count = __popc(here);
+      }
+      __syncthreads();
+      if (targets.count == 0) continue;
+      CopyRow<false>(rows + slot * static_cast<size_t>(shape.row_bytes), targets.to, targets.count,
+                     shape.row_bytes);
+    }
+  }
+}
+
+// The results of one token's copies, where they are.
+struct Results {
+  const std::byte* row[kMostChoices];
+  float weight[kMostChoices];
+};
+
+template <typename T>
+__device__ void CombineRows(const PullCombineArgs& a, const Exchange& x, Part part,
+                            Results& results) {
+  constexpr int kSize = Vector<T>::kSize;
+  constexpr int kAtOnce = 8;  // rows whose vectors are in flight
+  const ArenaShape& shape = x.shape;
+  const int vectors = shape.row_bytes / 16;
+  for (int t = part.index; t < a.num_tokens; t += part.count) {
+    __syncthreads();  // the results of the token before are read
+    const int k = static_cast<int>(threadIdx.x);
+    if (k < shape.top_k) {
+      const size_t copy = static_cast<size_t>(t) * shape.top_k + k;
+      results.weight[k] = a.weights[copy];
+      results.row[k] = InArena<std::byte>(x, a.copy_rank[copy], shape.results_offset()) +
+                       static_cast<size_t>(a.copy_row[copy]) * shape.row_bytes;
+    }
+    __syncthreads();
+    for (int at = static_cast<int>(threadIdx.x); at < vectors; at += kThreads) {
+      const size_t first = (static_cast<size_t>(t) * vectors + at) * kSize;
+      float sum[kSize];
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) sum[i] = a.base[first + i];
+      for (int begin = 0; begin < shape.top_k; begin += kAtOnce) {
+        uint4 bits[kAtOnce];
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) {
+          if (begin + j < shape.top_k)
+            bits[j] = LoadFresh(results.row[begin + j] + size_t{16} * at);
+        }
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) {
+          if (begin + j >= shape.top_k) break;
+          const Vector<T> row(bits[j]);
+#pragma unroll
+          for (int i = 0; i < kSize; ++i) {
+            sum[i] = fmaf(results.weight[begin + j], ToFloat(row.at[i]), sum[i]);
+          }
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) a.out[first + i] = sum[i];
+    }
+  }
+}
+
+// ---- kernels
+// ----------------------------------------------------------------------------------------
+
+__global__ void __launch_bounds__(kThreads) DispatchKernel(DispatchArgs a, Exchange x) {
+  struct Memory {
+    RowTargets targets;
+    int ticket;
+  };
+  Memory& memory = Shared<Memory>();
+  if (HasFailed(x.status)) return;
+  DispatchRows(a, x, WholeGrid(), memory.targets);
+  EndDispatch(a, x, WholeGrid(), memory.ticket);
+}
+
+__global__ void __launch_bounds__(kThreads) ExpandKernel(ExpandArgs a, Exchange x) {
+  if (HasFailed(x.status) || !AwaitFlags(x, Flag::kRows, ExchangeCode::kRowsLate)) return;
+  ExpandRows(a, x, WholeGrid(), Shared<RowTargets>());
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads) CombineKernel(PullCombineArgs a, Exchange x) {
+  if (HasFailed(x.status)) return;
+  if (blockIdx.x == 0) RaiseFlag(x, Flag::kResults);  // the kernels before this one made them
+  if (!AwaitFlags(x, Flag::kResults, ExchangeCode::kResultsLate)) return;
+  CombineRows<T>(a, x, WholeGrid(), Shared<Results>());
+}
+
+}  // namespace
+
+// ---- launchers
+// --------------------------------------------------------------------------------------
+
+absl::Status Dispatch(const DispatchArgs& a, const Exchange& x, Stream stream) {
+  const int blocks = std::min(std::max(a.num_tokens, 1), kMostBlocks);
+  return Launch({static_cast<unsigned>(blocks), kThreads, sizeof(RowTargets) + 16}, stream,
+                DispatchKernel, a, x);
+}
+
+absl::Status Expand(const ExpandArgs& a, const Exchange& x, Stream stream) {
+  // How many tokens come is known on the device only.
+  const int blocks = std::min(x.shape.max_tokens, kMostBlocks);
+  return Launch({static_cast<unsigned>(blocks), kThreads, sizeof(RowTargets)}, stream, ExpandKernel,
+                a, x);
+}
+
+absl::Status PullCombine(const PullCombineArgs& a, const Exchange& x, Stream stream) {
+  const int blocks = std::min(std::max(a.num_tokens, 1), kMostBlocks);
+  const LaunchShape shape = {static_cast<unsigned>(blocks), kThreads, sizeof(Results)};
+  if (a.type == DType::kF32) return Launch(shape, stream, CombineKernel<float>, a, x);
+  return Launch(shape, stream, CombineKernel<__nv_bfloat16>, a, x);
+}
+
+}  // namespace ballast::cuda

@@ -1,0 +1,136 @@
+// The exchange between ranks that can write into each other's memory: dispatch pushes rows, combine
+// pulls results, flags that carry a number say how far a rank is. A rank knows its peers by the
+// address of their arenas alone: other processes' memory, other devices', or parts of one block.
+//
+//   gate -> [counts] -> split -> route -> dispatch -> [rows] -> expand -> experts -> [results] ->
+//   combine                        [x]: a flag of that name is raised and waited for
+//
+// A flag is raised with the number of the exchange, so nothing is ever cleared. A peer's memory of
+// exchange n is not touched by n + 1 before its owner is through with it: who raises the counts of
+// n + 1 has combined n, for which it has waited for everyone's results.
+#ifndef BALLAST_KERNELS_EXCHANGE_H_
+#define BALLAST_KERNELS_EXCHANGE_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
+#include "absl/status/status.h"
+#include "base/dtype.h"
+#include "kernels/stream.h"
+
+namespace ballast {
+
+inline constexpr int32_t kMaxPeers = 128;
+
+// What a rank's flags say about another rank.
+enum class Flag : int32_t { kCounts, kRows, kResults };
+inline constexpr int32_t kNumFlags = 3;
+
+// What ended an exchange. The word in device memory is code << 16 | rank; the first one stays.
+enum class ExchangeCode : uint32_t {
+  kOk = 0,
+  kCountsLate = 1,    // the rank's counts did not come before the deadline
+  kRowsLate = 2,      // nor its rows
+  kResultsLate = 3,   // nor its results
+  kRowsExceeded = 4,  // the rank would get more rows than it has room for
+  kSharesWrong = 5,   // the shares of an expert are fewer than its copies (a bug)
+};
+// OK, or what the word says. `rank` in the message is one of this exchange's ranks.
+absl::Status ToStatus(uint32_t status_word);
+
+// Where things are in an arena, the same on all ranks; every part begins at a multiple of 128
+// bytes.
+struct ArenaShape {
+  int32_t num_ranks = 0;
+  int32_t num_experts = 0;
+  int32_t num_kinds = 2;   // of tokens, counted apart: prefill and decode
+  int32_t max_tokens = 0;  // of one rank in one exchange
+  int32_t top_k = 0;
+  int32_t row_bytes = 0;     // a multiple of 16
+  int32_t row_capacity = 0;  // rows that a rank may get for its experts
+
+  // counts [R, kinds, E]: of the sources, as they come
+  size_t counts_offset() const { return 0; }
+  // flags [kNumFlags, R], each in a line of its own
+  size_t flags_offset() const {
+    return End(counts_offset(), 4ull * num_ranks * num_kinds * num_experts);
+  }
+  // num_tokens [R] of the sources
+  size_t tokens_offset() const {
+    return End(flags_offset(), size_t{kFlagBytes} * kNumFlags * num_ranks);
+  }
+  // row_of_copy [R, max_tokens, K]: of each copy of a source, its row here, or -1
+  size_t row_of_copy_offset() const { return End(tokens_offset(), 4ull * num_ranks); }
+  // rows [R, max_tokens, row_bytes]: token t of source s at [s, t], where a copy of it comes here
+  size_t rows_offset() const {
+    return End(row_of_copy_offset(), 4ull * num_ranks * max_tokens * top_k);
+  }
+  // results [row_capacity, row_bytes]
+  size_t results_offset() const {
+    return End(rows_offset(), size_t{1} * num_ranks * max_tokens * row_bytes);
+  }
+  size_t bytes() const { return End(results_offset(), size_t{1} * row_capacity * row_bytes); }
+
+  static constexpr size_t kFlagBytes = 128;
+
+ private:
+  static constexpr size_t kPart = 128;
+  static constexpr size_t End(size_t begin, size_t bytes) {
+    return (begin + bytes + kPart - 1) / kPart * kPart;
+  }
+};
+// ERRORS kInvalidArgument names what is out of range
+absl::Status CheckArenaShape(const ArenaShape& shape);
+
+// What one rank needs to take part in exchange `number`.
+struct Exchange {
+  ArenaShape shape;
+  std::byte* arena[kMaxPeers] = {};  // [R]; arena[rank] is this rank's own
+  int32_t rank = 0;
+  uint32_t number = 0;       // counts from 1; flags begin as 0
+  uint64_t deadline_ns = 0;  // of every wait
+  uint32_t* status =
+      nullptr;  // stays what it first became; a kernel that finds it set does nothing
+};
+
+// Sends each token's row once to every rank that needs it, and to all ranks where its copies go.
+// SHAPES x [T, row_bytes]
+struct DispatchArgs {
+  int32_t num_tokens = 0;
+  const std::byte* x = nullptr;
+  const int32_t* copy_rank = nullptr;
+  const int32_t* copy_row = nullptr;
+  int32_t* blocks_done = nullptr;  // zero before the first call, left zero
+};
+
+// Waits for the rows of all sources and copies each to the rows of its copies.
+// SHAPES x [row_capacity, row_bytes]: rows that no copy has are left as they are
+struct ExpandArgs {
+  std::byte* x = nullptr;
+};
+
+// Tells all that this rank's results are there, waits for theirs, and adds them up:
+//   out[t] = base[t] + sum over k of weight[t, k] * result(t, k), k ascending, in fp32
+// SHAPES weights [T, K]; base, out [T, width] fp32 (may be one array), width = row_bytes / size
+struct PullCombineArgs {
+  int32_t num_tokens = 0;
+  DType type = DType::kBF16;
+  const int32_t* copy_rank = nullptr;
+  const int32_t* copy_row = nullptr;
+  const float* weights = nullptr;
+  const float* base = nullptr;
+  float* out = nullptr;
+};
+
+// STREAM asynchronous: in this order on one stream of the rank. Every wait has the deadline of the
+// exchange; what it missed is in *status then, and all later kernels of the exchange do nothing.
+namespace cuda {
+absl::Status Dispatch(const DispatchArgs& args, const Exchange& exchange, Stream stream);
+absl::Status Expand(const ExpandArgs& args, const Exchange& exchange, Stream stream);
+absl::Status PullCombine(const PullCombineArgs& args, const Exchange& exchange, Stream stream);
+}  // namespace cuda
+
+}  // namespace ballast
+
+#endif  // BALLAST_KERNELS_EXCHANGE_H_
