@@ -11,7 +11,7 @@ if(BALLAST_WITH_CUDA)
   find_package(CUDAToolkit REQUIRED)
   ballast_library(kernels_cuda SOURCES ${BALLAST_DEVICE_SOURCES} PUBLIC ballast_kernels CUDA::cudart)
   # CMake 3.25 does not know C++20 for CUDA.
-  target_compile_options(ballast_kernels_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-std=c++20 -fmad=false>)
+  target_compile_options(ballast_kernels_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-std=c++20 -fmad=false --expt-relaxed-constexpr>)
   if(BALLAST_WERROR)
     target_compile_options(ballast_kernels_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-Werror=all-warnings>)
   endif()

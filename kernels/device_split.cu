@@ -26,10 +26,10 @@ struct Work {
   int* give;     // [R] host of the parent rank that would give copies, or -1
   int* take;     // [R] host of this rank that would take them
   int* scratch;  // [kWarps, 2, R]: of the sources of an expert, of its hosts
-  int* scalar;   // [4]
+  int* scalar;   // [3]
 };
 
-constexpr int kNumShared = 0, kTail = 1, kPushed = 2, kTarget = 3;  // in scalar
+constexpr int kNumShared = 0, kTail = 1, kPushed = 2;  // in scalar
 
 __host__ __device__ inline Work WorkAt(int* base, const DeviceHosts& hosts) {
   const int num_experts = hosts.num_experts, num_ranks = hosts.num_ranks;
@@ -56,7 +56,7 @@ __host__ __device__ inline Work WorkAt(int* base, const DeviceHosts& hosts) {
 size_t WorkBytes(const DeviceHosts& hosts) {
   constexpr uintptr_t kBase = 1024;  // no memory: only addresses are worked out
   const Work w = WorkAt(reinterpret_cast<int*>(kBase), hosts);
-  return reinterpret_cast<uintptr_t>(w.scalar + 4) - kBase;
+  return reinterpret_cast<uintptr_t>(w.scalar + 3) - kBase;
 }
 
 __device__ int CeilDivide(int a, int b) {
@@ -299,16 +299,12 @@ __device__ int Overlap(int begin_a, int end_a, int begin_b, int end_b) {
   return max(0, min(end_a, end_b) - max(begin_a, begin_b));
 }
 
-// Cuts the quotas of one expert with several hosts, by one warp: a source serves its own rank
-// first, then its node, then the others, in ascending order. Serving in order is the overlap of two
-// rows of intervals, the sources' counts and the hosts' quotas, so every host can be worked out by
-// itself.
-__device__ void CutExpert(const DeviceSplitArgs& a, const Work& w, int e, unsigned lane, int* count,
-                          int* quota) {
+// The sources' counts of the expert and the hosts' quotas, less what every rank keeps of its own.
+__device__ void KeepOwn(const DeviceSplitArgs& a, const Work& w, int first, int n, unsigned lane,
+                        int* count, int* quota) {
   const DeviceHosts& hosts = a.hosts;
-  const int ranks = hosts.num_ranks;
-  const int first = hosts.host_offsets[e], n = hosts.host_offsets[e + 1] - first;
-  for (int s = static_cast<int>(lane); s < ranks; s += kWarp) {
+  const int e = hosts.expert_of_host[first];
+  for (int s = static_cast<int>(lane); s < hosts.num_ranks; s += kWarp) {
     count[s] = 0;
     for (int kind = 0; kind < a.num_kinds; ++kind) {
       const size_t row = static_cast<size_t>(s) * a.num_kinds + kind;
@@ -316,13 +312,24 @@ __device__ void CutExpert(const DeviceSplitArgs& a, const Work& w, int e, unsign
     }
   }
   __syncwarp();
-  for (int i = static_cast<int>(lane); i < n; i += kWarp) {  // own rank
+  for (int i = static_cast<int>(lane); i < n; i += kWarp) {
     const int to = hosts.host_rank[first + i];
     const int kept = min(count[to], w.quota[first + i]);
     count[to] -= kept;
     quota[i] = w.quota[first + i] - kept;
   }
   __syncwarp();
+}
+
+// Cuts the quotas of one expert with several hosts, by one warp: a source serves its own rank
+// first, then its node, then the others, in ascending order. Serving in order is the overlap of two
+// rows of intervals, the sources' counts and the hosts' quotas, so every host can be worked out by
+// itself.
+__device__ void CutExpert(const DeviceSplitArgs& a, const Work& w, int e, unsigned lane, int* count,
+                          int* quota) {
+  const DeviceHosts& hosts = a.hosts;
+  const int first = hosts.host_offsets[e], n = hosts.host_offsets[e + 1] - first;
+  KeepOwn(a, w, first, n, lane, count, quota);
 
   // Within each node: interval [begin, begin + length) of a host or source among its like.
   const auto sources_before = [&](int node, int s) {
@@ -361,7 +368,7 @@ __device__ void CutExpert(const DeviceSplitArgs& a, const Work& w, int e, unsign
       const int near = sources_before(node, a.rank);
       before += Overlap(0, near, begin, end);
       if (node == own_node) send += Overlap(near, near + count[a.rank], begin, end);
-      far_quota = quota[i] - Overlap(begin, end, 0, sources_before(node, ranks));
+      far_quota = quota[i] - Overlap(begin, end, 0, sources_before(node, hosts.num_ranks));
     }
     int through = far_quota;  // the sum up to this lane
     for (unsigned step = 1; step < kWarp; step *= 2) {

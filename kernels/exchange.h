@@ -51,26 +51,28 @@ struct ArenaShape {
   int32_t row_capacity = 0;  // rows that a rank may get for its experts
 
   // counts [R, kinds, E]: of the sources, as they come
-  size_t counts_offset() const { return 0; }
+  constexpr size_t counts_offset() const { return 0; }
   // flags [kNumFlags, R], each in a line of its own
-  size_t flags_offset() const {
+  constexpr size_t flags_offset() const {
     return End(counts_offset(), 4ull * num_ranks * num_kinds * num_experts);
   }
   // num_tokens [R] of the sources
-  size_t tokens_offset() const {
+  constexpr size_t tokens_offset() const {
     return End(flags_offset(), size_t{kFlagBytes} * kNumFlags * num_ranks);
   }
   // row_of_copy [R, max_tokens, K]: of each copy of a source, its row here, or -1
-  size_t row_of_copy_offset() const { return End(tokens_offset(), 4ull * num_ranks); }
+  constexpr size_t row_of_copy_offset() const { return End(tokens_offset(), 4ull * num_ranks); }
   // rows [R, max_tokens, row_bytes]: token t of source s at [s, t], where a copy of it comes here
-  size_t rows_offset() const {
+  constexpr size_t rows_offset() const {
     return End(row_of_copy_offset(), 4ull * num_ranks * max_tokens * top_k);
   }
   // results [row_capacity, row_bytes]
-  size_t results_offset() const {
+  constexpr size_t results_offset() const {
     return End(rows_offset(), size_t{1} * num_ranks * max_tokens * row_bytes);
   }
-  size_t bytes() const { return End(results_offset(), size_t{1} * row_capacity * row_bytes); }
+  constexpr size_t bytes() const {
+    return End(results_offset(), size_t{1} * row_capacity * row_bytes);
+  }
 
   static constexpr size_t kFlagBytes = 128;
 

@@ -69,7 +69,7 @@ struct Block {
   std::vector<std::unique_ptr<Thread>> threads;
   std::vector<std::vector<Meeting>> meetings;  // per warp
   unsigned alive = 0, at_barrier = 0;
-  bool any = false;  // of those at the barrier
+  bool any = false;             // of those at the barrier
   std::vector<LateStore> late;  // stored before a barrier: any fence of the block makes them seen
 };
 
@@ -411,11 +411,6 @@ Emulator& TheEmulator() {
   return emulator;
 }
 
-std::vector<std::unique_ptr<Guarded>>& DeviceBlocks() {
-  static std::vector<std::unique_ptr<Guarded>> blocks;
-  return blocks;
-}
-
 }  // namespace
 
 uint64_t InWarp(const WarpOp& op, uint32_t mask, uint64_t value, uint64_t argument) {
@@ -455,6 +450,9 @@ void Enqueue(CUstream_st* stream, std::function<void()> host_work) {
 void EnqueueWait(CUstream_st* stream, std::function<bool()> ready) {
   TheEmulator().Push(stream, {Work::Kind::kWait, {}, {}, std::move(ready)});
 }
+uint64_t Noise() {
+  return TheEmulator().Noise();
+}
 bool IsIdle(CUstream_st* stream) {
   return TheEmulator().Idle(stream);
 }
@@ -467,30 +465,6 @@ const char* LastFailure() {
 void Reseed(uint64_t seed) {
   TheEmulator().failure_.clear();
   TheEmulator().Reseed(seed);
-}
-
-std::byte* AllocateDevice(size_t bytes) {
-  DeviceBlocks().push_back(std::make_unique<Guarded>(bytes, TheEmulator().Noise()));
-  return DeviceBlocks().back()->data();
-}
-
-bool FreeDevice(void* block) {
-  auto& blocks = DeviceBlocks();
-  const auto it =
-      std::find_if(blocks.begin(), blocks.end(), [&](const auto& b) { return b->data() == block; });
-  if (it == blocks.end()) return false;
-  const bool intact = (*it)->IntactGuards();
-  blocks.erase(it);
-  return intact;
-}
-
-bool CheckDeviceBlocks() {
-  for (const auto& block : DeviceBlocks()) {
-    if (block->IntactGuards()) continue;
-    std::fprintf(stderr, "cuda_shim: a write outside of a block of %zu bytes\n", block->size());
-    return false;
-  }
-  return true;
 }
 
 }  // namespace cuda_shim

@@ -60,6 +60,7 @@ bool IsIdle(CUstream_st* stream);
 bool RunUntilIdle(CUstream_st* stream, bool all);
 const char* LastFailure();  // empty: none
 
+uint64_t Noise();  // what fresh memory holds
 std::byte* AllocateDevice(size_t bytes);
 // False: something wrote outside of the block, or it is not one.
 bool FreeDevice(void* block);
