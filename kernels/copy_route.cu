@@ -12,8 +12,7 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / static_cast<int>(kWarp);
 constexpr int kChunk = kRouteTile / kWarps;  // copies of a warp, which follow one another
 
-// ---- device functions
-// -------------------------------------------------------------------------------
+// ---- device functions -------------------------------------------------------------------------
 
 // Calls visit(copy, expert, earlier) for the copies of this warp's chunk of the tile, in steps of a
 // warp, where `earlier` is how many copies of the expert the counters hold before it, and counts
@@ -61,8 +60,7 @@ __device__ void Route(const CopyRouteArgs& a, int copy, int expert, int place) {
   a.copy_row[copy] = a.row_begin[h] + place;
 }
 
-// ---- kernels
-// ----------------------------------------------------------------------------------------
+// ---- kernels ----------------------------------------------------------------------------------
 
 __global__ void __launch_bounds__(kThreads) TileCountsKernel(CopyRouteArgs a) {
   int* counters = &Shared<int>();
@@ -100,8 +98,7 @@ __global__ void __launch_bounds__(kThreads) RouteKernel(CopyRouteArgs a) {
 
 }  // namespace
 
-// ---- launchers
-// --------------------------------------------------------------------------------------
+// ---- launchers --------------------------------------------------------------------------------
 
 absl::Status RouteCopies(const CopyRouteArgs& a, Stream stream) {
   const int tiles = NumRouteTiles(a.num_tokens * a.top_k);

@@ -67,8 +67,7 @@ __device__ unsigned LanesBelow(unsigned lane) {
   return (1u << lane) - 1;
 }
 
-// ---- by all threads
-// ---------------------------------------------------------------------------------
+// ---- by all threads ---------------------------------------------------------------------------
 
 __device__ void SumDemand(const DeviceSplitArgs& a, const Work& w) {
   const int experts = a.hosts.num_experts;
@@ -117,8 +116,7 @@ __device__ void PlaceSingles(const DeviceSplitArgs& a, const Work& w) {
   }
 }
 
-// ---- by one warp
-// ------------------------------------------------------------------------------------
+// ---- by one warp ------------------------------------------------------------------------------
 
 // Divides the expert's demand over its hosts as water finds its level (ExactSplitter::Pour).
 __device__ void Pour(const DeviceHosts& hosts, const Work& w, int e, unsigned lane) {
@@ -292,8 +290,7 @@ __device__ void Balance(const DeviceHosts& hosts, const Work& w, unsigned lane) 
   }
 }
 
-// ---- the cut
-// ----------------------------------------------------------------------------------------
+// ---- the cut ----------------------------------------------------------------------------------
 
 __device__ int Overlap(int begin_a, int end_a, int begin_b, int end_b) {
   return max(0, min(end_a, end_b) - max(begin_a, begin_b));
@@ -386,8 +383,7 @@ __device__ void CutExpert(const DeviceSplitArgs& a, const Work& w, int e, unsign
   }
 }
 
-// ---- the block
-// --------------------------------------------------------------------------------------
+// ---- the block --------------------------------------------------------------------------------
 
 // Where the groups of every rank begin.
 __device__ void LayOut(const DeviceSplitArgs& a, const Work& w) {
@@ -447,8 +443,7 @@ __device__ void PublishCounts(const Exchange& x, const int32_t* own_counts) {
   }
 }
 
-// ---- kernels
-// ----------------------------------------------------------------------------------------
+// ---- kernels ----------------------------------------------------------------------------------
 
 __global__ void __launch_bounds__(kThreads) SplitKernel(DeviceSplitArgs a) {
   SplitBlock(a, WorkAt(&Shared<int>(), a.hosts));
@@ -478,8 +473,7 @@ absl::Status Reserve(Kernel* kernel, const DeviceHosts& hosts, size_t* bytes) {
 
 }  // namespace
 
-// ---- launchers
-// --------------------------------------------------------------------------------------
+// ---- launchers --------------------------------------------------------------------------------
 
 absl::Status SplitOnDevice(const DeviceSplitArgs& a, Stream stream) {
   size_t bytes = 0;

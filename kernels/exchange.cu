@@ -11,8 +11,7 @@ constexpr int kThreads = 256;
 constexpr int kMostBlocks = 1056;  // 8 blocks on each of 132 multiprocessors
 constexpr int kMostChoices = 32;   // top-k
 
-// ---- device functions
-// -------------------------------------------------------------------------------
+// ---- device functions -------------------------------------------------------------------------
 
 // Copies one row to up to kMostChoices places, by all threads of the block. Either to peers, or
 // what came from them.
@@ -94,10 +93,10 @@ __device__ void EndDispatch(const DispatchArgs& a, const Exchange& x, Part part,
   if (threadIdx.x == 0) {
     __threadfence_system();  // what this block stored, before it is counted
     ticket = atomicAdd(a.blocks_done, 1);
+    __threadfence_system();  // and what those counted before have stored, before what follows
   }
   __syncthreads();
   if (ticket != part.count - 1) return;
-  __threadfence_system();
   if (threadIdx.x == 0) *a.blocks_done = 0;
   for (int r = static_cast<int>(threadIdx.x); r < x.shape.num_ranks; r += kThreads) {
     StorePeer(&InArena<int32_t>(x, r, x.shape.tokens_offset())[x.rank], a.num_tokens);
@@ -187,15 +186,26 @@ __device__ void CombineRows(const PullCombineArgs& a, const Exchange& x, Part pa
   }
 }
 
-// ---- kernels
-// ----------------------------------------------------------------------------------------
+// Tells all that this rank's results are there: the kernels before this one made them. The first
+// block to run does it: all wait for it, so it must be one that surely runs.
+__device__ void AnnounceResults(const PullCombineArgs& a, const Exchange& x, int& ticket) {
+  if (threadIdx.x == 0) {
+    ticket = atomicAdd(a.blocks_begun, 1);
+    if (ticket == static_cast<int>(gridDim.x) - 1) *a.blocks_begun = 0;
+  }
+  __syncthreads();
+  if (ticket == 0) RaiseFlag(x, Flag::kResults);
+}
+
+// ---- kernels ----------------------------------------------------------------------------------
+
+struct DispatchMemory {
+  RowTargets targets;
+  int ticket;
+};
 
 __global__ void __launch_bounds__(kThreads) DispatchKernel(DispatchArgs a, Exchange x) {
-  struct Memory {
-    RowTargets targets;
-    int ticket;
-  };
-  Memory& memory = Shared<Memory>();
+  DispatchMemory& memory = Shared<DispatchMemory>();
   if (HasFailed(x.status)) return;
   DispatchRows(a, x, WholeGrid(), memory.targets);
   EndDispatch(a, x, WholeGrid(), memory.ticket);
@@ -206,22 +216,39 @@ __global__ void __launch_bounds__(kThreads) ExpandKernel(ExpandArgs a, Exchange 
   ExpandRows(a, x, WholeGrid(), Shared<RowTargets>());
 }
 
+__global__ void __launch_bounds__(kThreads)
+    VirtualRanksKernel(const VirtualRank* ranks, int blocks_per_rank) {
+  DispatchMemory& memory = Shared<DispatchMemory>();
+  const VirtualRank& v = ranks[static_cast<int>(blockIdx.x) / blocks_per_rank];
+  const Part part = {static_cast<int>(blockIdx.x) % blocks_per_rank, blocks_per_rank};
+  if (HasFailed(v.exchange.status)) return;
+  DispatchRows(v.dispatch, v.exchange, part, memory.targets);
+  EndDispatch(v.dispatch, v.exchange, part, memory.ticket);
+  if (!AwaitFlags(v.exchange, Flag::kRows, ExchangeCode::kRowsLate)) return;
+  ExpandRows(v.expand, v.exchange, part, memory.targets);
+}
+
+struct CombineMemory {
+  Results results;
+  int ticket;
+};
+
 template <typename T>
 __global__ void __launch_bounds__(kThreads) CombineKernel(PullCombineArgs a, Exchange x) {
+  CombineMemory& memory = Shared<CombineMemory>();
   if (HasFailed(x.status)) return;
-  if (blockIdx.x == 0) RaiseFlag(x, Flag::kResults);  // the kernels before this one made them
+  AnnounceResults(a, x, memory.ticket);
   if (!AwaitFlags(x, Flag::kResults, ExchangeCode::kResultsLate)) return;
-  CombineRows<T>(a, x, WholeGrid(), Shared<Results>());
+  CombineRows<T>(a, x, WholeGrid(), memory.results);
 }
 
 }  // namespace
 
-// ---- launchers
-// --------------------------------------------------------------------------------------
+// ---- launchers --------------------------------------------------------------------------------
 
 absl::Status Dispatch(const DispatchArgs& a, const Exchange& x, Stream stream) {
   const int blocks = std::min(std::max(a.num_tokens, 1), kMostBlocks);
-  return Launch({static_cast<unsigned>(blocks), kThreads, sizeof(RowTargets) + 16}, stream,
+  return Launch({static_cast<unsigned>(blocks), kThreads, sizeof(DispatchMemory)}, stream,
                 DispatchKernel, a, x);
 }
 
@@ -232,9 +259,18 @@ absl::Status Expand(const ExpandArgs& a, const Exchange& x, Stream stream) {
                 a, x);
 }
 
+absl::Status DispatchAndExpand(const VirtualRank* ranks, int32_t num_ranks, int32_t blocks_per_rank,
+                               Stream stream) {
+  const LaunchShape shape = {.blocks = static_cast<unsigned>(num_ranks * blocks_per_rank),
+                             .threads = kThreads,
+                             .shared_bytes = sizeof(DispatchMemory),
+                             .cooperative = true};
+  return Launch(shape, stream, VirtualRanksKernel, ranks, blocks_per_rank);
+}
+
 absl::Status PullCombine(const PullCombineArgs& a, const Exchange& x, Stream stream) {
   const int blocks = std::min(std::max(a.num_tokens, 1), kMostBlocks);
-  const LaunchShape shape = {static_cast<unsigned>(blocks), kThreads, sizeof(Results)};
+  const LaunchShape shape = {static_cast<unsigned>(blocks), kThreads, sizeof(CombineMemory)};
   if (a.type == DType::kF32) return Launch(shape, stream, CombineKernel<float>, a, x);
   return Launch(shape, stream, CombineKernel<__nv_bfloat16>, a, x);
 }

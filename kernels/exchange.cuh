@@ -57,7 +57,6 @@ __device__ inline bool AwaitFlags(const Exchange& x, Flag flag, ExchangeCode lat
       missed = true;
     }
   }
-  __threadfence();
   return __syncthreads_or(missed) == 0;
 }
 

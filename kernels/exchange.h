@@ -123,6 +123,15 @@ struct PullCombineArgs {
   const float* weights = nullptr;
   const float* base = nullptr;
   float* out = nullptr;
+  int32_t* blocks_begun = nullptr;  // zero before the first call, left zero
+};
+
+// Ranks that share one device, for tests and measurements there: dispatch and expand of all of them
+// in one launch, whose blocks are all resident and so may wait for each other.
+struct VirtualRank {
+  DispatchArgs dispatch;
+  ExpandArgs expand;
+  Exchange exchange;
 };
 
 // STREAM asynchronous: in this order on one stream of the rank. Every wait has the deadline of the
@@ -131,6 +140,10 @@ namespace cuda {
 absl::Status Dispatch(const DispatchArgs& args, const Exchange& exchange, Stream stream);
 absl::Status Expand(const ExpandArgs& args, const Exchange& exchange, Stream stream);
 absl::Status PullCombine(const PullCombineArgs& args, const Exchange& exchange, Stream stream);
+// SHAPES ranks [num_ranks] in device memory. REQUIRES num_ranks * blocks_per_rank blocks of 256
+// threads fit the device at once
+absl::Status DispatchAndExpand(const VirtualRank* ranks, int32_t num_ranks, int32_t blocks_per_rank,
+                               Stream stream);
 }  // namespace cuda
 
 }  // namespace ballast

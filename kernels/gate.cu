@@ -29,8 +29,7 @@ struct GateView {
   int32_t* workspace;  // [2E] counts of the blocks that are done, then how many those are
 };
 
-// ---- device functions
-// -------------------------------------------------------------------------------
+// ---- device functions -------------------------------------------------------------------------
 
 constexpr float kInfinity = __builtin_huge_valf();
 
@@ -186,18 +185,17 @@ __device__ void AddUp(const GateView& g, const int* counts) {
   __syncthreads();
   if (threadIdx.x == 0) {
     is_last = atomicAdd(&g.workspace[size], 1) == static_cast<int>(gridDim.x) - 1;
+    __threadfence();
   }
   __syncthreads();
   if (!is_last) return;
-  __threadfence();
   for (unsigned i = threadIdx.x; i < size; i += kThreads) {
     g.histogram[i] = atomicExch(&g.workspace[i], 0);
   }
   if (threadIdx.x == 0) g.workspace[size] = 0;
 }
 
-// ---- kernels
-// ----------------------------------------------------------------------------------------
+// ---- kernels ----------------------------------------------------------------------------------
 
 template <int kPerLane>
 __global__ void __launch_bounds__(kThreads) GateKernel(GateView g) {
@@ -216,8 +214,7 @@ __global__ void __launch_bounds__(kThreads) GateKernel(GateView g) {
 
 }  // namespace
 
-// ---- launchers
-// --------------------------------------------------------------------------------------
+// ---- launchers --------------------------------------------------------------------------------
 
 absl::Status Gate(const GateArgs& a, Stream stream) {
   BALLAST_RETURN_IF_ERROR(CheckGate(a));

@@ -7,4 +7,8 @@ void ForEachSchedule(const std::function<void(int round)>& body) {
   for (int round = 0; round < kRounds; ++round) body(round);
 }
 
+uint64_t ShortDeadlineNs() {
+  return 500'000'000;
+}
+
 }  // namespace ballast::testing

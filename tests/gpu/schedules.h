@@ -2,12 +2,16 @@
 #ifndef BALLAST_TESTS_GPU_SCHEDULES_H_
 #define BALLAST_TESTS_GPU_SCHEDULES_H_
 
+#include <cstdint>
 #include <functional>
 
 namespace ballast::testing {
 
 // Runs the body once per schedule; `round` counts them, for data of its own each time.
 void ForEachSchedule(const std::function<void(int round)>& body);
+
+// A deadline that tests wait out: long for whoever is there, short for who waits in vain.
+uint64_t ShortDeadlineNs();
 
 }  // namespace ballast::testing
 

@@ -24,8 +24,7 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 
-// ---- vector types
-// ----------------------------------------------------------------------------------
+// ---- vector types -----------------------------------------------------------------------------
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
   constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
@@ -66,8 +65,7 @@ inline uint3 threadIdx, blockIdx;
 inline dim3 blockDim, gridDim;
 inline constexpr int warpSize = 32;
 
-// ---- block and warp
-// --------------------------------------------------------------------------------
+// ---- block and warp ---------------------------------------------------------------------------
 inline void __syncthreads() {
   cuda_shim::Barrier();
 }
@@ -245,15 +243,15 @@ T __reduce_min_sync(unsigned mask, T value) {
   return cuda_shim::ReduceInWarp<T, cuda_shim::Min>("__reduce_min_sync", mask, value);
 }
 
-// ---- memory
-// ----------------------------------------------------------------------------------------
+// ---- memory -----------------------------------------------------------------------------------
 namespace cuda_shim {
-// Others may come between any two atomic operations.
+// Others may come before and after an atomic operation.
 template <typename T, typename Change>
 T Atomically(T* at, const Change& change) {
   Yield();
   const T before = *at;
   *at = change(before);
+  Yield();
   return before;
 }
 }  // namespace cuda_shim
@@ -283,8 +281,7 @@ T __ldg(const T* at) {
   return *at;
 }
 
-// ---- numbers
-// ---------------------------------------------------------------------------------------
+// ---- numbers ----------------------------------------------------------------------------------
 using std::max;
 using std::min;
 inline int __popc(unsigned x) {
@@ -312,8 +309,7 @@ inline unsigned __umulhi(unsigned a, unsigned b) {
   return static_cast<unsigned>(uint64_t{a} * b >> 32);
 }
 
-// ---- the runtime
-// -----------------------------------------------------------------------------------
+// ---- the runtime ------------------------------------------------------------------------------
 enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
@@ -321,6 +317,7 @@ enum cudaError_t {
   cudaErrorInvalidConfiguration = 9,
   cudaErrorNotReady = 600,
   cudaErrorLaunchFailure = 719,
+  cudaErrorCooperativeLaunchTooLarge = 720,
 };
 using cudaStream_t = CUstream_st*;
 struct CUevent_st;

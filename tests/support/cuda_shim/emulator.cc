@@ -91,7 +91,6 @@ struct CUstream_st {
 namespace cuda_shim {
 namespace {
 
-constexpr unsigned kMostResident = 256;  // blocks at a time
 constexpr uint64_t kSwitchNs = 20;
 
 class Emulator {
@@ -116,7 +115,7 @@ class Emulator {
   bool Run(CUstream_st* stream, bool all) {
     const auto done = [&] { return all ? AllIdle() : Idle(stream); };
     for (unsigned turn = 0; failure_.empty() && !done(); ++turn) {
-      if (turn % 256 == 0) FeedStarved();  // whoever spins may wait for them
+      if (turn % 64 == 0) FeedStarved();  // whoever spins may wait for them
       if (ready_.empty() || turn % 32 == 0) {
         const bool began = BeginWork();
         if (ready_.empty()) FeedStarved();
@@ -310,7 +309,7 @@ class Emulator {
 
   bool StartBlocks(Grid* grid) {
     bool any = false;
-    while (!grid->to_start.empty() && blocks_.size() < kMostResident) {
+    while (!grid->to_start.empty() && resident_ + grid->launch.block.count() <= kMostResident) {
       StartBlock(grid, grid->to_start.back());
       grid->to_start.pop_back();
       any = true;
@@ -342,6 +341,7 @@ class Emulator {
       MakeReady(thread.get());
       block->threads.push_back(std::move(thread));
     }
+    resident_ += shape.count();
     ++grid->running;
     blocks_.push_back(std::move(block));
   }
@@ -355,6 +355,7 @@ class Emulator {
     Grid* grid = block->grid;
     if (!block->shared.IntactGuards()) failure_ = "a write outside of shared memory";
     Append(&block->late, &grid->late);
+    resident_ -= grid->launch.block.count();
     for (auto& thread : block->threads) spare_.push_back(std::move(thread));
     std::erase_if(blocks_, [&](const auto& b) { return b.get() == block; });
     if (--grid->running > 0 || !grid->to_start.empty()) {
@@ -389,6 +390,7 @@ class Emulator {
       for (auto& thread : block->threads) spare_.push_back(std::move(thread));
     }
     blocks_.clear();
+    resident_ = 0;
     for (CUstream_st* stream : streams_) {
       stream->work.clear();
       stream->grid = nullptr;
@@ -404,6 +406,7 @@ class Emulator {
   std::vector<std::unique_ptr<Thread>> spare_;  // fibers to be used again
   std::vector<Thread*> ready_, starved_;
   Thread* current_ = nullptr;
+  unsigned resident_ = 0;  // threads of those blocks
 };
 
 Emulator& TheEmulator() {

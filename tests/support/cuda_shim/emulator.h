@@ -29,8 +29,7 @@ struct WarpOp {
   void (*combine)(uint32_t mask, const uint64_t* value, const uint64_t* argument, uint64_t* result);
 };
 
-// ---- called by device code
-// -----------------------------------------------------------------------
+// ---- called by device code --------------------------------------------------------------------
 uint64_t InWarp(const WarpOp& op, uint32_t mask, uint64_t value, uint64_t argument);
 void Barrier();             // __syncthreads
 bool BarrierOr(bool any);   // __syncthreads_or
@@ -42,14 +41,14 @@ uint64_t Nanoseconds();     // on the device: advances with every switch
 void StoreLate(void* to, const void* from, size_t bytes);
 [[noreturn]] void Trap(const char* why);
 
-// ---- called by host code
-// -------------------------------------------------------------------------
+// ---- called by host code ----------------------------------------------------------------------
 struct Launch {
   const char* name = "";
   Shape grid, block;
   size_t shared_bytes = 0;
   std::function<void()> body;  // of one thread
 };
+inline constexpr unsigned kMostResident = 24'576;  // threads on the device at a time
 void Enqueue(CUstream_st* stream, Launch launch);
 void Enqueue(CUstream_st* stream, std::function<void()> host_work);
 // Work that waits until `ready` says so.

@@ -70,8 +70,7 @@ void Guarded::SetPoison(bool on) const {
   }
 }
 
-// ---- device memory
-// -------------------------------------------------------------------------------
+// ---- device memory ----------------------------------------------------------------------------
 
 std::byte* AllocateDevice(size_t bytes) {
   DeviceBlocks().push_back(std::make_unique<Guarded>(bytes, Noise()));

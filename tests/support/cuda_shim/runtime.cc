@@ -40,6 +40,8 @@ const char* cudaGetErrorName(cudaError_t error) {
       return "cudaErrorMemoryAllocation";
     case cudaErrorInvalidConfiguration:
       return "cudaErrorInvalidConfiguration";
+    case cudaErrorCooperativeLaunchTooLarge:
+      return "cudaErrorCooperativeLaunchTooLarge";
     case cudaErrorNotReady:
       return "cudaErrorNotReady";
     case cudaErrorLaunchFailure:
@@ -142,6 +144,12 @@ cudaError_t LaunchInShim(const cudaLaunchConfig_t& config, std::function<void()>
   if (launch.grid.count() == 0 || launch.block.count() == 0 || launch.block.count() > 1024 ||
       launch.shared_bytes > kMostShared) {
     return Note(cudaErrorInvalidConfiguration);
+  }
+  for (unsigned i = 0; i < config.numAttrs; ++i) {
+    if (config.attrs[i].id == cudaLaunchAttributeCooperative && config.attrs[i].val.cooperative &&
+        launch.grid.count() * launch.block.count() > cuda_shim::kMostResident) {
+      return Note(cudaErrorCooperativeLaunchTooLarge);
+    }
   }
   cuda_shim::Enqueue(config.stream, std::move(launch));
   return Sound();

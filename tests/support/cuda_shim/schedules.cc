@@ -12,4 +12,9 @@ void ForEachSchedule(const std::function<void(int round)>& body) {
   }
 }
 
+// Of the emulator's clock, which advances by 20 with every switch.
+uint64_t ShortDeadlineNs() {
+  return 5'000'000;
+}
+
 }  // namespace ballast::testing
