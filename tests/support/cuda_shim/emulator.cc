@@ -54,6 +54,7 @@ struct Grid {
   Launch launch;
   std::vector<unsigned> to_start;  // blocks, the next one last
   unsigned running = 0;
+  unsigned victim_block = ~0u, victim_thread = 0;  // that is starved, if any
   std::vector<LateStore> late;  // of blocks that are done: seen at the end of the grid
 };
 
@@ -92,6 +93,7 @@ namespace cuda_shim {
 namespace {
 
 constexpr uint64_t kSwitchNs = 20;
+constexpr uint32_t kLongNap = 64;  // turns of a thread
 
 class Emulator {
  public:
@@ -115,7 +117,7 @@ class Emulator {
   bool Run(CUstream_st* stream, bool all) {
     const auto done = [&] { return all ? AllIdle() : Idle(stream); };
     for (unsigned turn = 0; failure_.empty() && !done(); ++turn) {
-      if (turn % 64 == 0) FeedStarved();  // whoever spins may wait for them
+      if (turn % 1024 == 0) FeedStarved();  // whoever spins may wait for them
       if (ready_.empty() || turn % 32 == 0) {
         const bool began = BeginWork();
         if (ready_.empty()) FeedStarved();
@@ -206,6 +208,11 @@ class Emulator {
     if (random_.Below(8) == 0) Apply(&current_->late);
   }
   void MakeSeen() {
+    // What comes before a fence may be long done when the fence is.
+    for (uint32_t i = random_.Below(2) == 0 ? random_.Below(kLongNap) : 0; i > 0; --i) {
+      if (ready_.empty()) break;
+      Yield();
+    }
     Apply(&current_->late);
     Apply(&current_->block->late);
     Yield();
@@ -229,7 +236,7 @@ class Emulator {
   std::string failure_;
 
  private:
-  // Whom a schedule prefers. Races of one thread that is far behind all others need kStarving.
+  // Whom a schedule prefers. kStarving leaves one thread of each grid far behind all others.
   enum Style { kAny, kNewestFirst, kOldestFirst, kStarving, kNumStyles };
 
   void MakeReady(Thread* thread) { (thread->starved ? starved_ : ready_).push_back(thread); }
@@ -302,6 +309,12 @@ class Emulator {
       for (size_t b = order.size(); b > 1; --b) {
         std::swap(order[b - 1], order[random_.Below(static_cast<uint32_t>(b))]);
       }
+      if (style_ == kStarving) {
+        // Often a first one: those speak for their blocks.
+        stream->grid->victim_block = random_.Below(now.launch.grid.count());
+        stream->grid->victim_thread =
+            random_.Below(2) == 0 ? 0 : random_.Below(now.launch.block.count());
+      }
       StartBlocks(stream->grid.get());
     }
     return true;
@@ -337,7 +350,7 @@ class Emulator {
       thread->late.clear();
       thread->fiber.Start([](void* emulator) { static_cast<Emulator*>(emulator)->RunThread(); },
                           this);
-      thread->starved = style_ == kStarving && random_.Below(16) == 0;
+      thread->starved = number == grid->victim_block && t == grid->victim_thread;
       MakeReady(thread.get());
       block->threads.push_back(std::move(thread));
     }
