@@ -119,8 +119,6 @@ absl::Status NcclCommunicator::Join(const NcclUniqueId& id) {
 absl::StatusOr<std::unique_ptr<NcclCommunicator>> NcclCommunicator::Confirm(
     Communicator* world, int64_t epoch, const absl::Status& joined,
     std::unique_ptr<NcclCommunicator> made) {
-  // Before the others are told: NCCL lets those that still wait for this rank know.
-  if (!joined.ok()) made->Abort().IgnoreError();
   const absl::Status all = Agree(world, epoch, joined, {}, {}).status();
   if (all.ok()) return made;
   made->Die("not all ranks have joined");

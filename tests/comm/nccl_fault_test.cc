@@ -79,6 +79,19 @@ TEST_CASE("a rank that fails to join ends the wait of the others and is named",
   RequireAllFreed(fake);
 }
 
+TEST_CASE("ranks that have joined do not wait for one that fails at the last moment",
+          "[comm][nccl][errors]") {
+  FakeNccl fake(4);
+  fake.faults(3).lost_after_groups = 0;
+  RequireAll(RunNcclRanks(&fake, [](const NcclRank& at) { return CreateOn(at).status(); }),
+             absl::StatusCode::kUnavailable, "rank 3: rank 3 of 4, exchange 0: a peer or a link");
+  for (int r = 0; r < 4; ++r) {
+    REQUIRE(fake.seen(r).finalizes == 0);
+    REQUIRE(fake.seen(r).aborts == 1);
+  }
+  RequireAllFreed(fake);
+}
+
 TEST_CASE("a rank that does not come to the start is named by all others", "[comm][nccl][errors]") {
   FakeNccl fake(3);
   const auto statuses = RunNcclRanks(
@@ -96,13 +109,15 @@ TEST_CASE("a peer that does not come ends the wait and the communicator", "[comm
   const auto statuses = RunNcclRanks(&fake, [](const NcclRank& at) -> absl::Status {
     BALLAST_ASSIGN_OR_RETURN(const auto comm, CreateOn(at));
     if (at.rank == 2) return comm->Abort();  // its end comes in no other way
-    // Ranks 0 and 1 exchange nothing with each other.
+    // First among those that are there, then with the other one alone.
+    TestExchange among{.pair_bytes = {0, 9, 0, 9, 0, 0, 0, 0, 0}};
+    BALLAST_RETURN_IF_ERROR(among.Run(comm.get(), at));
     TestExchange exchange{.pair_bytes = {0, 0, 8, 0, 0, 8, 8, 8, 0}};
     BALLAST_RETURN_IF_ERROR(exchange.Begin(comm.get(), at));
     const absl::Status waited = comm->Wait(at.stream, kShortMs);
     BALLAST_RETURN_IF_ERROR(Expect(
         waited, absl::StatusCode::kDeadlineExceeded,
-        absl::StrCat("rank ", at.rank, " of 3, exchange 1: waited 100 ms for its stream; messages ",
+        absl::StrCat("rank ", at.rank, " of 3, exchange 2: waited 100 ms for its stream; messages ",
                      "from 2; to 2")));
     // From then on it refuses, and says why.
     const std::string why(waited.message());
@@ -149,6 +164,33 @@ TEST_CASE("ranks that count differently are told both counts", "[comm][nccl][err
   });
   RequireAll(statuses, absl::StatusCode::kInvalidArgument,
              "rank 0 sends 10 bytes and rank 1 receives 12");
+  RequireAllFreed(fake);
+}
+
+TEST_CASE("an error amid a group leaves other communicators usable", "[comm][nccl][errors]") {
+  FakeNccl fake(2);
+  std::atomic<bool> failed = false;
+  const auto statuses = RunNcclRanks(&fake, [&](const NcclRank& at) -> absl::Status {
+    BALLAST_ASSIGN_OR_RETURN(const auto comm, CreateOn(at));
+    BALLAST_ASSIGN_OR_RETURN(const auto other, CreateOn(at));
+    TestExchange exchange = Everybody(2);
+    if (at.rank == 1) exchange.pair_bytes[1] = 12;  // from 0 to 1
+    BALLAST_RETURN_IF_ERROR(exchange.Begin(comm.get(), at));
+    using Code = absl::StatusCode;
+    if (at.rank == 1) {
+      const absl::Status waited = comm->Wait(at.stream, kLongMs);
+      failed = true;
+      BALLAST_RETURN_IF_ERROR(Expect(waited, Code::kInvalidArgument, "12"));
+    } else {
+      // Rank 0 finds it out in the first call of its next group.
+      while (!failed) std::this_thread::yield();
+      BALLAST_RETURN_IF_ERROR(Expect(exchange.Begin(comm.get(), at), Code::kInvalidArgument,
+                                     "rank 0 of 2, exchange 2: send or receive"));
+    }
+    BALLAST_RETURN_IF_ERROR(comm->Abort());
+    return Everybody(2).Run(other.get(), at);
+  });
+  REQUIRE(FirstError(statuses) == "");
   RequireAllFreed(fake);
 }
 

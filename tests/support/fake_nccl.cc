@@ -120,6 +120,7 @@ class FakeNccl::Api : public NcclApi {
     const std::lock_guard lock(world_.mutex);
     Comm* const comm = reinterpret_cast<Comm*>(handle);
     BALLAST_RETURN_IF_ERROR(world_.CheckReady(comm, "finalize"));
+    ++seen().finalizes;
     Clique* const clique = comm->clique;
     ++clique->num_finalized;
     world_.Begin(

@@ -39,6 +39,7 @@ class FakeNccl {
     int groups = 0;
     int messages = 0;  // sends and receives
     int copies = 0;
+    int finalizes = 0;
     int aborts = 0;
     int shrinks_with_abort = 0;
     int plain_shrinks = 0;
