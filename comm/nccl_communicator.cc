@@ -42,6 +42,14 @@ GpuIdentity GpuOf(const Card& card) {
   return gpu;
 }
 
+absl::Status CheckDeadline(int64_t deadline_ms, const Communicator& world) {
+  const int64_t most_ms = world.deadline_ms() / 3;
+  if (deadline_ms <= most_ms) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat("deadline_ms is ", deadline_ms,
+                                                 ", allowed: at most ", most_ms, ", a third of ",
+                                                 "the time that ranks wait for messages"));
+}
+
 template <typename T>
 int64_t HashOf(std::span<const T> values) {
   return static_cast<int64_t>(Hash64(std::as_bytes(values)));
@@ -74,11 +82,7 @@ absl::StatusOr<std::unique_ptr<NcclCommunicator>> NcclCommunicator::Create(NcclA
   int version = 0;
   Card card;
   const auto prepare = [&]() -> absl::Status {
-    if (2 * made->options_.deadline_ms > world->deadline_ms()) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("deadline_ms is ", made->options_.deadline_ms, ", allowed: at most half of ",
-                       "the ", world->deadline_ms(), " ms that ranks wait for messages"));
-    }
+    BALLAST_RETURN_IF_ERROR(CheckDeadline(made->options_.deadline_ms, *world));
     BALLAST_ASSIGN_OR_RETURN(version, api->Version());
     BALLAST_ASSIGN_OR_RETURN(const GpuIdentity gpu, api->CurrentDevice());
     NcclUniqueId id;
@@ -113,7 +117,7 @@ absl::StatusOr<std::unique_ptr<NcclCommunicator>> NcclCommunicator::Create(NcclA
 absl::Status NcclCommunicator::Join(const NcclUniqueId& id) {
   const absl::Status begun = api_->Init(id, size(), rank_, {.max_ctas = options_.max_ctas}, &comm_);
   if (!begun.ok()) return Fail(begun);
-  return Settle("for all ranks to join NCCL's communicator");
+  return Settle(options_.deadline_ms, "for all ranks to join NCCL's communicator");
 }
 
 absl::StatusOr<std::unique_ptr<NcclCommunicator>> NcclCommunicator::Confirm(
@@ -132,7 +136,13 @@ absl::Status NcclCommunicator::AllToAllV(const Args& args, GpuStream stream) {
   BALLAST_CHECK(args.recv_bytes.size() == ranks && args.recv_offsets.size() == ranks);
   BALLAST_CHECK(args.send_bytes[self] == args.recv_bytes[self]);
   BeginExchange();
-  const absl::Status issued = Group([&]() -> absl::Status {
+  // First, so that the device copies while NCCL issues the messages.
+  if (const size_t own = args.send_bytes[self]; own > 0) {
+    const absl::Status copied = api_->Copy({args.recv + args.recv_offsets[self], own},
+                                           {args.send + args.send_offsets[self], own}, stream);
+    if (!copied.ok()) return Fail(copied);
+  }
+  return Group([&]() -> absl::Status {
     for (size_t p = 0; p < ranks; ++p) {
       if (p == self) continue;
       const int peer = static_cast<int>(p);
@@ -147,12 +157,6 @@ absl::Status NcclCommunicator::AllToAllV(const Args& args, GpuStream stream) {
     }
     return absl::OkStatus();
   });
-  if (!issued.ok()) return issued;
-  const size_t own = args.send_bytes[self];
-  if (own == 0) return absl::OkStatus();
-  const absl::Status copied = api_->Copy({args.recv + args.recv_offsets[self], own},
-                                         {args.send + args.send_offsets[self], own}, stream);
-  return copied.ok() ? copied : Fail(copied);
 }
 
 absl::Status NcclCommunicator::HierarchicalAllToAllV(const HierarchicalArgs& args,
@@ -226,7 +230,11 @@ absl::StatusOr<std::unique_ptr<NcclCommunicator>> NcclCommunicator::Shrink(
   std::unique_ptr<NcclCommunicator> child(
       new NcclCommunicator(api_, world->rank(), std::move(options)));
   const auto prepare = [&]() -> absl::Status {
-    if (comm_ == nullptr) return absl::UnavailableError("its communicator is already gone");
+    BALLAST_RETURN_IF_ERROR(CheckDeadline(options_.deadline_ms, *world));
+    if (comm_ == nullptr) {
+      return absl::UnavailableError(
+          absl::StrCat("rank ", rank_, " of ", size(), " has ended its communicator already"));
+    }
     BALLAST_ASSIGN_OR_RETURN(child->event_, api_->MakeEvent());
     return absl::OkStatus();
   };
@@ -252,29 +260,34 @@ absl::Status NcclCommunicator::ShrinkTo(std::span<const int32_t> excluded, bool 
                      list = std::vector<int32_t>(excluded.begin(), excluded.end())] {
     return api->Shrink(comm, list, abort, {.max_ctas = max_ctas}, made);
   };
-  absl::Status shrunk = CallWithin("ncclCommShrink", call);
-  shrunk = shrunk.ok() ? Settle("for all survivors to shrink NCCL's communicator") : Fail(shrunk);
+  // Three waits, one deadline: the others count on it.
+  const int64_t end = NowNs() + options_.deadline_ms * 1'000'000;
+  const auto left_ms = [end] { return std::max<int64_t>(0, (end - NowNs()) / 1'000'000); };
+  absl::Status shrunk = CallWithin(left_ms(), "ncclCommShrink", call);
+  shrunk = shrunk.ok() ? Settle(left_ms(), "for all survivors to shrink NCCL's communicator")
+                       : Fail(shrunk);
   // Once aborted it is written no more; if even that does not return, it is given up for good.
   if (!shrunk.ok() && !Abort().ok()) return shrunk;
   child->comm_ = *made;
   delete made;
   if (!shrunk.ok()) return shrunk;
   if (child->comm_ == nullptr) return absl::InternalError("NCCL has made no communicator");
-  return child->Settle("for all survivors to join NCCL's communicator");
+  return child->Settle(left_ms(), "for all survivors to join NCCL's communicator");
 }
 
 absl::Status NcclCommunicator::Abort() {
   Die("it was aborted");
   if (comm_ == nullptr) return absl::OkStatus();
   const auto call = [api = api_, comm = std::exchange(comm_, nullptr)] { return api->Abort(comm); };
-  return CallWithin("ncclCommAbort", call);
+  return CallWithin(options_.deadline_ms, "ncclCommAbort", call);
 }
 
 absl::Status NcclCommunicator::Destroy() {
   if (comm_ == nullptr) return absl::OkStatus();
   if (!dead_.ok()) return Abort();
   absl::Status ended = api_->Finalize(comm_);
-  ended = ended.ok() ? Settle("for all ranks to end NCCL's communicator") : Fail(ended);
+  ended = ended.ok() ? Settle(options_.deadline_ms, "for all ranks to end NCCL's communicator")
+                     : Fail(ended);
   if (!ended.ok()) {
     Abort().IgnoreError();  // the first error says more
     return ended;
@@ -283,7 +296,7 @@ absl::Status NcclCommunicator::Destroy() {
   const auto call = [api = api_, comm = std::exchange(comm_, nullptr)] {
     return api->Destroy(comm);
   };
-  return CallWithin("ncclCommDestroy", call);
+  return CallWithin(options_.deadline_ms, "ncclCommDestroy", call);
 }
 
 // Issues the sends and receives of `calls` as one, and waits until NCCL has issued them: before
@@ -296,7 +309,7 @@ absl::Status NcclCommunicator::Group(Calls calls) {
   const absl::Status ended = api_->GroupEnd();  // also after an error, or the thread stays in it
   if (!called.ok()) return Fail(called);
   if (!ended.ok()) return Fail(ended);
-  return Settle("for NCCL to issue the messages");
+  return Settle(options_.deadline_ms, "for NCCL to issue the messages");
 }
 
 template <typename Done>
@@ -319,8 +332,8 @@ absl::Status NcclCommunicator::Poll(int64_t deadline_ms, const char* what, Done 
   }
 }
 
-absl::Status NcclCommunicator::Settle(const char* what) {
-  return Poll(options_.deadline_ms, what, [&] { return api_->Settled(comm_); });
+absl::Status NcclCommunicator::Settle(int64_t deadline_ms, const char* what) {
+  return Poll(deadline_ms, what, [&] { return api_->Settled(comm_); });
 }
 
 absl::Status NcclCommunicator::Send(std::span<const std::byte> bytes, int peer, GpuStream stream) {
@@ -359,7 +372,7 @@ void NcclCommunicator::Die(const std::string& why) {
   dead_ = absl::UnavailableError(absl::StrCat("NCCL's communicator is of no more use: ", why));
 }
 
-absl::Status NcclCommunicator::CallWithin(const char* what,
+absl::Status NcclCommunicator::CallWithin(int64_t deadline_ms, const char* what,
                                           std::function<absl::Status()> call) const {
   struct Shared {
     std::mutex mutex;
@@ -376,12 +389,12 @@ absl::Status NcclCommunicator::CallWithin(const char* what,
     shared->changed.notify_one();
   }).detach();
   std::unique_lock lock(shared->mutex);
-  if (shared->changed.wait_for(lock, std::chrono::milliseconds(options_.deadline_ms),
+  if (shared->changed.wait_for(lock, std::chrono::milliseconds(deadline_ms),
                                [&] { return shared->done; })) {
     return shared->status;
   }
   return absl::DeadlineExceededError(absl::StrCat("rank ", rank_, ": ", what, " has not returned ",
-                                                  "in ", options_.deadline_ms,
+                                                  "in ", deadline_ms,
                                                   " ms; its thread is left behind"));
 }
 

@@ -43,9 +43,9 @@ namespace ballast {
 class NcclCommunicator {
  public:
   struct Options {
-    // Of each wait but Wait's. At most half of the world's: ranks wait there for those that wait
-    // here.
-    int64_t deadline_ms = 30'000;
+    // Of each call but Wait, and once more for an abort at its end. At most a third of the world's:
+    // there the ranks wait for those that wait here.
+    int64_t deadline_ms = 20'000;
     int max_ctas = 0;  // 0: NCCL decides
     // [size] which node each rank is on (any numbers); empty: all on one.
     std::vector<int32_t> node_of_rank = {};
@@ -115,9 +115,12 @@ class NcclCommunicator {
   // The communicator of `survivors`, numbered in their order; this one is dead and freed. If it was
   // dead on any of them, what runs on it is aborted first.
   //
-  // REQUIRES `world` is that of the survivors, which are ascending and fewer than all
-  // ERRORS the same on all of them: kUnavailable if one has aborted already; NCCL's. Both
-  //        communicators are gone then, and Create over `world` is what is left
+  // REQUIRES `world` is that of the survivors, which are ascending and fewer than all; without a
+  //          fault nothing that was issued still runs
+  // ERRORS the same on all of them, with the number in `world` of the rank that failed:
+  // kUnavailable
+  //        if it has aborted already; NCCL's. Both communicators are gone then, and Create over
+  //        `world` is what is left
   // COLLECTIVE all survivors; without a fault the others have to end theirs by Abort
   absl::StatusOr<std::unique_ptr<NcclCommunicator>> Shrink(Communicator* world, int64_t epoch,
                                                            std::span<const int32_t> survivors);
@@ -145,15 +148,17 @@ class NcclCommunicator {
   absl::Status Group(Calls calls);
   template <typename Done>
   absl::Status Poll(int64_t deadline_ms, const char* what, Done done);
-  absl::Status Settle(const char* what);
+  // Until all that was begun at NCCL is through.
+  absl::Status Settle(int64_t deadline_ms, const char* what);
   absl::Status Send(std::span<const std::byte> bytes, int peer, GpuStream stream);
   absl::Status Recv(std::span<std::byte> bytes, int peer, GpuStream stream);
   void BeginExchange();
   std::string PeersOfExchange() const;
   absl::Status Fail(const absl::Status& status);
   void Die(const std::string& why);
-  // Runs `call` on a thread of its own, for at most the deadline.
-  absl::Status CallWithin(const char* what, std::function<absl::Status()> call) const;
+  // Runs `call` on a thread of its own, which is left behind if it takes longer.
+  absl::Status CallWithin(int64_t deadline_ms, const char* what,
+                          std::function<absl::Status()> call) const;
 
   enum PeerUse : uint8_t { kNone = 0, kSendsTo = 1, kRecvsFrom = 2 };
 

@@ -28,7 +28,7 @@ constexpr int64_t kShortMs = 100;
 constexpr int64_t kLongMs = 60'000;
 
 absl::StatusOr<std::unique_ptr<NcclCommunicator>> CreateOn(const NcclRank& at,
-                                                           int64_t deadline_ms = kLongMs / 2) {
+                                                           int64_t deadline_ms = kLongMs / 3) {
   return NcclCommunicator::Create(at.api, at.world, 0, {.deadline_ms = deadline_ms, .max_ctas = 3});
 }
 
@@ -99,7 +99,7 @@ TEST_CASE("a rank that does not come to the start is named by all others", "[com
       [](const NcclRank& at) {
         return at.rank == 1 ? absl::OkStatus() : CreateOn(at, kShortMs).status();
       },
-      2 * kShortMs);
+      3 * kShortMs);
   RequireAll({statuses[0], statuses[2]}, absl::StatusCode::kDeadlineExceeded, "from 1");
   RequireAllFreed(fake);
 }
@@ -244,10 +244,10 @@ TEST_CASE("an abort that does not return is left behind", "[comm][nccl][errors]"
 
 // A world of some ranks, as after a loss.
 struct Members {
-  Members(const NcclRank& at, std::vector<int32_t> ranks_in)
+  Members(const NcclRank& at, std::vector<int32_t> ranks_in, int64_t deadline_ms = kLongMs)
       : ranks(std::move(ranks_in)),
         transport(at.transport, ranks, 1),
-        world(&transport, {.deadline_ms = kLongMs}) {}
+        world(&transport, {.deadline_ms = deadline_ms}) {}
   std::vector<int32_t> ranks;
   MemberTransport transport;
   Communicator world;
@@ -316,28 +316,34 @@ TEST_CASE("a rank that leaves is shrunk away without an abort", "[comm][nccl]") 
 
 TEST_CASE("a shrink that fails on one rank fails on all and a new start is what is left",
           "[comm][nccl][errors]") {
-  enum class What { kAborted, kRefused, kOthersNamed };
-  for (const What what : {What::kAborted, What::kRefused, What::kOthersNamed}) {
-    CAPTURE(static_cast<int>(what));
+  using Code = absl::StatusCode;
+  enum class Why { kAborted, kRefused, kOthersNamed, kShortWorld };
+  struct Case {
+    Why why;
+    Code code;
+    const char* message;
+  };
+  for (const Case& c :
+       {Case{Why::kAborted, Code::kUnavailable, "rank 1: rank 2 of 4 has ended its communicator"},
+        Case{Why::kRefused, Code::kUnavailable, "rank 1: rank 2 of 4, exchange 0: a peer or"},
+        Case{Why::kOthersNamed, Code::kInvalidArgument, "the hash of the survivors"},
+        Case{Why::kShortWorld, Code::kInvalidArgument, "rank 1: deadline_ms is 1000, allowed"}}) {
+    CAPTURE(c.message);
     FakeNccl fake(4);
-    if (what == What::kRefused) fake.faults(2).shrink = NcclResult::kRemoteError;
+    if (c.why == Why::kRefused) fake.faults(2).shrink = NcclResult::kRemoteError;
     const auto statuses = RunNcclRanks(&fake, [&](const NcclRank& at) -> absl::Status {
       BALLAST_ASSIGN_OR_RETURN(const auto comm, CreateOn(at, 10 * kShortMs));
       if (at.rank == 0) return comm->Abort();
-      if (what == What::kAborted && at.rank == 2) BALLAST_RETURN_IF_ERROR(comm->Abort());
-      Members members(at, {1, 2, 3});
+      const bool odd_one = at.rank == 2;
+      if (c.why == Why::kAborted && odd_one) BALLAST_RETURN_IF_ERROR(comm->Abort());
+      Members members(at, {1, 2, 3}, c.why == Why::kShortWorld && odd_one ? 2'999 : kLongMs);
       std::vector<int32_t> named = members.ranks;
-      if (what == What::kOthersNamed && at.rank == 2) named[0] = 0;
-      const absl::Status shrunk = comm->Shrink(&members.world, 1, named).status();
-      using Code = absl::StatusCode;
+      if (c.why == Why::kOthersNamed && odd_one) named[0] = 0;
       BALLAST_RETURN_IF_ERROR(
-          what == What::kAborted
-              ? Expect(shrunk, Code::kUnavailable, "rank 1: its communicator is already gone")
-          : what == What::kRefused
-              ? Expect(shrunk, Code::kUnavailable, "rank 1: rank 2 of 4, exchange 0: a peer")
-              : Expect(shrunk, Code::kInvalidArgument, "the hash of the survivors"));
-      BALLAST_ASSIGN_OR_RETURN(const auto made,
-                               NcclCommunicator::Create(at.api, &members.world, 1, {}));
+          Expect(comm->Shrink(&members.world, 1, named).status(), c.code, c.message));
+      BALLAST_ASSIGN_OR_RETURN(
+          const auto made,
+          NcclCommunicator::Create(at.api, &members.world, 1, {.deadline_ms = 9 * kShortMs}));
       return Everybody(3).Run(made.get(), at);
     });
     REQUIRE(FirstError(statuses) == "");
