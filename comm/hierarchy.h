@@ -18,8 +18,7 @@ namespace ballast {
 //
 //   A  the nodes' ranks in ascending order; the local index of a rank is its place there
 //   first round    s -> Proxy(s, B)       for each node B other than that of s
-//   second round   p -> d                 the rows from s to d, for p = s or p = Proxy(s, node of
-//   d)
+//   second round   p -> d                 rows from s to d, for p = s or p = Proxy(s, d's node)
 //
 // Everything here is offsets on the host; who moves the bytes is nccl_communicator.h.
 //

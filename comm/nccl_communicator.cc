@@ -391,7 +391,7 @@ absl::Status NcclCommunicator::CallWithin(int64_t deadline_ms, const char* what,
   std::unique_lock lock(shared->mutex);
   if (shared->changed.wait_for(lock, std::chrono::milliseconds(deadline_ms),
                                [&] { return shared->done; })) {
-    return shared->status;
+    return std::move(shared->status);  // no reference stays with the other thread
   }
   return absl::DeadlineExceededError(absl::StrCat("rank ", rank_, ": ", what, " has not returned ",
                                                   "in ", deadline_ms,

@@ -101,9 +101,8 @@ class NcclCommunicator {
   // The same result, with one message per sender and other node (hierarchy.h).
   //
   // REQUIRES pair_bytes is the same on all ranks
-  // ERRORS as AllToAllV; kInvalidArgument, on all ranks: staging memory is too small somewhere,
-  // with
-  //        the bytes that are needed; nothing was issued, the communicator lives
+  // ERRORS as AllToAllV; kInvalidArgument, on all ranks: staging memory is too small for one of
+  //        them, with the bytes that it needs; nothing was issued, the communicator lives
   // STREAM as AllToAllV; one such exchange after the other, as they share the staging memory
   absl::Status HierarchicalAllToAllV(const HierarchicalArgs& args, GpuStream stream);
 
@@ -117,10 +116,9 @@ class NcclCommunicator {
   //
   // REQUIRES `world` is that of the survivors, which are ascending and fewer than all; without a
   //          fault nothing that was issued still runs
-  // ERRORS the same on all of them, with the number in `world` of the rank that failed:
-  // kUnavailable
-  //        if it has aborted already; NCCL's. Both communicators are gone then, and Create over
-  //        `world` is what is left
+  // ERRORS the same on all of them, with the number in `world` of the rank that failed; among them
+  //        kUnavailable if it has aborted already. Both communicators are gone then, and Create
+  //        over `world` is what is left
   // COLLECTIVE all survivors; without a fault the others have to end theirs by Abort
   absl::StatusOr<std::unique_ptr<NcclCommunicator>> Shrink(Communicator* world, int64_t epoch,
                                                            std::span<const int32_t> survivors);

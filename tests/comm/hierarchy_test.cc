@@ -240,6 +240,25 @@ TEST_CASE("the plan of a proxy is what is expected by hand", "[comm][unit]") {
   REQUIRE(hierarchy.MostStagingBytes(pair_bytes) == 63);
 }
 
+TEST_CASE("the fullest plan fits into what an empty one has", "[comm][unit]") {
+  const auto capacities = [](const Hierarchy::Plan& plan) {
+    return std::vector<size_t>{plan.node_sends.capacity(), plan.node_recvs.capacity(),
+                               plan.hand_sends.capacity(), plan.hand_recvs.capacity(),
+                               plan.own_copies.capacity()};
+  };
+  for (const std::vector<int32_t>& nodes : {std::vector<int32_t>{0, 0, 0, 1, 1, 2},
+                                            {0, 1, 2, 3, 4, 5},
+                                            {0, 0, 0, 0, 0, 1},
+                                            {0, 0, 0, 0, 0, 0}}) {
+    for (int rank = 0; rank < 6; ++rank) {
+      Hierarchy hierarchy(nodes, rank);
+      const std::vector<size_t> all(36, 3), none(36, 0), recv_offsets(6, 0);
+      const auto before = capacities(hierarchy.MakePlan(none, recv_offsets));
+      REQUIRE(capacities(hierarchy.MakePlan(all, recv_offsets)) == before);
+    }
+  }
+}
+
 TEST_CASE("a second plan leaves nothing of the first", "[comm][unit]") {
   Hierarchy hierarchy(std::vector<int32_t>{0, 1, 0, 1}, 1);
   const std::vector<size_t> some(16, 5), none(16, 0), recv_offsets(4, 0);
