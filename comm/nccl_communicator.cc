@@ -50,6 +50,11 @@ absl::Status CheckDeadline(int64_t deadline_ms, const Communicator& world) {
                                                  "the time that ranks wait for messages"));
 }
 
+// For ends that another error comes before.
+void LogIfError(const absl::Status& status) {
+  if (!status.ok()) LogWarning("nccl", std::string(status.message()));
+}
+
 template <typename T>
 int64_t HashOf(std::span<const T> values) {
   return static_cast<int64_t>(Hash64(std::as_bytes(values)));
@@ -65,8 +70,7 @@ NcclCommunicator::NcclCommunicator(NcclApi* api, int rank, Options options)
       peers_(options_.node_of_rank.size()) {}
 
 NcclCommunicator::~NcclCommunicator() {
-  const absl::Status ended = Destroy();
-  if (!ended.ok()) LogWarning("nccl", std::string(ended.message()));
+  LogIfError(Destroy());
   if (event_ != nullptr) api_->FreeEvent(event_);
 }
 
@@ -247,7 +251,7 @@ absl::StatusOr<std::unique_ptr<NcclCommunicator>> NcclCommunicator::Shrink(
     shrunk = ShrinkTo(excluded, abort, child.get());
   }
   Die("it has been shrunk");
-  Abort().IgnoreError();
+  LogIfError(Abort());
   if (!faults.ok()) return shrunk;
   return Confirm(world, epoch, shrunk, std::move(child));
 }
@@ -289,7 +293,7 @@ absl::Status NcclCommunicator::Destroy() {
   ended = ended.ok() ? Settle(options_.deadline_ms, "for all ranks to end NCCL's communicator")
                      : Fail(ended);
   if (!ended.ok()) {
-    Abort().IgnoreError();  // the first error says more
+    LogIfError(Abort());
     return ended;
   }
   Die("it was destroyed");
@@ -357,7 +361,8 @@ std::string NcclCommunicator::PeersOfExchange() const {
     if (peers_[peer] & kRecvsFrom) absl::StrAppend(&from, from.empty() ? "" : ", ", peer);
     if (peers_[peer] & kSendsTo) absl::StrAppend(&to, to.empty() ? "" : ", ", peer);
   }
-  return absl::StrCat(from.empty() ? "" : "; messages from ", from, to.empty() ? "" : "; to ", to);
+  return absl::StrCat(from.empty() ? "" : "; last messages from ", from,
+                      to.empty() ? "" : "; last messages to ", to);
 }
 
 absl::Status NcclCommunicator::Fail(const absl::Status& status) {

@@ -117,8 +117,8 @@ TEST_CASE("a peer that does not come ends the wait and the communicator", "[comm
     const absl::Status waited = comm->Wait(at.stream, kShortMs);
     BALLAST_RETURN_IF_ERROR(Expect(
         waited, absl::StatusCode::kDeadlineExceeded,
-        absl::StrCat("rank ", at.rank, " of 3, exchange 2: waited 100 ms for its stream; messages ",
-                     "from 2; to 2")));
+        absl::StrCat("rank ", at.rank, " of 3, exchange 2: waited 100 ms for its stream; last ",
+                     "messages from 2; last messages to 2")));
     // From then on it refuses, and says why.
     const std::string why(waited.message());
     using Code = absl::StatusCode;
