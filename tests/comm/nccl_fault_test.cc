@@ -217,11 +217,12 @@ TEST_CASE("a wait for NCCL can be interrupted", "[comm][nccl][errors]") {
 
 TEST_CASE("an end that not all ranks come to is an abort", "[comm][nccl][errors]") {
   FakeNccl fake(2);
-  const auto statuses = RunNcclRanks(&fake, [](const NcclRank& at) -> absl::Status {
+  const auto statuses = RunNcclRanks(&fake, [&](const NcclRank& at) -> absl::Status {
     BALLAST_ASSIGN_OR_RETURN(const auto comm, CreateOn(at, kShortMs * 10));
     if (at.rank == 1) return comm->Abort();
-    return Expect(comm->Destroy(), absl::StatusCode::kDeadlineExceeded,
-                  "rank 0 of 2, exchange 0: waited 1000 ms for all ranks to end");
+    BALLAST_RETURN_IF_ERROR(Expect(comm->Destroy(), absl::StatusCode::kDeadlineExceeded,
+                                   "rank 0 of 2, exchange 0: waited 1000 ms for all ranks to end"));
+    return fake.seen(0).aborts == 1 ? absl::OkStatus() : absl::InternalError("not aborted");
   });
   REQUIRE(FirstError(statuses) == "");
   REQUIRE(fake.seen(0).aborts == 1);
