@@ -1,8 +1,5 @@
 #include "comm/communicator.h"
 
-#include <sched.h>
-#include <time.h>
-
 #include <cstring>
 #include <mutex>
 #include <string>
@@ -11,6 +8,7 @@
 #include "base/check.h"
 #include "base/clock.h"
 #include "base/status.h"
+#include "comm/relax.h"
 
 namespace ballast {
 namespace {
@@ -19,19 +17,6 @@ constexpr uint32_t kMagic = 0x4c4c4142;  // "BALL"
 // The header has a cache line to itself, so that payloads are aligned on both sides.
 constexpr size_t kHeaderRoom = kCacheLineBytes;
 static_assert(sizeof(MessageHeader) <= kHeaderRoom);
-constexpr int kPollsBeforeSleep = 20'000;
-constexpr int kPollsPerLook = 64;  // at the deadline and for interruptions
-
-// Gives the core away between polls: ranks may outnumber cores. After many fruitless polls it
-// sleeps.
-void Relax(int polls) {
-  if (polls < kPollsBeforeSleep) {
-    sched_yield();
-  } else {
-    const timespec pause{0, 50'000};
-    nanosleep(&pause, nullptr);
-  }
-}
 
 }  // namespace
 

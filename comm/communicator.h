@@ -44,6 +44,7 @@ class Communicator {
 
   int rank() const { return transport_->rank(); }
   int size() const { return transport_->size(); }
+  int64_t deadline_ms() const { return options_.deadline_ms; }
 
   // Every rank's `mine` to everyone, in rank order.
   // SHAPES all [size() * mine.size()]

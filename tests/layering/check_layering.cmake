@@ -20,7 +20,7 @@ set(folders base kernels placement comm monitor runtime deploy tests)
 # Which files own a third-party header: "what is included|who may".
 set(owners
   "mpi\\.h|comm/mpi_[^/]*\\.cc|tests/mpi/[^/]*\\.cc"
-  "nccl\\.h|comm/nccl_[^/]*\\.cc|tests/gpu/[^/]*"
+  "nccl(_device)?\\.h|comm/nccl_[^/]*\\.cc|tests/gpu/[^/]*"
   "cuda_runtime\\.h|[^ ]*\\.cuh?|base/buffer[^/]*\\.cc|base/cuda_status\\.h|comm/nccl_[^/]*\\.cc|tests/gpu/[^/]*"
   "prometheus/[^>]*|monitor/[^/]*\\.cc|tests/monitor/[^/]*\\.cc")
 
