@@ -37,7 +37,7 @@ __device__ void CountChunk(const CopyRouteArgs& a, int tile, int* counters, cons
 
 // counters [kWarps, E] of the tile, each warp's its own.
 __device__ void CountTile(const CopyRouteArgs& a, int tile, int* counters) {
-  const int experts = a.hosts.num_experts;
+  const int experts = a.num_experts;
   for (int i = static_cast<int>(threadIdx.x); i < kWarps * experts; i += kThreads) counters[i] = 0;
   __syncthreads();
   CountChunk(a, tile, counters + static_cast<int>(threadIdx.x / kWarp) * experts,
@@ -47,8 +47,9 @@ __device__ void CountTile(const CopyRouteArgs& a, int tile, int* counters) {
 
 // The host and row of the copy that is the `place`-th of its expert on this rank.
 __device__ void Route(const CopyRouteArgs& a, int copy, int expert, int place) {
-  const int end = a.hosts.host_offsets[expert + 1];
-  int h = a.hosts.host_offsets[expert];
+  const DeviceHosts& hosts = *a.layer;
+  const int end = hosts.host_offsets[expert + 1];
+  int h = hosts.host_offsets[expert];
   while (h < end && place >= a.send[h]) place -= a.send[h++];
   if (h == end) {
     Report(a.status, ExchangeCode::kSharesWrong, a.rank);
@@ -56,7 +57,7 @@ __device__ void Route(const CopyRouteArgs& a, int copy, int expert, int place) {
     a.copy_row[copy] = 0;
     return;
   }
-  a.copy_rank[copy] = a.hosts.host_rank[h];
+  a.copy_rank[copy] = hosts.host_rank[h];
   a.copy_row[copy] = a.row_begin[h] + place;
 }
 
@@ -64,7 +65,7 @@ __device__ void Route(const CopyRouteArgs& a, int copy, int expert, int place) {
 
 __global__ void __launch_bounds__(kThreads) TileCountsKernel(CopyRouteArgs a) {
   int* counters = &Shared<int>();
-  const int experts = a.hosts.num_experts;
+  const int experts = a.num_experts;
   if (HasFailed(a.status)) return;
   CountTile(a, static_cast<int>(blockIdx.x), counters);
   for (int e = static_cast<int>(threadIdx.x); e < experts; e += kThreads) {
@@ -76,7 +77,7 @@ __global__ void __launch_bounds__(kThreads) TileCountsKernel(CopyRouteArgs a) {
 
 __global__ void __launch_bounds__(kThreads) RouteKernel(CopyRouteArgs a) {
   int* counters = &Shared<int>();
-  const int experts = a.hosts.num_experts;
+  const int experts = a.num_experts;
   const int tile = static_cast<int>(blockIdx.x);
   if (HasFailed(a.status)) return;
   CountTile(a, tile, counters);
@@ -103,13 +104,13 @@ __global__ void __launch_bounds__(kThreads) RouteKernel(CopyRouteArgs a) {
 absl::Status RouteCopies(const CopyRouteArgs& a, Stream stream) {
   const int tiles = NumRouteTiles(a.num_tokens * a.top_k);
   if (tiles == 0) return absl::OkStatus();
-  const size_t bytes = sizeof(int) * kWarps * static_cast<size_t>(a.hosts.num_experts);
+  const size_t bytes = sizeof(int) * kWarps * static_cast<size_t>(a.num_experts);
   for (auto* attribute :
        {reinterpret_cast<void*>(TileCountsKernel), reinterpret_cast<void*>(RouteKernel)}) {
     if (cudaFuncSetAttribute(attribute, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              static_cast<int>(bytes)) != cudaSuccess) {
       return absl::InvalidArgumentError(
-          absl::StrCat("route: ", a.hosts.num_experts, " experts do not fit shared memory"));
+          absl::StrCat("route: ", a.num_experts, " experts do not fit shared memory"));
     }
   }
   const LaunchShape shape = {static_cast<unsigned>(tiles), kThreads, bytes};

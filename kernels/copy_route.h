@@ -19,7 +19,8 @@ struct CopyRouteArgs {
   int32_t rank = 0;
   int32_t num_tokens = 0, top_k = 0;
   const int32_t* ids = nullptr;
-  DeviceHosts hosts;
+  const DeviceHosts* layer = nullptr;  // in device memory, as in DeviceSplitArgs
+  int32_t num_experts = 0;
   const int32_t* send = nullptr;
   const int32_t* row_begin = nullptr;
   int32_t* copy_rank = nullptr;

@@ -11,6 +11,12 @@ namespace {
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / static_cast<int>(kWarp);
 
+// The arguments, with the layer as it is now.
+struct Problem : DeviceSplitArgs {
+  __device__ explicit Problem(const DeviceSplitArgs& args) : DeviceSplitArgs(args), hosts(*layer) {}
+  DeviceHosts hosts;
+};
+
 // Shared memory. Every pointer is to so many words as its comment says.
 struct Work {
   int* demand;   // [E] copies of the batch
@@ -31,31 +37,30 @@ struct Work {
 
 constexpr int kNumShared = 0, kTail = 1, kPushed = 2;  // in scalar
 
-__host__ __device__ inline Work WorkAt(int* base, const DeviceHosts& hosts) {
-  const int num_experts = hosts.num_experts, num_ranks = hosts.num_ranks;
+__host__ __device__ inline Work WorkAt(int* base, const DeviceSplitArgs& a) {
   Work w;
   int** of_experts[] = {&w.demand, &w.before, &w.own, &w.order, &w.seen};
   for (int** part : of_experts) {
     *part = base;
-    base += num_experts;
+    base += a.num_experts;
   }
   int** of_hosts[] = {&w.quota, &w.begin};
   for (int** part : of_hosts) {
     *part = base;
-    base += hosts.num_hosts;
+    base += a.max_hosts;
   }
   int** of_ranks[] = {&w.load, &w.queue, &w.reached, &w.give, &w.take};
   for (int** part : of_ranks) {
     *part = base;
-    base += num_ranks;
+    base += a.num_ranks;
   }
   w.scratch = base;
-  w.scalar = base + 2 * kWarps * num_ranks;
+  w.scalar = base + 2 * kWarps * a.num_ranks;
   return w;
 }
-size_t WorkBytes(const DeviceHosts& hosts) {
+size_t WorkBytes(const DeviceSplitArgs& a) {
   constexpr uintptr_t kBase = 1024;  // no memory: only addresses are worked out
-  const Work w = WorkAt(reinterpret_cast<int*>(kBase), hosts);
+  const Work w = WorkAt(reinterpret_cast<int*>(kBase), a);
   return reinterpret_cast<uintptr_t>(w.scalar + 3) - kBase;
 }
 
@@ -69,7 +74,7 @@ __device__ unsigned LanesBelow(unsigned lane) {
 
 // ---- by all threads ---------------------------------------------------------------------------
 
-__device__ void SumDemand(const DeviceSplitArgs& a, const Work& w) {
+__device__ void SumDemand(const Problem& a, const Work& w) {
   const int experts = a.hosts.num_experts;
   for (int e = static_cast<int>(threadIdx.x); e < experts; e += kThreads) {
     int sum = 0, before = 0, own = 0;
@@ -95,7 +100,7 @@ __device__ bool IsShared(const DeviceHosts& hosts, int e) {
 }
 
 // Experts with one host go there; the others are put in order.
-__device__ void PlaceSingles(const DeviceSplitArgs& a, const Work& w) {
+__device__ void PlaceSingles(const Problem& a, const Work& w) {
   const DeviceHosts& hosts = a.hosts;
   for (int e = static_cast<int>(threadIdx.x); e < hosts.num_experts; e += kThreads) {
     const int host = hosts.host_offsets[e];
@@ -297,7 +302,7 @@ __device__ int Overlap(int begin_a, int end_a, int begin_b, int end_b) {
 }
 
 // The sources' counts of the expert and the hosts' quotas, less what every rank keeps of its own.
-__device__ void KeepOwn(const DeviceSplitArgs& a, const Work& w, int first, int n, unsigned lane,
+__device__ void KeepOwn(const Problem& a, const Work& w, int first, int n, unsigned lane,
                         int* count, int* quota) {
   const DeviceHosts& hosts = a.hosts;
   const int e = hosts.expert_of_host[first];
@@ -322,7 +327,7 @@ __device__ void KeepOwn(const DeviceSplitArgs& a, const Work& w, int first, int 
 // first, then its node, then the others, in ascending order. Serving in order is the overlap of two
 // rows of intervals, the sources' counts and the hosts' quotas, so every host can be worked out by
 // itself.
-__device__ void CutExpert(const DeviceSplitArgs& a, const Work& w, int e, unsigned lane, int* count,
+__device__ void CutExpert(const Problem& a, const Work& w, int e, unsigned lane, int* count,
                           int* quota) {
   const DeviceHosts& hosts = a.hosts;
   const int first = hosts.host_offsets[e], n = hosts.host_offsets[e + 1] - first;
@@ -386,7 +391,7 @@ __device__ void CutExpert(const DeviceSplitArgs& a, const Work& w, int e, unsign
 // ---- the block --------------------------------------------------------------------------------
 
 // Where the groups of every rank begin.
-__device__ void LayOut(const DeviceSplitArgs& a, const Work& w) {
+__device__ void LayOut(const Problem& a, const Work& w) {
   const DeviceHosts& hosts = a.hosts;
   for (int r = static_cast<int>(threadIdx.x); r < hosts.num_ranks; r += kThreads) {
     int begin = 0;
@@ -406,7 +411,7 @@ __device__ void LayOut(const DeviceSplitArgs& a, const Work& w) {
   }
 }
 
-__device__ void SplitBlock(const DeviceSplitArgs& a, const Work& w) {
+__device__ void SplitBlock(const Problem& a, const Work& w) {
   const DeviceHosts& hosts = a.hosts;
   const int thread = static_cast<int>(threadIdx.x);
   const unsigned lane = threadIdx.x % kWarp;
@@ -446,29 +451,30 @@ __device__ void PublishCounts(const Exchange& x, const int32_t* own_counts) {
 // ---- kernels ----------------------------------------------------------------------------------
 
 __global__ void __launch_bounds__(kThreads) SplitKernel(DeviceSplitArgs a) {
-  SplitBlock(a, WorkAt(&Shared<int>(), a.hosts));
+  SplitBlock(Problem(a), WorkAt(&Shared<int>(), a));
 }
 
 __global__ void __launch_bounds__(kThreads)
     ExchangeCountsKernel(DeviceSplitArgs a, Exchange x, const int32_t* own_counts) {
   if (HasFailed(x.status)) return;
+  if (threadIdx.x == 0) ++*x.number;  // an exchange begins
   PublishCounts(x, own_counts);
   RaiseFlag(x, Flag::kCounts);
   if (!AwaitFlags(x, Flag::kCounts, ExchangeCode::kCountsLate)) return;
-  SplitBlock(a, WorkAt(&Shared<int>(), a.hosts));
+  SplitBlock(Problem(a), WorkAt(&Shared<int>(), a));
 }
 
 template <typename Kernel>
-absl::Status Reserve(Kernel* kernel, const DeviceHosts& hosts, size_t* bytes) {
+absl::Status Reserve(Kernel* kernel, const DeviceSplitArgs& a, size_t* bytes) {
   constexpr size_t kMost = 227 << 10;  // of a block, on Hopper
-  *bytes = WorkBytes(hosts);
+  *bytes = WorkBytes(a);
   if (*bytes <= kMost && cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                               static_cast<int>(*bytes)) == cudaSuccess) {
     return absl::OkStatus();
   }
-  return absl::InvalidArgumentError(absl::StrCat(
-      "split: ", hosts.num_experts, " experts on ", hosts.num_hosts, " hosts of ", hosts.num_ranks,
-      " ranks take ", *bytes, " bytes of shared memory, allowed: ", kMost));
+  return absl::InvalidArgumentError(
+      absl::StrCat("split: ", a.num_experts, " experts on ", a.max_hosts, " hosts of ", a.num_ranks,
+                   " ranks take ", *bytes, " bytes of shared memory, allowed: ", kMost));
 }
 
 }  // namespace
@@ -477,14 +483,14 @@ absl::Status Reserve(Kernel* kernel, const DeviceHosts& hosts, size_t* bytes) {
 
 absl::Status SplitOnDevice(const DeviceSplitArgs& a, Stream stream) {
   size_t bytes = 0;
-  BALLAST_RETURN_IF_ERROR(Reserve(SplitKernel, a.hosts, &bytes));
+  BALLAST_RETURN_IF_ERROR(Reserve(SplitKernel, a, &bytes));
   return Launch({1, kThreads, bytes}, stream, SplitKernel, a);
 }
 
 absl::Status ExchangeCountsAndSplit(const DeviceSplitArgs& a, const Exchange& x,
                                     const int32_t* own_counts, Stream stream) {
   size_t bytes = 0;
-  BALLAST_RETURN_IF_ERROR(Reserve(ExchangeCountsKernel, a.hosts, &bytes));
+  BALLAST_RETURN_IF_ERROR(Reserve(ExchangeCountsKernel, a, &bytes));
   return Launch({1, kThreads, bytes}, stream, ExchangeCountsKernel, a, x, own_counts);
 }
 

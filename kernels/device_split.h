@@ -18,11 +18,14 @@ namespace ballast {
 // rank, then in the order of the source's copies.
 //
 // SHAPES counts [R, kinds, E], what is split is the sum over the kinds; quota, send, row_begin [H];
-//        rank_load [R]; group_begin [G+1], group_rows [G] of this rank
+//        rank_load [R]; group_begin [G+1], group_rows [G] of this rank (room for max_hosts of all
+//        but rank_load)
 // REQUIRES all counts together are below 2^31
 // ERRORS in *status: kRowsExceeded: a rank gets more than row_capacity rows
 struct DeviceSplitArgs {
-  DeviceHosts hosts;
+  const DeviceHosts* layer = nullptr;  // in device memory: a flip writes another one there
+  int32_t num_experts = 0, num_ranks = 0;
+  int32_t max_hosts = 0;  // of any placement
   int32_t rank = 0;
   int32_t row_align = 1;
   int32_t row_capacity = 0;  // of every rank
@@ -38,7 +41,7 @@ struct DeviceSplitArgs {
 };
 
 // STREAM asynchronous, one launch of one block.
-// ERRORS kInvalidArgument: the layer does not fit into shared memory
+// ERRORS kInvalidArgument: layers of this size do not fit into shared memory
 namespace cuda {
 absl::Status SplitOnDevice(const DeviceSplitArgs& args, Stream stream);
 // First tells all ranks this rank's counts, own_counts [kinds, E], and waits for theirs.

@@ -38,8 +38,9 @@ __device__ inline bool HasFailed(const uint32_t* status) {
 // stored before, and what they saw others store, the ranks see when they see the flag.
 __device__ inline void RaiseFlag(const Exchange& x, Flag flag) {
   __syncthreads();
+  const uint32_t number = *x.number;
   for (int r = static_cast<int>(threadIdx.x); r < x.shape.num_ranks; r += blockDim.x) {
-    StoreRelease(FlagOf(x, r, flag, x.rank), x.number);
+    StoreRelease(FlagOf(x, r, flag, x.rank), number);
   }
 }
 
@@ -47,11 +48,12 @@ __device__ inline void RaiseFlag(const Exchange& x, Flag flag) {
 // and nothing has failed; else the status says what was missed.
 __device__ inline bool AwaitFlags(const Exchange& x, Flag flag, ExchangeCode late) {
   const uint64_t begin = NanosecondsNow();
+  const uint32_t number = *x.number;
   bool missed = false;
   for (int r = static_cast<int>(threadIdx.x); r < x.shape.num_ranks; r += blockDim.x) {
     const uint32_t* at = FlagOf(x, x.rank, flag, r);
     // Numbers go round; the difference tells before from after.
-    while (static_cast<int32_t>(LoadAcquire(at) - x.number) < 0 && !missed) {
+    while (static_cast<int32_t>(LoadAcquire(at) - number) < 0 && !missed) {
       if (NanosecondsNow() - begin < x.deadline_ns && LoadAcquire(x.status) == 0) continue;
       Report(x.status, late, r);
       missed = true;

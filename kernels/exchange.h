@@ -85,13 +85,14 @@ struct ArenaShape {
 // ERRORS kInvalidArgument names what is out of range
 absl::Status CheckArenaShape(const ArenaShape& shape);
 
-// What one rank needs to take part in exchange `number`.
+// What one rank needs to take part in exchanges. What changes from one to the next is in device
+// memory, so a captured graph serves all of them.
 struct Exchange {
   ArenaShape shape;
   std::byte* arena[kMaxPeers] = {};  // [R]; arena[rank] is this rank's own
   int32_t rank = 0;
-  uint32_t number = 0;       // counts from 1; flags begin as 0
-  uint64_t deadline_ns = 0;  // of every wait
+  uint32_t* number = nullptr;  // of the exchange: begins as 0, as flags do; the counts add one
+  uint64_t deadline_ns = 0;    // of every wait
   uint32_t* status =
       nullptr;  // stays what it first became; a kernel that finds it set does nothing
 };

@@ -35,6 +35,11 @@ class DeviceArray {
     REQUIRE(host.size() == size_);
     RequireCuda(cudaMemcpy(data_, host.data(), bytes(), cudaMemcpyHostToDevice));
   }
+  // The elements after those keep what they had.
+  void WriteFirst(const std::vector<T>& host) {
+    REQUIRE(host.size() <= size_);
+    RequireCuda(cudaMemcpy(data_, host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice));
+  }
   // Waits for everything first.
   std::vector<T> Read() const {
     RequireCuda(cudaDeviceSynchronize());

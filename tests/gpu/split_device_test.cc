@@ -56,6 +56,7 @@ Expected ExpectedFor(const LayerHosts& hosts, std::span<const int32_t> counts, i
 struct OnDevice {
   OnDevice(const CompiledHosts& compiled, const LayerHosts& hosts, int32_t rank)
       : words(compiled.words()),
+        layer(std::vector<DeviceHosts>{compiled.At(words.data())}),
         quota(hosts.host_rank.size()),
         load(hosts.num_ranks),
         send(hosts.host_rank.size()),
@@ -65,7 +66,11 @@ struct OnDevice {
         status(std::vector<uint32_t>{0}) {}
 
   DeviceSplitArgs Args(const CompiledHosts& compiled, int32_t rank, const int32_t* counts) const {
-    return {.hosts = compiled.At(words.data()),
+    const DeviceHosts hosts = compiled.At(words.data());
+    return {.layer = layer.data(),
+            .num_experts = hosts.num_experts,
+            .num_ranks = hosts.num_ranks,
+            .max_hosts = hosts.num_hosts + 3,
             .rank = rank,
             .row_align = kAlign,
             .row_capacity = 1 << 30,
@@ -80,7 +85,9 @@ struct OnDevice {
             .status = status.data()};
   }
 
-  DeviceArray<int32_t> words, quota, load, send, row_begin, group_begin, group_rows;
+  DeviceArray<int32_t> words;
+  DeviceArray<DeviceHosts> layer;
+  DeviceArray<int32_t> quota, load, send, row_begin, group_begin, group_rows;
   DeviceArray<uint32_t> status;
 };
 
@@ -191,6 +198,7 @@ void RequireRoutes(const LayerHosts& hosts, const std::vector<int32_t>& ids, int
   }
   const CompiledHosts compiled(hosts);
   const DeviceArray<int32_t> words(compiled.words()), device_ids(ids), device_send(send);
+  const DeviceArray<DeviceHosts> layer(std::vector<DeviceHosts>{compiled.At(words.data())});
   const DeviceArray<int32_t> device_begin(row_begin), copy_rank(ids.size()), copy_row(ids.size());
   const DeviceArray<int32_t> tile_counts(static_cast<size_t>(hosts.num_experts) *
                                          NumRouteTiles(static_cast<int32_t>(ids.size())));
@@ -199,7 +207,8 @@ void RequireRoutes(const LayerHosts& hosts, const std::vector<int32_t>& ids, int
                              .num_tokens = tokens,
                              .top_k = top_k,
                              .ids = device_ids.data(),
-                             .hosts = compiled.At(words.data()),
+                             .layer = layer.data(),
+                             .num_experts = hosts.num_experts,
                              .send = device_send.data(),
                              .row_begin = device_begin.data(),
                              .copy_rank = copy_rank.data(),

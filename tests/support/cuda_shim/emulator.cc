@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
-#include <deque>
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
@@ -12,15 +12,25 @@
 #include "tests/support/cuda_shim/cuda_runtime.h"
 #include "tests/support/cuda_shim/fiber.h"
 #include "tests/support/cuda_shim/guarded.h"
+#include "tests/support/cuda_shim/stream.h"
 
 namespace cuda_shim {
-namespace {
 
 struct LateStore {
   void* to;
   std::byte bytes[16];
   size_t count;
 };
+
+struct Grid {
+  Launch launch;
+  std::vector<unsigned> to_start;  // blocks, the next one last
+  unsigned running = 0;
+  unsigned victim_block = ~0u, victim_thread = 0;  // that is starved, if any
+  std::vector<LateStore> late;  // of blocks that are done: seen at the end of the grid
+};
+
+namespace {
 
 void Apply(std::vector<LateStore>* stores) {
   for (const LateStore& store : *stores) std::memcpy(store.to, store.bytes, store.count);
@@ -50,14 +60,6 @@ struct Meeting {
   uint32_t mask, arrived;
 };
 
-struct Grid {
-  Launch launch;
-  std::vector<unsigned> to_start;  // blocks, the next one last
-  unsigned running = 0;
-  unsigned victim_block = ~0u, victim_thread = 0;  // that is starved, if any
-  std::vector<LateStore> late;  // of blocks that are done: seen at the end of the grid
-};
-
 struct Block {
   Block(Grid* owner, unsigned number, uint64_t noise)
       : grid(owner), shared(owner->launch.shared_bytes, noise) {
@@ -74,24 +76,6 @@ struct Block {
   std::vector<LateStore> late;  // stored before a barrier: any fence of the block makes them seen
 };
 
-struct Work {
-  enum class Kind { kKernel, kHost, kWait } kind;
-  Launch launch;
-  std::function<void()> host;
-  std::function<bool()> ready;
-};
-
-}  // namespace
-}  // namespace cuda_shim
-
-struct CUstream_st {
-  std::deque<cuda_shim::Work> work;
-  std::unique_ptr<cuda_shim::Grid> grid;  // running
-};
-
-namespace cuda_shim {
-namespace {
-
 constexpr uint64_t kSwitchNs = 20;
 constexpr uint32_t kLongNap = 64;  // turns of a thread
 
@@ -106,7 +90,10 @@ class Emulator {
   CUstream_st* StreamOf(CUstream_st* stream) { return stream == nullptr ? &default_ : stream; }
   void Add(CUstream_st* stream) { streams_.push_back(stream); }
   void Remove(CUstream_st* stream) { std::erase(streams_, stream); }
-  void Push(CUstream_st* stream, Work work) { StreamOf(stream)->work.push_back(std::move(work)); }
+  void Push(CUstream_st* stream, Work work) {
+    CUstream_st* to = StreamOf(stream);
+    (to->captured != nullptr ? to->captured->work : to->work).push_back(std::move(work));
+  }
   bool Idle(CUstream_st* stream) {
     return StreamOf(stream)->work.empty() && StreamOf(stream)->grid == nullptr;
   }
@@ -484,6 +471,8 @@ void Reseed(uint64_t seed) {
 }
 
 }  // namespace cuda_shim
+
+CUstream_st::~CUstream_st() = default;
 
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
   *stream = new CUstream_st;

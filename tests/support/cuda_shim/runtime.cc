@@ -2,6 +2,7 @@
 #include <memory>
 
 #include "tests/support/cuda_shim/cuda_runtime.h"
+#include "tests/support/cuda_shim/stream.h"
 
 namespace {
 
@@ -18,6 +19,7 @@ cudaError_t Sound() {
 }
 
 cudaError_t Settle(CUstream_st* stream, bool all) {
+  if (stream != nullptr && stream->captured != nullptr) return Note(cudaErrorInvalidValue);
   if (!cuda_shim::RunUntilIdle(stream, all)) return Note(cudaErrorLaunchFailure);
   return Note(cuda_shim::CheckDeviceBlocks() ? cudaSuccess : cudaErrorLaunchFailure);
 }
@@ -153,4 +155,39 @@ cudaError_t LaunchInShim(const cudaLaunchConfig_t& config, std::function<void()>
   }
   cuda_shim::Enqueue(config.stream, std::move(launch));
   return Sound();
+}
+
+// ---- graphs
+// ---------------------------------------------------------------------------------------
+
+struct CUgraphExec_st {
+  std::deque<cuda_shim::Work> work;
+};
+
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
+  if (stream == nullptr || stream->captured != nullptr) return Note(cudaErrorInvalidValue);
+  stream->captured = std::make_unique<CUgraph_st>();
+  return cudaSuccess;
+}
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
+  if (stream == nullptr || stream->captured == nullptr) return Note(cudaErrorInvalidValue);
+  *graph = stream->captured.release();
+  return cudaSuccess;
+}
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t* exec, cudaGraph_t graph, unsigned long long) {
+  *exec = new CUgraphExec_st{graph->work};
+  return cudaSuccess;
+}
+cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
+  if (stream == nullptr) return Note(cudaErrorInvalidValue);
+  stream->work.insert(stream->work.end(), exec->work.begin(), exec->work.end());
+  return Sound();
+}
+cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
+  delete graph;
+  return cudaSuccess;
+}
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) {
+  delete exec;
+  return cudaSuccess;
 }
