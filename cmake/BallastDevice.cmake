@@ -54,3 +54,21 @@ function(ballast_add_shim)
   # Unrolling is for the device.
   target_compile_options(ballast_kernels_shim PRIVATE -Wno-unknown-pragmas)
 endfunction()
+
+# All tests of kernels. The emulator switches stacks, which ThreadSanitizer does not follow, and it has one thread.
+function(ballast_add_device_tests)
+  if(BALLAST_SANITIZE MATCHES "thread")
+    return()
+  endif()
+  ballast_add_shim()
+  ballast_device_test(device
+    SOURCES
+      deploy/gpu/bench_gpu.cc
+      deploy/gpu/bench_gpu_report.cc
+      deploy/gpu/measure.cc
+      tests/gpu/bench_gpu_test.cc
+      tests/gpu/exchange_device_test.cc
+      tests/gpu/gate_device_test.cc
+      tests/gpu/split_device_test.cc
+    LIBS ballast_kernels ballast_placement nlohmann_json::nlohmann_json)
+endfunction()

@@ -2,6 +2,7 @@
 option(BALLAST_WITH_ONEDNN "Matrix products through oneDNN (OFF: the plain kernels only)" ON)
 option(BALLAST_WITH_CUDA "Compile the CUDA kernels" OFF)
 option(BALLAST_WITH_NCCL "Compile what talks to NCCL (needs CUDA's toolkit)" OFF)
+option(BALLAST_KERNELS_ONLY "Only the kernels, their tests and measurements (with BALLAST_WITH_CUDA)" OFF)
 option(BALLAST_BUILD_TESTS "Build the tests" ${PROJECT_IS_TOP_LEVEL})
 option(BALLAST_WERROR "Warnings are errors" OFF)
 set(BALLAST_UNIT_TEST_SECONDS 300 CACHE STRING "Longest time that a unit test may take")

@@ -16,6 +16,7 @@
 #include "deploy/bench_batch.h"
 #include "deploy/bench_rebalance.h"
 #include "deploy/commands.h"
+#include "deploy/gpu/bench_gpu.h"
 #include "deploy/lab.h"
 #include "placement/eplb.h"
 #include "placement/full_plan.h"
@@ -285,6 +286,13 @@ void AddRebalanceFlags(CLI::App* app, RebalanceBenchFlags* f) {
       ->group(group);
 }
 
+absl::Status BenchGpu(const std::string& json) {
+  if (!json.empty()) BALLAST_RETURN_IF_ERROR(CheckWritable(json));
+  BALLAST_ASSIGN_OR_RETURN(const GpuBenchResult result, RunGpuBench(/*small=*/false));
+  std::cout << ToTable(result);
+  return json.empty() ? absl::OkStatus() : WriteFile(json, ToJson(result));
+}
+
 }  // namespace
 
 RunCommand AddBenchCommand(CLI::App* app) {
@@ -297,9 +305,10 @@ RunCommand AddBenchCommand(CLI::App* app) {
          "split: one exact split, on EPLB's placements and on full plans (the hardest), at "
          "loads 2 % off; plan: a plan of all layers, without renaming; batch: the predicted time "
          "of a layer under three splits at 1 to 16,384 tokens; rebalance (under mpirun -n 2 or "
-         "more): steps while copies of experts move, against steps while none do")
+         "more): steps while copies of experts move, against steps while none do; gpu: the kernels "
+         "on this machine's first device, against its rate of copying")
       ->required()
-      ->check(CLI::IsMember({"split", "plan", "batch", "rebalance"}));
+      ->check(CLI::IsMember({"split", "plan", "batch", "rebalance", "gpu"}));
   app->add_option("--json", flags->json, "Write the figures to this file");
   const char* group = "batch";
   app->add_option("--trace", flags->traces,
@@ -327,8 +336,9 @@ RunCommand AddBenchCommand(CLI::App* app) {
   return [what, flags, rebalance](int* argc, char*** argv) {
     rebalance->json = flags->json;
     if (*what == "split" || *what == "plan") return Finish(RunBench(*what, flags->json));
-    const absl::StatusOr<int> code = *what == "batch" ? RunBatchBench(*flags)
-                                                      : RunRebalanceBench(*rebalance, argc, argv);
+    if (*what == "gpu") return Finish(BenchGpu(flags->json));
+    const absl::StatusOr<int> code =
+        *what == "batch" ? RunBatchBench(*flags) : RunRebalanceBench(*rebalance, argc, argv);
     return code.ok() ? *code : Finish(code.status());
   };
 }

@@ -71,7 +71,7 @@ __device__ void DispatchRows(const DispatchArgs& a, const Exchange& x, Part part
       const int rank =
           k < shape.top_k ? a.copy_rank[static_cast<size_t>(t) * shape.top_k + k] : -1 - k;
       const unsigned same = __match_any_sync(kFullWarp, rank);
-      const bool first = rank >= 0 && __ffs(static_cast<int>(same)) - 1 == k;
+      const bool first = rank >= 0 && rank != x.rank && __ffs(static_cast<int>(same)) - 1 == k;
       const unsigned firsts = __ballot_sync(kFullWarp, first);
       if (first) {
         const size_t slot = static_cast<size_t>(x.rank) * shape.max_tokens + t;
@@ -108,10 +108,13 @@ __device__ void ExpandRows(const ExpandArgs& a, const Exchange& x, Part part, Ro
   const ArenaShape& shape = x.shape;
   const int32_t* row_of_copy = InArena<int32_t>(x, x.rank, shape.row_of_copy_offset());
   const int32_t* num_tokens = InArena<int32_t>(x, x.rank, shape.tokens_offset());
-  const std::byte* rows = InArena<std::byte>(x, x.rank, shape.rows_offset());
   int before = 0;  // tokens of earlier sources: the blocks take turns over all of them
   for (int source = 0; source < shape.num_ranks; ++source) {
     const int tokens = LoadPeer(&num_tokens[source]);
+    const std::byte* rows =
+        source == x.rank ? a.own
+                         : InArena<std::byte>(x, x.rank, shape.rows_offset()) +
+                               static_cast<size_t>(source) * shape.max_tokens * shape.row_bytes;
     const int begin = (part.index - before % part.count + part.count) % part.count;
     before += tokens;
     for (int t = begin; t < tokens; t += part.count) {
@@ -129,7 +132,7 @@ __device__ void ExpandRows(const ExpandArgs& a, const Exchange& x, Part part, Ro
       }
       __syncthreads();
       if (targets.count == 0) continue;
-      CopyRow<false>(rows + slot * static_cast<size_t>(shape.row_bytes), targets.to, targets.count,
+      CopyRow<false>(rows + static_cast<size_t>(t) * shape.row_bytes, targets.to, targets.count,
                      shape.row_bytes);
     }
   }

@@ -62,7 +62,8 @@ struct ArenaShape {
   }
   // row_of_copy [R, max_tokens, K]: of each copy of a source, its row here, or -1
   constexpr size_t row_of_copy_offset() const { return End(tokens_offset(), 4ull * num_ranks); }
-  // rows [R, max_tokens, row_bytes]: token t of source s at [s, t], where a copy of it comes here
+  // rows [R, max_tokens, row_bytes]: token t of source s at [s, t], where a copy of it comes here;
+  // not of this rank itself
   constexpr size_t rows_offset() const {
     return End(row_of_copy_offset(), 4ull * num_ranks * max_tokens * top_k);
   }
@@ -97,7 +98,8 @@ struct Exchange {
       nullptr;  // stays what it first became; a kernel that finds it set does nothing
 };
 
-// Sends each token's row once to every rank that needs it, and to all ranks where its copies go.
+// Sends each token's row once to every other rank that needs it, and to all ranks where its copies
+// go.
 // SHAPES x [T, row_bytes]
 struct DispatchArgs {
   int32_t num_tokens = 0;
@@ -108,8 +110,10 @@ struct DispatchArgs {
 };
 
 // Waits for the rows of all sources and copies each to the rows of its copies.
-// SHAPES x [row_capacity, row_bytes]: rows that no copy has are left as they are
+// SHAPES own [T, row_bytes]: x of DispatchArgs, as this rank's rows are not sent; x [row_capacity,
+//        row_bytes]: rows that no copy has are left as they are
 struct ExpandArgs {
+  const std::byte* own = nullptr;
   std::byte* x = nullptr;
 };
 

@@ -179,7 +179,10 @@ class TestRank {
             .copy_row = copy_row_.data(),
             .blocks_done = blocks_done_.data()};
   }
-  ExpandArgs expand_args() const { return {reinterpret_cast<std::byte*>(expanded_.data())}; }
+  ExpandArgs expand_args() const {
+    return {.own = reinterpret_cast<const std::byte*>(x_.data()),
+            .x = reinterpret_cast<std::byte*>(expanded_.data())};
+  }
 
   // Up to the experts' rows.
   void LaunchFirstHalf() {

@@ -29,6 +29,7 @@ cudaError_t Settle(CUstream_st* stream, bool all) {
 struct CUevent_st {
   // One more for each record; a wait is for the number at the time that it was asked for.
   std::shared_ptr<uint64_t> recorded = std::make_shared<uint64_t>(0);
+  std::shared_ptr<uint64_t> at_ns = std::make_shared<uint64_t>(0);
   uint64_t wanted = 0;
 };
 
@@ -59,6 +60,11 @@ cudaError_t cudaGetLastError() {
 }
 cudaError_t cudaGetDeviceCount(int* count) {
   *count = 1;
+  return cudaSuccess;
+}
+
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
+  std::strcpy(properties->name, "emulator");
   return cudaSuccess;
 }
 
@@ -119,8 +125,11 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) {
   return cudaSuccess;
 }
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
-  cuda_shim::Enqueue(
-      stream, [recorded = event->recorded, number = ++event->wanted] { *recorded = number; });
+  cuda_shim::Enqueue(stream,
+                     [recorded = event->recorded, at_ns = event->at_ns, number = ++event->wanted] {
+                       *recorded = number;
+                       *at_ns = cuda_shim::Nanoseconds();
+                     });
   return Sound();
 }
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
@@ -130,6 +139,11 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned
 }
 cudaError_t cudaEventQuery(cudaEvent_t event) {
   return *event->recorded >= event->wanted ? cudaSuccess : cudaErrorNotReady;
+}
+cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t begin, cudaEvent_t end) {
+  // A copy takes no turn of the emulator's; no time is zero.
+  *ms = static_cast<float>(*end->at_ns - *begin->at_ns + 1) * 1e-6f;
+  return cudaSuccess;
 }
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
   return cudaEventQuery(event) == cudaSuccess ? Sound() : Settle(nullptr, true);

@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# On a machine with a GPU: builds the kernels alone, runs their tests, also under compute-sanitizer where it is installed,
+# measures them, and prints one table. Nothing is installed.
+# Usage: deploy/gpu/check.sh [--prefix FOLDER] [--out FOLDER]
+#   --prefix  where Abseil, Catch2 and nlohmann-json are (deploy/gpu/prefix.sh); default: where CMake finds them
+#   --out     gets gpu-results.md and gpu-results.json; default: build/gpu-kernels
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+prefix="" out=build/gpu-kernels
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --prefix) prefix=$(cd "$2" && pwd); shift 2 ;;
+    --out) out=$2; shift 2 ;;
+    *) echo "usage: deploy/gpu/check.sh [--prefix FOLDER] [--out FOLDER]" >&2; exit 2 ;;
+  esac
+done
+mkdir -p "$out"
+echo "== build"
+cmake --preset gpu-kernels ${prefix:+-DCMAKE_PREFIX_PATH="$prefix"} >/dev/null
+cmake --build --preset gpu-kernels | tail -n 1
+build=build/gpu-kernels
+echo "== tests"
+export BALLAST_REQUIRE_GPU=1
+ctest --test-dir $build --output-on-failure -R ': gpu:' | tail -n 15
+sanitized="not run: compute-sanitizer is not installed"
+if command -v compute-sanitizer >/dev/null; then
+  sanitized="clean"
+  for tool in memcheck racecheck; do
+    echo "== compute-sanitizer: $tool"
+    # What waits for other kernels takes too long under it; the rest of the exchange is run one launch at a time.
+    compute-sanitizer --tool "$tool" --error-exitcode 1 $build/device_gpu_test '~[bench]~[deadline]' | tail -n 3 ||
+      sanitized="failed: $tool"
+  done
+fi
+echo "== measurements"
+$build/ballast-bench-gpu --json "$out/gpu-results.json" >"$out/table.md"
+{
+  echo "commit $(git rev-parse --short HEAD 2>/dev/null || echo unknown), driver" \
+    "$(nvidia-smi --query-gpu=driver_version --format=csv,noheader | head -n 1), $(date -u +%F);" \
+    "tests passed, compute-sanitizer $sanitized"
+  echo
+  cat "$out/table.md"
+} >"$out/gpu-results.md"
+rm "$out/table.md"
+cat "$out/gpu-results.md"
+[ "${sanitized%%:*}" != failed ]
