@@ -1,7 +1,8 @@
 # The CUDA kernels: compiled for the device where BALLAST_WITH_CUDA says so, and everywhere for the emulator of the tests.
 set(BALLAST_DEVICE_SOURCES
   kernels/decoder_ops.cu
-  kernels/gate.cu)
+  kernels/gate.cu
+  kernels/grouped_mlp.cu)
 
 if(BALLAST_WITH_CUDA)
   enable_language(CUDA)

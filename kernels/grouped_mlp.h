@@ -1,0 +1,105 @@
+// The experts of a rank on a device: one gated MLP per group of rows, two launches for all groups.
+#ifndef BALLAST_KERNELS_GROUPED_MLP_H_
+#define BALLAST_KERNELS_GROUPED_MLP_H_
+
+#include <cstddef>
+#include <cstdint>
+
+#include "absl/status/status.h"
+#include "base/dtype.h"
+#include "kernels/stream.h"
+
+namespace ballast {
+
+// The shape of one expert, and where its parameters lie in its block of an arena.
+struct ExpertShape {
+  int32_t hidden = 0, inter = 0;  // multiples of 8
+  DType dtype = DType::kF32;      // of parameters, activations and results
+
+  // Rows of gate and up alternate in runs of 8, so that a thread that has some columns of gate in
+  // its registers has those of up beside them:
+  //   rows 16 b + i: row 8 b + i of gate;  rows 16 b + 8 + i: row 8 b + i of up;  i in [0, 8)
+  // Then, 128-byte aligned, down. All row-major; the padding is zeros.
+  // SHAPES gate and up [2 inter, hidden]; down [hidden, inter]
+  size_t down_offset() const;
+  size_t packed_bytes() const;  // a multiple of 128
+};
+
+// Packs one expert: what travels between ranks, and what its checksum covers.
+// SHAPES gate, up [inter, hidden], down [hidden, inter] of `type`; packed holds packed_bytes(),
+//        16-byte aligned
+// ERRORS kInvalidArgument: the shape is none
+absl::Status PackExpert(const ExpertShape& shape, const void* gate, const void* up,
+                        const void* down, DType type, std::byte* packed);
+
+// How many rows a group mostly has: the height of a tile, never the bits of a row.
+enum class GroupSize : uint8_t {
+  kLarge,  // 128 rows per tile: prefill
+  kSmall,  // 64: decode, where the time is that of reading the parameters
+};
+
+// Which kernels compute. The bits of a row are those of the path, so one path serves a model.
+enum class MlpPath : uint8_t {
+  kBest,    // kTensor for bf16 on Hopper, kPlain otherwise
+  kPlain,   // the bits of the CPU, for fp32 and bf16
+  kTensor,  // bf16 on Hopper's tensor cores
+};
+
+// Computes every group's rows with the parameters of its expert.
+//
+//   activated[r] = silu(gate x[r]) * (up x[r])     y[r] = down activated[r]
+//   for r in [group_begin[g], group_begin[g] + group_rows[g]), in the block block_of_group[g]
+//
+// Both are rounded to dtype; sums and silu are fp32. Rows outside of all groups are left alone, in
+// y and in activated. The counts and the table are read on the device, when it gets there: one
+// captured graph serves every batch and every placement. Groups may follow each other (prefill) or
+// each begin at a multiple of the most rows that one can have (decode).
+//
+// SHAPES x, y [num_rows, hidden], activated [num_rows, inter] of dtype; group_begin, group_rows,
+//        block_of_group [num_groups]; block b at arena + b * block_bytes
+// REQUIRES groups lie in [0, num_rows) and apart; blocks in [0, num_blocks); x, activated, y and
+//        arena 16-byte aligned
+// ERRORS kInvalidArgument: a shape, count or alignment that is not allowed; nothing is launched.
+//        kUnimplemented: kTensor for fp32 or on another device than Hopper
+// STREAM asynchronous, two launches; all arrays stay until they are done
+// ORDER  kPlain: as vector_math.h's Dot and Silu. kTensor: 64 rows by 128 or 256 columns by 16 of
+//        k at a time, k ascending; the number of columns follows from the shape, never from the
+//        batch or from group_size. So on both the bits of a row depend on the row and its expert:
+//        not on its company, on where it stands, or on group_size. That the tensor core treats all
+//        rows of an instruction alike is a premise.
+// NOTE   kTensor is not built yet: kBest is kPlain. Not seen on a device.
+struct GroupedMlpArgs {
+  ExpertShape shape;
+  int32_t num_groups = 0;
+  int32_t num_rows = 0;
+  int32_t max_rows = 0;  // that all groups together mostly have: sizes the grid, nothing else
+  GroupSize group_size = GroupSize::kLarge;
+  MlpPath path = MlpPath::kBest;
+  const void* x = nullptr;
+  const int32_t* group_begin = nullptr;
+  const int32_t* group_rows = nullptr;
+  const std::byte* arena = nullptr;
+  size_t block_bytes = 0;  // a multiple of 16
+  int32_t num_blocks = 0;
+  const int32_t* block_of_group = nullptr;
+  void* activated = nullptr;
+  void* y = nullptr;
+};
+
+inline constexpr int32_t kMaxMlpGroups = 1024;
+
+// Whether the arguments are such.
+absl::Status CheckGroupedMlp(const GroupedMlpArgs& args);
+
+namespace cpu {
+// The specification of kPlain, whatever the path; within rounding, of kTensor.
+absl::Status GroupedMlp(const GroupedMlpArgs& args, Stream stream);
+}  // namespace cpu
+// Pointers are to device memory.
+namespace cuda {
+absl::Status GroupedMlp(const GroupedMlpArgs& args, Stream stream);
+}  // namespace cuda
+
+}  // namespace ballast
+
+#endif  // BALLAST_KERNELS_GROUPED_MLP_H_
