@@ -2,7 +2,8 @@
 set(BALLAST_DEVICE_SOURCES
   kernels/decoder_ops.cu
   kernels/gate.cu
-  kernels/grouped_mlp.cu)
+  kernels/grouped_mlp.cu
+  kernels/grouped_mlp_tensor.cu)
 
 if(BALLAST_WITH_CUDA)
   enable_language(CUDA)
@@ -41,9 +42,11 @@ function(ballast_add_shim)
   endforeach()
   add_library(ballast_kernels_shim STATIC
     ${wrappers}
+    tests/support/cuda_shim/device_memory.cc
     tests/support/cuda_shim/emulator.cc
     tests/support/cuda_shim/fiber.cc
     tests/support/cuda_shim/guarded.cc
+    tests/support/cuda_shim/hopper.cc
     tests/support/cuda_shim/runtime.cc
     tests/support/cuda_shim/schedules.cc)
   # Before the root, so that its headers are found first.

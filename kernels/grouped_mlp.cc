@@ -1,17 +1,14 @@
 #include "kernels/grouped_mlp.h"
 
-#include <cstring>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "base/aligned_buffer.h"
 #include "base/status.h"
 #include "kernels/vector_math.h"
 
 namespace ballast {
 namespace {
 
-constexpr size_t kPartAlignment = 128;
 constexpr int kRun = 8;  // rows of gate, then as many of up
 
 size_t Elements(const ExpertShape& shape) {
@@ -52,17 +49,16 @@ void Pack(const ExpertShape& shape, const void* gate, const void* up, const void
 }  // namespace
 
 size_t ExpertShape::down_offset() const {
-  return RoundUp(2 * Elements(*this) * SizeOf(dtype), kPartAlignment);
+  return 2 * Elements(*this) * SizeOf(dtype);
 }
 
 size_t ExpertShape::packed_bytes() const {
-  return down_offset() + RoundUp(Elements(*this) * SizeOf(dtype), kPartAlignment);
+  return 3 * Elements(*this) * SizeOf(dtype);
 }
 
 absl::Status PackExpert(const ExpertShape& shape, const void* gate, const void* up,
                         const void* down, DType type, std::byte* packed) {
   BALLAST_RETURN_IF_ERROR(CheckShape(shape));
-  std::memset(packed, 0, shape.packed_bytes());
   const bool from_f32 = type == DType::kF32;
   if (shape.dtype == DType::kF32) {
     (from_f32 ? Pack<float, float> : Pack<BFloat16, float>)(shape, gate, up, down, packed);

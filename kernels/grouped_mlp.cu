@@ -179,9 +179,13 @@ absl::Status GroupedMlp(const GroupedMlpArgs& a, Stream stream) {
   if (a.num_groups == 0) return absl::OkStatus();
   BALLAST_ASSIGN_OR_RETURN(const DeviceTraits traits, TraitsOfDevice());
   const bool is_f32 = a.shape.dtype == DType::kF32;
-  if (a.path == MlpPath::kTensor) {
-    return absl::UnimplementedError("grouped mlp: no tensor path");
+  const bool can_tensor = !is_f32 && traits.major == 9;
+  if (a.path == MlpPath::kTensor && !can_tensor) {
+    return absl::UnimplementedError(absl::StrCat("grouped mlp: no tensor path for ",
+                                                 NameOf(a.shape.dtype), " on compute capability ",
+                                                 traits.major));
   }
+  if (can_tensor && a.path != MlpPath::kPlain) return GroupedMlpTensor(a, traits, stream);
   return is_f32 ? Plain<float>(a, traits, stream) : Plain<__nv_bfloat16>(a, traits, stream);
 }
 

@@ -57,6 +57,10 @@ inline absl::StatusOr<DeviceTraits> TraitsOfDevice() {
   return absl::InternalError(absl::StrCat("no device: ", cudaGetErrorString(error)));
 }
 
+// bf16 on Hopper. REQUIRES CheckGroupedMlp
+absl::Status GroupedMlpTensor(const GroupedMlpArgs& args, const DeviceTraits& traits,
+                              Stream stream);
+
 // first[g] becomes the number of tiles, of kRows rows, of the groups before g; first[num] of all.
 // All threads of the block call it.
 template <int kRows>

@@ -19,16 +19,16 @@ struct ExpertShape {
   // Rows of gate and up alternate in runs of 8, so that a thread that has some columns of gate in
   // its registers has those of up beside them:
   //   rows 16 b + i: row 8 b + i of gate;  rows 16 b + 8 + i: row 8 b + i of up;  i in [0, 8)
-  // Then, 128-byte aligned, down. All row-major; the padding is zeros.
+  // Then down. All row-major; each part is a multiple of 128 bytes, so nothing lies between.
   // SHAPES gate and up [2 inter, hidden]; down [hidden, inter]
   size_t down_offset() const;
-  size_t packed_bytes() const;  // a multiple of 128
+  size_t packed_bytes() const;
 };
 
 // Packs one expert: what travels between ranks, and what its checksum covers.
 // SHAPES gate, up [inter, hidden], down [hidden, inter] of `type`; packed holds packed_bytes(),
 //        16-byte aligned
-// ERRORS kInvalidArgument: the shape is none
+// ERRORS kInvalidArgument: hidden or inter is not a positive multiple of 8
 absl::Status PackExpert(const ExpertShape& shape, const void* gate, const void* up,
                         const void* down, DType type, std::byte* packed);
 
@@ -67,7 +67,8 @@ enum class MlpPath : uint8_t {
 //        batch or from group_size. So on both the bits of a row depend on the row and its expert:
 //        not on its company, on where it stands, or on group_size. That the tensor core treats all
 //        rows of an instruction alike is a premise.
-// NOTE   kTensor is not built yet: kBest is kPlain. Not seen on a device.
+// NOTE   kTensor has been compiled for sm_90a and run by the emulator of the tests; neither its
+//        speed nor its result has been seen on a device.
 struct GroupedMlpArgs {
   ExpertShape shape;
   int32_t num_groups = 0;

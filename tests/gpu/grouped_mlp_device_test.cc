@@ -1,5 +1,7 @@
 #include <cmath>
 #include <cstring>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "base/aligned_buffer.h"
@@ -28,6 +30,11 @@ struct Problem {
   size_t block_bytes;
   AlignedBuffer arena, x;
 };
+
+float Element(DType type, const std::byte* from, size_t i) {
+  return type == DType::kF32 ? reinterpret_cast<const float*>(from)[i]
+                             : ToFloat(reinterpret_cast<const BFloat16*>(from)[i]);
+}
 
 void FillRandom(DType type, double scale, Random* random, std::byte* to, size_t count) {
   for (size_t i = 0; i < count; ++i) {
@@ -177,6 +184,150 @@ TEST_CASE("the grouped mlp on plain units gives the bits of the CPU", "[device][
       REQUIRE(result.y == expected.y);
     }
   });
+}
+
+// In fp64, without rounding between the products: what y should be.
+std::vector<double> ReferenceRow(const Problem& p, const Group& g, int32_t row) {
+  const size_t hidden = static_cast<size_t>(p.shape.hidden);
+  const size_t inter = static_cast<size_t>(p.shape.inter);
+  const std::byte* block = p.arena.data() + static_cast<size_t>(g.block) * p.block_bytes;
+  const std::byte* down = block + p.shape.down_offset();
+  const DType dtype = p.shape.dtype;
+  std::vector<double> activated(inter), y(hidden);
+  for (size_t i = 0; i < inter; ++i) {
+    double gate = 0, up = 0;
+    for (size_t k = 0; k < hidden; ++k) {
+      const size_t packed = i / 8 * 16 + i % 8;
+      const double x = Element(dtype, p.x.data(), static_cast<size_t>(row) * hidden + k);
+      gate += x * Element(dtype, block, packed * hidden + k);
+      up += x * Element(dtype, block, (packed + 8) * hidden + k);
+    }
+    activated[i] = gate / (1 + std::exp(-gate)) * up;
+  }
+  for (size_t i = 0; i < hidden; ++i) {
+    for (size_t k = 0; k < inter; ++k) y[i] += activated[k] * Element(dtype, down, i * inter + k);
+  }
+  return y;
+}
+
+// What a row has in a result, as bytes.
+Bytes RowOf(const Bytes& y, const Problem& p, int32_t row) {
+  const size_t bytes = static_cast<size_t>(p.shape.hidden) * SizeOf(p.shape.dtype);
+  const auto begin = y.begin() + static_cast<ptrdiff_t>(bytes * static_cast<size_t>(row));
+  return {begin, begin + static_cast<ptrdiff_t>(bytes)};
+}
+
+// Rows in groups are close to the reference by the norm of all; the others hold their poison.
+void RequireClose(const Problem& p, const Result& result, double bound) {
+  std::vector<bool> used(static_cast<size_t>(p.num_rows), false);
+  double error = 0, norm = 0;
+  for (const Group& g : p.groups) {
+    for (int32_t row = g.begin; row < g.begin + g.rows; ++row) {
+      used[static_cast<size_t>(row)] = true;
+      const std::vector<double> expected = ReferenceRow(p, g, row);
+      const Bytes y = RowOf(result.y, p, row);
+      for (size_t i = 0; i < expected.size(); ++i) {
+        const double d = Element(p.shape.dtype, y.data(), i) - expected[i];
+        error += d * d;
+        norm += expected[i] * expected[i];
+      }
+    }
+  }
+  CAPTURE(error, norm);
+  REQUIRE(std::sqrt(error) <= bound * std::sqrt(norm));  // a NaN is not
+  const Bytes poison(static_cast<size_t>(p.shape.hidden) * SizeOf(p.shape.dtype),
+                     std::byte{kPoison});
+  for (int32_t row = 0; row < p.num_rows; ++row) {
+    if (!used[static_cast<size_t>(row)]) REQUIRE(RowOf(result.y, p, row) == poison);
+  }
+}
+
+TEST_CASE("the grouped mlp on tensor cores is as close as bf16 can be", "[device][grouped_mlp]") {
+  testing::ForEachSchedule([&](int round) {
+    Random random(static_cast<uint64_t>(round) + 11);
+    const ExpertShape shape = {.hidden = 8 + 8 * static_cast<int32_t>(random.Below(32)),
+                               .inter = 8 + 8 * static_cast<int32_t>(random.Below(20)),
+                               .dtype = DType::kBF16};
+    int32_t num_rows = 0;
+    std::vector<Group> groups = RandomGroups(round % 4 == 0 ? 150 : 20, 3, &random, &num_rows);
+    CAPTURE(round, shape.hidden, shape.inter, num_rows, groups.size());
+    const Problem p = MakeProblem(shape, num_rows, std::move(groups), 3, &random);
+    const Result large = RunOnDevice(p, MlpPath::kTensor, GroupSize::kLarge);
+    RequireClose(p, large, 1e-2);
+    REQUIRE(RunOnDevice(p, MlpPath::kBest, GroupSize::kSmall) == large);
+  });
+}
+
+TEST_CASE("wide tiles of the grouped mlp are as close as bf16 can be", "[device][grouped_mlp]") {
+  testing::ForEachSchedule([&](int round) {
+    Random random(static_cast<uint64_t>(round) + 23);
+    // One of the products has 4096 columns or more.
+    const bool first = round % 2 == 0;
+    const ExpertShape shape = {
+        .hidden = first ? 24 : 4104, .inter = first ? 2056 : 16, .dtype = DType::kBF16};
+    const auto size = round / 2 % 2 == 0 ? GroupSize::kLarge : GroupSize::kSmall;
+    CAPTURE(round);
+    const Problem p = MakeProblem(shape, 9, {{0, 0, 1}, {1, 7, 0}}, 2, &random);
+    RequireClose(p, RunOnDevice(p, MlpPath::kTensor, size), 1e-2);
+  });
+}
+
+TEST_CASE("a row of the grouped mlp has the same bits in any company", "[device][grouped_mlp]") {
+  testing::ForEachSchedule([&](int round) {
+    Random random(static_cast<uint64_t>(round) + 31);
+    const MlpPath path = round % 3 == 0 ? MlpPath::kPlain : MlpPath::kTensor;
+    const ExpertShape shape = {.hidden = 72, .inter = 40, .dtype = DType::kBF16};
+    // Two groups; then the same rows elsewhere, the experts in other blocks, other rows beside.
+    const Problem p = MakeProblem(shape, 70, {{0, 66, 0}, {66, 2, 1}}, 3, &random);
+    Problem q = MakeProblem(shape, 90, {{3, 2, 2}, {5, 0, 0}, {9, 77, 1}}, 3, &random);
+    const auto block = [](const Problem& of, int32_t b) {
+      return const_cast<std::byte*>(of.arena.data()) + static_cast<size_t>(b) * of.block_bytes;
+    };
+    std::memcpy(block(q, 1), block(p, 0), p.block_bytes);
+    std::memcpy(block(q, 2), block(p, 1), p.block_bytes);
+    const size_t row_bytes = static_cast<size_t>(shape.hidden) * 2;
+    const auto row = [&](const Problem& of, int32_t r) {
+      return const_cast<std::byte*>(of.x.data()) + row_bytes * static_cast<size_t>(r);
+    };
+    const std::pair<int32_t, int32_t> moved[] = {{0, 85}, {17, 9}, {65, 40}, {66, 4}, {67, 3}};
+    for (const auto& [from, to] : moved) std::memcpy(row(q, to), row(p, from), row_bytes);
+    const Result a = RunOnDevice(p, path, GroupSize::kLarge);
+    const Result b = RunOnDevice(q, path, round % 2 == 0 ? GroupSize::kLarge : GroupSize::kSmall);
+    for (const auto& [from, to] : moved) {
+      CAPTURE(round, from, to);
+      REQUIRE(RowOf(a.y, p, from) == RowOf(b.y, q, to));
+    }
+  });
+}
+
+TEST_CASE("a grouped mlp that cannot be is refused before it is launched",
+          "[device][grouped_mlp]") {
+  Random random(1);
+  const Problem p = MakeProblem({.hidden = 8, .inter = 8, .dtype = DType::kF32}, 1, {}, 1, &random);
+  const GroupedMlpArgs good = ArgsOf(p);
+  REQUIRE(cuda::GroupedMlp(good, nullptr).ok());  // of no groups
+  const auto message = [&](auto&& spoil) {
+    GroupedMlpArgs args = good;
+    spoil(args);
+    return std::string(cuda::GroupedMlp(args, nullptr).message());
+  };
+  REQUIRE(message([](auto& a) { a.shape.hidden = 12; }) ==
+          "grouped mlp: hidden is 12, allowed: positive multiples of 8");
+  REQUIRE(message([](auto& a) { a.shape.inter = 0; }) ==
+          "grouped mlp: inter is 0, allowed: positive multiples of 8");
+  REQUIRE(message([](auto& a) { a.num_groups = 1025; }) ==
+          "grouped mlp: 1025 groups, allowed: 0 to 1024");
+  REQUIRE(message([](auto& a) { a.max_rows = 2; }) ==
+          "grouped mlp: max_rows is 2 of 1 rows, allowed: 0 to all");
+  REQUIRE(
+      message([](auto& a) { a.block_bytes = 752; }) ==
+      "grouped mlp: 1 blocks of 752 bytes, allowed: 1 or more, of a multiple of 16 from 768 up");
+  REQUIRE(message([](auto& a) { a.x = reinterpret_cast<const void*>(8); }) ==
+          "grouped mlp: x is not aligned to 16 bytes");
+  GroupedMlpArgs tensor = good;
+  tensor.path = MlpPath::kTensor;
+  tensor.num_groups = 1;
+  REQUIRE(absl::IsUnimplemented(cuda::GroupedMlp(tensor, nullptr)));
 }
 
 }  // namespace

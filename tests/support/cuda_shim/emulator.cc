@@ -9,67 +9,10 @@
 
 #include "base/random.h"
 #include "tests/support/cuda_shim/cuda_runtime.h"
-#include "tests/support/cuda_shim/fiber.h"
-#include "tests/support/cuda_shim/guarded.h"
+#include "tests/support/cuda_shim/emulator_state.h"
 
 namespace cuda_shim {
 namespace {
-
-struct LateStore {
-  void* to;
-  std::byte bytes[16];
-  size_t count;
-};
-
-void Apply(std::vector<LateStore>* stores) {
-  for (const LateStore& store : *stores) std::memcpy(store.to, store.bytes, store.count);
-  stores->clear();
-}
-void Append(std::vector<LateStore>* from, std::vector<LateStore>* to) {
-  to->insert(to->end(), from->begin(), from->end());
-  from->clear();
-}
-
-struct Block;
-
-struct Thread {
-  Fiber fiber;
-  Block* block = nullptr;
-  uint3 index = {};
-  unsigned number = 0;              // in the block
-  bool starved = false;             // goes on when no other can
-  const char* waits_for = nullptr;  // or null
-  uint64_t value = 0, argument = 0, result = 0;
-  std::vector<LateStore> late;  // that only this thread's fence makes seen
-};
-
-// Lanes that wait for the others of their mask.
-struct Meeting {
-  const WarpOp* op;
-  uint32_t mask, arrived;
-};
-
-struct Grid {
-  Launch launch;
-  std::vector<unsigned> to_start;  // blocks, the next one last
-  unsigned running = 0;
-  std::vector<LateStore> late;  // of blocks that are done: seen at the end of the grid
-};
-
-struct Block {
-  Block(Grid* owner, unsigned number, uint64_t noise)
-      : grid(owner), shared(owner->launch.shared_bytes, noise) {
-    const Shape& shape = owner->launch.grid;
-    index = {number % shape.x, number / shape.x % shape.y, number / (shape.x * shape.y)};
-  }
-  Grid* grid;
-  uint3 index;
-  Guarded shared;
-  std::vector<std::unique_ptr<Thread>> threads;
-  std::vector<std::vector<Meeting>> meetings;  // per warp
-  unsigned alive = 0, at_barrier = 0;
-  std::vector<LateStore> late;  // stored before a barrier: any fence of the block makes them seen
-};
 
 struct Work {
   enum class Kind { kKernel, kHost, kWait } kind;
@@ -118,8 +61,9 @@ class Emulator {
       if (ready_.empty() || turn % 32 == 0) {
         const bool began = BeginWork();
         if (ready_.empty()) FeedStarved();
-        if (ready_.empty() && !began && !done()) FailStuck();
+        if (ready_.empty() && later_.empty() && !began && !done()) FailStuck();
       }
+      if (!later_.empty() && failure_.empty() && MayDoLater()) DoLater();
       if (!ready_.empty() && failure_.empty()) Step();
     }
     if (!failure_.empty()) DropAll();
@@ -142,6 +86,23 @@ class Emulator {
   void Wake(Thread* thread) {
     thread->waits_for = nullptr;
     MakeReady(thread);
+  }
+
+  void AddLater(std::function<void()> work) {
+    later_.push_back({current_->block, std::move(work)});
+    ++current_->block->under_way;
+  }
+  void Sleep(const void* key, const char* what) {
+    current_->sleeps_on = key;
+    sleepers_.push_back(current_);
+    Wait(what);
+  }
+  void WakeSleepers(const void* key) {
+    std::erase_if(sleepers_, [&](Thread* thread) {
+      if (thread->sleeps_on != key) return false;
+      Wake(thread);
+      return true;
+    });
   }
 
   uint64_t Meet(const WarpOp& op, uint32_t mask, uint64_t value, uint64_t argument) {
@@ -241,6 +202,18 @@ class Emulator {
     std::swap(starved_[random_.Below(static_cast<uint32_t>(starved_.size()))], starved_.back());
     ready_.push_back(starved_.back());
     starved_.pop_back();
+  }
+
+  // Some schedules let threads run as far as they can first.
+  bool MayDoLater() {
+    return ready_.empty() || (style_ != kStarving && random_.Below(style_ == kAny ? 2 : 32) == 0);
+  }
+  void DoLater() {
+    std::swap(later_[random_.Below(static_cast<uint32_t>(later_.size()))], later_.back());
+    const Asynchronous now = std::move(later_.back());
+    later_.pop_back();
+    --now.block->under_way;
+    now.work();
   }
 
   size_t Choose() {
@@ -344,6 +317,7 @@ class Emulator {
   void EndBlock(Block* block) {
     Grid* grid = block->grid;
     if (!block->shared.IntactGuards()) failure_ = "a write outside of shared memory";
+    if (block->under_way > 0) failure_ = "a block ended before its asynchronous work";
     Append(&block->late, &grid->late);
     for (auto& thread : block->threads) spare_.push_back(std::move(thread));
     std::erase_if(blocks_, [&](const auto& b) { return b.get() == block; });
@@ -375,6 +349,8 @@ class Emulator {
     std::fprintf(stderr, "cuda_shim: %s\n", failure_.c_str());
     ready_.clear();
     starved_.clear();
+    sleepers_.clear();
+    later_.clear();
     for (auto& block : blocks_) {
       for (auto& thread : block->threads) spare_.push_back(std::move(thread));
     }
@@ -392,18 +368,14 @@ class Emulator {
   std::vector<CUstream_st*> streams_ = {&default_};
   std::vector<std::unique_ptr<Block>> blocks_;  // resident
   std::vector<std::unique_ptr<Thread>> spare_;  // fibers to be used again
-  std::vector<Thread*> ready_, starved_;
+  std::vector<Thread*> ready_, starved_, sleepers_;
+  std::vector<Asynchronous> later_;
   Thread* current_ = nullptr;
 };
 
 Emulator& TheEmulator() {
   static Emulator emulator;
   return emulator;
-}
-
-std::vector<std::unique_ptr<Guarded>>& DeviceBlocks() {
-  static std::vector<std::unique_ptr<Guarded>> blocks;
-  return blocks;
 }
 
 }  // namespace
@@ -422,6 +394,9 @@ void Fence() {
 }
 std::byte* SharedMemory() {
   return TheEmulator().current()->block->shared.data();
+}
+size_t SharedBytes() {
+  return TheEmulator().current()->block->shared.size();
 }
 uint64_t Nanoseconds() {
   return TheEmulator().now();
@@ -451,33 +426,24 @@ bool RunUntilIdle(CUstream_st* stream, bool all) {
 const char* LastFailure() {
   return TheEmulator().failure_.c_str();
 }
+uint64_t Noise() {
+  return TheEmulator().Noise();
+}
+void Later(std::function<void()> work) {
+  TheEmulator().AddLater(std::move(work));
+}
+void Sleep(const void* key, const char* what) {
+  TheEmulator().Sleep(key, what);
+}
+void WakeSleepers(const void* key) {
+  TheEmulator().WakeSleepers(key);
+}
+std::shared_ptr<void>& BlockState() {
+  return TheEmulator().current()->block->state;
+}
 void Reseed(uint64_t seed) {
   TheEmulator().failure_.clear();
   TheEmulator().Reseed(seed);
-}
-
-std::byte* AllocateDevice(size_t bytes) {
-  DeviceBlocks().push_back(std::make_unique<Guarded>(bytes, TheEmulator().Noise()));
-  return DeviceBlocks().back()->data();
-}
-
-bool FreeDevice(void* block) {
-  auto& blocks = DeviceBlocks();
-  const auto it =
-      std::find_if(blocks.begin(), blocks.end(), [&](const auto& b) { return b->data() == block; });
-  if (it == blocks.end()) return false;
-  const bool intact = (*it)->IntactGuards();
-  blocks.erase(it);
-  return intact;
-}
-
-bool CheckDeviceBlocks() {
-  for (const auto& block : DeviceBlocks()) {
-    if (block->IntactGuards()) continue;
-    std::fprintf(stderr, "cuda_shim: a write outside of a block of %zu bytes\n", block->size());
-    return false;
-  }
-  return true;
 }
 
 }  // namespace cuda_shim
