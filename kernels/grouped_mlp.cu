@@ -176,7 +176,7 @@ absl::Status Plain(const GroupedMlpArgs& a, const DeviceTraits& traits, Stream s
 
 absl::Status GroupedMlp(const GroupedMlpArgs& a, Stream stream) {
   BALLAST_RETURN_IF_ERROR(CheckGroupedMlp(a));
-  if (a.num_groups == 0) return absl::OkStatus();
+  if (a.num_groups == 0 || a.num_rows == 0) return absl::OkStatus();
   BALLAST_ASSIGN_OR_RETURN(const DeviceTraits traits, TraitsOfDevice());
   const bool is_f32 = a.shape.dtype == DType::kF32;
   const bool can_tensor = !is_f32 && traits.major == 9;

@@ -133,9 +133,11 @@ __device__ inline void PrefetchMap(const TensorMap& map) {
 // How a product finds a tile: its first byte, 1024 from atom to atom, the 128-byte swizzle. Adding
 // 2 goes on by 32 bytes of every row.
 __device__ inline uint64_t TileDescriptor(const void* tile) {
+  constexpr uint64_t kLeading = 1;  // not used with a swizzle
   constexpr uint64_t kAtomStride = kAtomBytes / 16;
   constexpr uint64_t kSwizzle128 = 1;
-  return (SharedAddress(tile) & 0x3ffffu) >> 4 | kAtomStride << 32 | kSwizzle128 << 62;
+  return (SharedAddress(tile) & 0x3ffffu) >> 4 | kLeading << 16 | kAtomStride << 32 |
+         kSwizzle128 << 62;
 }
 
 // Before the first product, and whenever the sums were touched since the last one.
