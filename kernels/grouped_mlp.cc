@@ -68,31 +68,35 @@ absl::Status PackExpert(const ExpertShape& shape, const void* gate, const void* 
   return absl::OkStatus();
 }
 
+absl::Status CheckAligned(const char* name, const void* at) {
+  if (reinterpret_cast<uintptr_t>(at) % 16 == 0) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat("grouped mlp: ", name, " is not aligned to 16 bytes"));
+}
+
+absl::Status CheckExpertGroups(const ExpertGroups& g, size_t packed_bytes) {
+  if (g.num_groups < 0 || g.num_groups > kMaxMlpGroups) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("grouped mlp: ", g.num_groups, " groups, allowed: 0 to ", kMaxMlpGroups));
+  }
+  if (g.num_rows < 0 || g.max_rows < 0 || g.max_rows > g.num_rows) {
+    return absl::InvalidArgumentError(absl::StrCat("grouped mlp: max_rows is ", g.max_rows, " of ",
+                                                   g.num_rows, " rows, allowed: 0 to all"));
+  }
+  if (g.num_blocks < 1 || g.block_bytes < packed_bytes || g.block_bytes % 16 != 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("grouped mlp: ", g.num_blocks, " blocks of ", g.block_bytes,
+                     " bytes, allowed: 1 or more, of a multiple of 16 from ", packed_bytes, " up"));
+  }
+  return CheckAligned("arena", g.arena);
+}
+
 absl::Status CheckGroupedMlp(const GroupedMlpArgs& a) {
   BALLAST_RETURN_IF_ERROR(CheckShape(a.shape));
-  if (a.num_groups < 0 || a.num_groups > kMaxMlpGroups) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("grouped mlp: ", a.num_groups, " groups, allowed: 0 to ", kMaxMlpGroups));
-  }
-  if (a.num_rows < 0 || a.max_rows < 0 || a.max_rows > a.num_rows) {
-    return absl::InvalidArgumentError(absl::StrCat("grouped mlp: max_rows is ", a.max_rows, " of ",
-                                                   a.num_rows, " rows, allowed: 0 to all"));
-  }
-  if (a.num_blocks < 1 || a.block_bytes < a.shape.packed_bytes() || a.block_bytes % 16 != 0) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "grouped mlp: ", a.num_blocks, " blocks of ", a.block_bytes,
-        " bytes, allowed: 1 or more, of a multiple of 16 from ", a.shape.packed_bytes(), " up"));
-  }
-  for (const auto& [name, at] : {std::pair<const char*, const void*>{"x", a.x},
-                                 {"arena", a.arena},
-                                 {"activated", a.activated},
-                                 {"y", a.y}}) {
-    if (reinterpret_cast<uintptr_t>(at) % 16 != 0) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("grouped mlp: ", name, " is not aligned to 16 bytes"));
-    }
-  }
-  return absl::OkStatus();
+  BALLAST_RETURN_IF_ERROR(CheckExpertGroups(a.groups, a.shape.packed_bytes()));
+  BALLAST_RETURN_IF_ERROR(CheckAligned("x", a.x));
+  BALLAST_RETURN_IF_ERROR(CheckAligned("activated", a.activated));
+  return CheckAligned("y", a.y);
 }
 
 namespace cpu {
@@ -115,10 +119,12 @@ void RunRow(const ExpertShape& shape, const T* x, const std::byte* block, T* act
 
 template <typename T>
 void Run(const GroupedMlpArgs& a) {
-  for (int32_t g = 0; g < a.num_groups; ++g) {
-    const std::byte* block = a.arena + static_cast<size_t>(a.block_of_group[g]) * a.block_bytes;
-    for (int32_t i = 0; i < a.group_rows[g]; ++i) {
-      const size_t row = static_cast<size_t>(a.group_begin[g] + i);
+  const ExpertGroups& groups = a.groups;
+  for (int32_t g = 0; g < groups.num_groups; ++g) {
+    const std::byte* block =
+        groups.arena + static_cast<size_t>(groups.block[g]) * groups.block_bytes;
+    for (int32_t i = 0; i < groups.rows[g]; ++i) {
+      const size_t row = static_cast<size_t>(groups.begin[g] + i);
       RunRow(a.shape, static_cast<const T*>(a.x) + row * a.shape.hidden, block,
              static_cast<T*>(a.activated) + row * a.shape.inter,
              static_cast<T*>(a.y) + row * a.shape.hidden);

@@ -23,11 +23,10 @@ struct Staged {
 
 template <typename T>
 struct View {
-  Groups groups;
+  ExpertGroups groups;
   Product product;
   const T* x;
   const std::byte* parameters;  // of the product, in block 0
-  size_t block_bytes;
   T* out;
 };
 
@@ -104,9 +103,10 @@ __device__ void ComputeTile(const View<T>& v, const Tile& tile, Staged* staged) 
   const int down = half_warp / 4, across = half_warp % 4;
   const int k = v.product.k;
   const T* x = v.x + static_cast<size_t>(tile.row) * k;
-  const T* w = reinterpret_cast<const T*>(
-                   v.parameters + static_cast<size_t>(v.groups.block[tile.group]) * v.block_bytes) +
-               static_cast<size_t>(tile.column) * k;
+  const T* w =
+      reinterpret_cast<const T*>(v.parameters + static_cast<size_t>(v.groups.block[tile.group]) *
+                                                    v.groups.block_bytes) +
+      static_cast<size_t>(tile.column) * k;
   float sum[8][8] = {};
   for (int k0 = 0; k0 < k; k0 += kStep) {
     Stage(x, tile.rows, k, k0, staged->x);
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kThreads) PlainMlpKernel(View<T> v) {
   int* first = reinterpret_cast<int*>(staged + 1);  // [groups + 1]
   CountTiles<kRows>(v.groups, first);
   const int across = CeilDiv(v.product.n, kColumns);
-  const int tiles = first[v.groups.num] * across;
+  const int tiles = first[v.groups.num_groups] * across;
   for (int t = static_cast<int>(blockIdx.x); t < tiles; t += static_cast<int>(gridDim.x)) {
     const Tile tile = FindTile<kRows, kColumns>(v.groups, first, across, t);
     ComputeTile<T, kActivate>(v, tile, staged);
@@ -152,23 +152,22 @@ template <typename T, bool kActivate>
 absl::Status LaunchProduct(const GroupedMlpArgs& a, const DeviceTraits& traits, View<T> view,
                            Stream stream) {
   const LaunchShape shape = {
-      .blocks = ResidentBlocks(a, kRows, CeilDiv(view.product.n, kColumns),
+      .blocks = ResidentBlocks(a.groups, kRows, CeilDiv(view.product.n, kColumns),
                                kBlocksPerMultiprocessor * traits.multiprocessors),
       .threads = kThreads,
-      .shared_bytes = sizeof(Staged) + (static_cast<size_t>(a.num_groups) + 1) * sizeof(int)};
+      .shared_bytes =
+          sizeof(Staged) + (static_cast<size_t>(a.groups.num_groups) + 1) * sizeof(int)};
   return Launch(shape, stream, PlainMlpKernel<T, kActivate>, view);
 }
 
 template <typename T>
 absl::Status Plain(const GroupedMlpArgs& a, const DeviceTraits& traits, Stream stream) {
-  const Groups groups = {a.num_groups, a.group_begin, a.group_rows, a.block_of_group};
   T* activated = static_cast<T*>(a.activated);
-  const View<T> first = {groups,  FirstProduct(a.shape), static_cast<const T*>(a.x),
-                         a.arena, a.block_bytes,         activated};
+  const View<T> first = {a.groups, FirstProduct(a.shape), static_cast<const T*>(a.x),
+                         a.groups.arena, activated};
   BALLAST_RETURN_IF_ERROR((LaunchProduct<T, true>(a, traits, first, stream)));
-  const View<T> second = {groups,        SecondProduct(a.shape),
-                          activated,     a.arena + a.shape.down_offset(),
-                          a.block_bytes, static_cast<T*>(a.y)};
+  const View<T> second = {a.groups, SecondProduct(a.shape), activated,
+                          a.groups.arena + a.shape.down_offset(), static_cast<T*>(a.y)};
   return LaunchProduct<T, false>(a, traits, second, stream);
 }
 
@@ -176,7 +175,7 @@ absl::Status Plain(const GroupedMlpArgs& a, const DeviceTraits& traits, Stream s
 
 absl::Status GroupedMlp(const GroupedMlpArgs& a, Stream stream) {
   BALLAST_RETURN_IF_ERROR(CheckGroupedMlp(a));
-  if (a.num_groups == 0 || a.num_rows == 0) return absl::OkStatus();
+  if (a.groups.num_groups == 0 || a.groups.num_rows == 0) return absl::OkStatus();
   BALLAST_ASSIGN_OR_RETURN(const DeviceTraits traits, TraitsOfDevice());
   const bool is_f32 = a.shape.dtype == DType::kF32;
   const bool can_tensor = !is_f32 && traits.major == 9;

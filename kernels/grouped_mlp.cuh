@@ -12,13 +12,6 @@
 
 namespace ballast::cuda {
 
-struct Groups {
-  int num;
-  const int32_t* begin;
-  const int32_t* rows;
-  const int32_t* block;
-};
-
 // One of the two products, out [rows, ...] = x [rows, k] W^T with W [n, k] of the group's block.
 // The first one's epilogue makes n / 2 columns of n.
 struct Product {
@@ -33,10 +26,10 @@ inline Product SecondProduct(const ExpertShape& s) {
 
 // Blocks of a grid that stays: as many as run at a time, or fewer where there cannot be as many
 // tiles.
-inline unsigned ResidentBlocks(const GroupedMlpArgs& a, int tile_rows, int tiles_across,
+inline unsigned ResidentBlocks(const ExpertGroups& g, int tile_rows, int tiles_across,
                                int resident) {
   const int64_t tiles =
-      int64_t{CeilDiv(a.max_rows, tile_rows) + std::min(a.num_groups, a.max_rows)} * tiles_across;
+      int64_t{CeilDiv(g.max_rows, tile_rows) + std::min(g.num_groups, g.max_rows)} * tiles_across;
   return static_cast<unsigned>(std::clamp<int64_t>(tiles, 1, resident));
 }
 
@@ -61,21 +54,21 @@ inline absl::StatusOr<DeviceTraits> TraitsOfDevice() {
 absl::Status GroupedMlpTensor(const GroupedMlpArgs& args, const DeviceTraits& traits,
                               Stream stream);
 
-// first[g] becomes the number of tiles, of kRows rows, of the groups before g; first[num] of all.
-// All threads of the block call it.
+// first[g] becomes the number of tiles, of kRows rows, of the groups before g; first[num_groups] of
+// all. All threads of the block call it.
 template <int kRows>
-__device__ void CountTiles(const Groups& groups, int* first) {
+__device__ void CountTiles(const ExpertGroups& groups, int* first) {
   if (threadIdx.x < kWarp) {
     const int lane = static_cast<int>(threadIdx.x);
     int before = 0;
-    for (int base = 0; base < groups.num; base += kWarp) {
+    for (int base = 0; base < groups.num_groups; base += kWarp) {
       const int g = base + lane;
-      int sum = g < groups.num ? CeilDiv(groups.rows[g], kRows) : 0;
+      int sum = g < groups.num_groups ? CeilDiv(groups.rows[g], kRows) : 0;
       for (int distance = 1; distance < static_cast<int>(kWarp); distance *= 2) {
         const int other = __shfl_up_sync(kFullWarp, sum, static_cast<unsigned>(distance));
         if (lane >= distance) sum += other;
       }
-      if (g < groups.num) first[g + 1] = before + sum;
+      if (g < groups.num_groups) first[g + 1] = before + sum;
       before += __shfl_sync(kFullWarp, sum, kWarp - 1);
     }
     if (lane == 0) first[0] = 0;
@@ -89,11 +82,11 @@ struct Tile {
   int column;
 };
 
-// Tile t of the grid's first[num] * across. The tiles of a group that use the same parameters come
-// one after the other: blocks that run together read them once from memory.
+// Tile t of the grid's first[num_groups] * across. The tiles of a group that use the same
+// parameters come one after the other: blocks that run together read them once from memory.
 template <int kRows, int kColumns>
-__device__ Tile FindTile(const Groups& groups, const int* first, int across, int t) {
-  int low = 0, high = groups.num - 1;  // the group is one of these
+__device__ Tile FindTile(const ExpertGroups& groups, const int* first, int across, int t) {
+  int low = 0, high = groups.num_groups - 1;  // the group is one of these
   while (low < high) {
     const int middle = (low + high) / 2;
     if (first[middle + 1] * across > t) {

@@ -45,49 +45,59 @@ enum class MlpPath : uint8_t {
   kTensor,  // bf16 on Hopper's tensor cores
 };
 
+// Rows that are grouped by expert, and the experts' parameters.
+//
+// Group g has the rows [begin[g], begin[g] + rows[g]) and the parameters at arena + block[g] *
+// block_bytes. Groups may follow each other (prefill) or each begin at a multiple of the most rows
+// that one can have (decode). begin, rows and block are read when the device gets there, never by
+// the host: one captured graph serves every batch and every placement.
+// SHAPES begin, rows, block [num_groups]
+// REQUIRES groups lie in [0, num_rows) and apart; blocks in [0, num_blocks)
+struct ExpertGroups {
+  int32_t num_groups = 0;  // at most kMaxMlpGroups
+  int32_t num_rows = 0;
+  int32_t max_rows = 0;  // that all groups together mostly have: sizes the grid, nothing else
+  GroupSize size = GroupSize::kLarge;
+  const int32_t* begin = nullptr;
+  const int32_t* rows = nullptr;
+  const int32_t* block = nullptr;
+  const std::byte* arena = nullptr;  // 16-byte aligned
+  size_t block_bytes = 0;            // a multiple of 16
+  int32_t num_blocks = 0;
+};
+
+inline constexpr int32_t kMaxMlpGroups = 1024;
+
+// ERRORS kInvalidArgument: a count, size or alignment that is not allowed
+absl::Status CheckExpertGroups(const ExpertGroups& groups, size_t packed_bytes);
+// ERRORS kInvalidArgument, with `name`
+absl::Status CheckAligned(const char* name, const void* at);
+
 // Computes every group's rows with the parameters of its expert.
 //
 //   activated[r] = silu(gate x[r]) * (up x[r])     y[r] = down activated[r]
-//   for r in [group_begin[g], group_begin[g] + group_rows[g]), in the block block_of_group[g]
 //
 // Both are rounded to dtype; sums and silu are fp32. Rows outside of all groups are left alone, in
-// y and in activated. The counts and the table are read on the device, when it gets there: one
-// captured graph serves every batch and every placement. Groups may follow each other (prefill) or
-// each begin at a multiple of the most rows that one can have (decode).
-//
-// SHAPES x, y [num_rows, hidden], activated [num_rows, inter] of dtype; group_begin, group_rows,
-//        block_of_group [num_groups]; block b at arena + b * block_bytes
-// REQUIRES groups lie in [0, num_rows) and apart; blocks in [0, num_blocks); x, activated, y and
-//        arena 16-byte aligned
+// y and in activated.
+// SHAPES x, y [num_rows, hidden], activated [num_rows, inter] of dtype; 16-byte aligned
 // ERRORS kInvalidArgument: a shape, count or alignment that is not allowed; nothing is launched.
 //        kUnimplemented: kTensor for fp32 or on another device than Hopper
 // STREAM asynchronous, two launches; all arrays stay until they are done
 // ORDER  kPlain: as vector_math.h's Dot and Silu. kTensor: 64 rows by 128 or 256 columns by 16 of
 //        k at a time, k ascending; the number of columns follows from the shape, never from the
-//        batch or from group_size. So on both the bits of a row depend on the row and its expert:
-//        not on its company, on where it stands, or on group_size. That the tensor core treats all
-//        rows of an instruction alike is a premise.
+//        batch or from the groups' size. So on both the bits of a row depend on the row and its
+//        expert: not on its company, nor on where it stands. That the tensor core treats all rows
+//        of an instruction alike is a premise.
 // NOTE   kTensor has been compiled for sm_90a and run by the emulator of the tests; neither its
 //        speed nor its result has been seen on a device.
 struct GroupedMlpArgs {
   ExpertShape shape;
-  int32_t num_groups = 0;
-  int32_t num_rows = 0;
-  int32_t max_rows = 0;  // that all groups together mostly have: sizes the grid, nothing else
-  GroupSize group_size = GroupSize::kLarge;
+  ExpertGroups groups;
   MlpPath path = MlpPath::kBest;
   const void* x = nullptr;
-  const int32_t* group_begin = nullptr;
-  const int32_t* group_rows = nullptr;
-  const std::byte* arena = nullptr;
-  size_t block_bytes = 0;  // a multiple of 16
-  int32_t num_blocks = 0;
-  const int32_t* block_of_group = nullptr;
   void* activated = nullptr;
   void* y = nullptr;
 };
-
-inline constexpr int32_t kMaxMlpGroups = 1024;
 
 // Whether the arguments are such.
 absl::Status CheckGroupedMlp(const GroupedMlpArgs& args);

@@ -27,14 +27,14 @@ inline constexpr int kAtomBytes = 1024;  // 8 such rows
 
 using TensorMap = CUtensorMap;
 
-// Matrices [depth, rows, columns] of bf16, from which boxes of box_rows rows and 64 columns are
-// copied. What lies outside of the matrix comes as zeros.
-// REQUIRES at and the strides are multiples of 16 bytes; box_rows <= 256
+// Matrices [depth, rows, columns] of 2-byte or 1-byte elements, from which boxes of box_rows rows
+// of 128 bytes are copied. What lies outside of the matrix comes as zeros. REQUIRES at and the
+// strides are multiples of 16 bytes; box_rows <= 256
 struct Matrices {
   const void* at = nullptr;
   uint64_t columns = 0, rows = 0, depth = 1;
   uint64_t row_bytes = 0, matrix_bytes = 0;
-  uint32_t box_rows = 0;
+  uint32_t element_bytes = 2, box_rows = 0;
 };
 
 // ERRORS kInternal: the driver has no such function, or refuses
@@ -55,13 +55,14 @@ inline absl::StatusOr<TensorMap> MakeTensorMap(const Matrices& m) {
   if (encode == nullptr) return absl::InternalError("the driver has no cuTensorMapEncodeTiled");
   const cuuint64_t sizes[] = {m.columns, m.rows, m.depth};
   const cuuint64_t strides[] = {m.row_bytes, m.matrix_bytes};
-  const cuuint32_t box[] = {kBoxBytes / 2, m.box_rows, 1};
+  const cuuint32_t box[] = {kBoxBytes / m.element_bytes, m.box_rows, 1};
   const cuuint32_t steps[] = {1, 1, 1};
   TensorMap map;
-  const CUresult result =
-      encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, const_cast<void*>(m.at), sizes, strides,
-             box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result = encode(
+      &map, m.element_bytes == 2 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_UINT8,
+      3, const_cast<void*>(m.at), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result == CUDA_SUCCESS) return map;
   return absl::InternalError(absl::StrCat("cuTensorMapEncodeTiled of [", m.depth, ", ", m.rows,
                                           ", ", m.columns, "] failed: ", result));

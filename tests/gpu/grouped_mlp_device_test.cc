@@ -99,11 +99,11 @@ struct Tables {
 
 GroupedMlpArgs ArgsOf(const Problem& p) {
   GroupedMlpArgs args = {.shape = p.shape,
-                         .num_groups = static_cast<int32_t>(p.groups.size()),
-                         .num_rows = p.num_rows,
-                         .block_bytes = p.block_bytes,
-                         .num_blocks = static_cast<int32_t>(p.arena.size() / p.block_bytes)};
-  for (const Group& g : p.groups) args.max_rows += g.rows;
+                         .groups = {.num_groups = static_cast<int32_t>(p.groups.size()),
+                                    .num_rows = p.num_rows,
+                                    .block_bytes = p.block_bytes}};
+  args.groups.num_blocks = static_cast<int32_t>(p.arena.size() / p.block_bytes);
+  for (const Group& g : p.groups) args.groups.max_rows += g.rows;
   return args;
 }
 
@@ -117,10 +117,10 @@ Result RunOnCpu(const Problem& p) {
   const Tables tables(p);
   GroupedMlpArgs args = ArgsOf(p);
   args.x = p.x.data();
-  args.arena = p.arena.data();
-  args.group_begin = tables.begin.data();
-  args.group_rows = tables.rows.data();
-  args.block_of_group = tables.block.data();
+  args.groups.arena = p.arena.data();
+  args.groups.begin = tables.begin.data();
+  args.groups.rows = tables.rows.data();
+  args.groups.block = tables.block.data();
   args.activated = result.activated.data();
   args.y = result.y.data();
   REQUIRE(cpu::GroupedMlp(args, nullptr).ok());
@@ -136,12 +136,12 @@ Result RunOnDevice(const Problem& p, MlpPath path, GroupSize size) {
   const DeviceArray<int32_t> begin(tables.begin), rows(tables.rows), block(tables.block);
   GroupedMlpArgs args = ArgsOf(p);
   args.path = path;
-  args.group_size = size;
+  args.groups.size = size;
   args.x = x.data();
-  args.arena = arena.data();
-  args.group_begin = begin.data();
-  args.group_rows = rows.data();
-  args.block_of_group = block.data();
+  args.groups.arena = arena.data();
+  args.groups.begin = begin.data();
+  args.groups.rows = rows.data();
+  args.groups.block = block.data();
   args.activated = activated.data();
   args.y = y.data();
   const absl::Status status = cuda::GroupedMlp(args, nullptr);
@@ -315,18 +315,18 @@ TEST_CASE("a grouped mlp that cannot be is refused before it is launched",
           "grouped mlp: hidden is 12, allowed: positive multiples of 8");
   REQUIRE(message([](auto& a) { a.shape.inter = 0; }) ==
           "grouped mlp: inter is 0, allowed: positive multiples of 8");
-  REQUIRE(message([](auto& a) { a.num_groups = 1025; }) ==
+  REQUIRE(message([](auto& a) { a.groups.num_groups = 1025; }) ==
           "grouped mlp: 1025 groups, allowed: 0 to 1024");
-  REQUIRE(message([](auto& a) { a.max_rows = 2; }) ==
+  REQUIRE(message([](auto& a) { a.groups.max_rows = 2; }) ==
           "grouped mlp: max_rows is 2 of 1 rows, allowed: 0 to all");
   REQUIRE(
-      message([](auto& a) { a.block_bytes = 752; }) ==
+      message([](auto& a) { a.groups.block_bytes = 752; }) ==
       "grouped mlp: 1 blocks of 752 bytes, allowed: 1 or more, of a multiple of 16 from 768 up");
   REQUIRE(message([](auto& a) { a.x = reinterpret_cast<const void*>(8); }) ==
           "grouped mlp: x is not aligned to 16 bytes");
   GroupedMlpArgs tensor = good;
   tensor.path = MlpPath::kTensor;
-  tensor.num_groups = 1;
+  tensor.groups.num_groups = 1;
   REQUIRE(absl::IsUnimplemented(cuda::GroupedMlp(tensor, nullptr)));
 }
 

@@ -22,7 +22,7 @@ struct Matrices {
   const void* at = nullptr;
   uint64_t columns = 0, rows = 0, depth = 1;
   uint64_t row_bytes = 0, matrix_bytes = 0;
-  uint32_t box_rows = 0;
+  uint32_t element_bytes = 2, box_rows = 0;
 };
 
 inline absl::StatusOr<TensorMap> MakeTensorMap(const Matrices& m) {
@@ -32,7 +32,7 @@ inline absl::StatusOr<TensorMap> MakeTensorMap(const Matrices& m) {
                          m.depth,
                          m.row_bytes,
                          m.matrix_bytes,
-                         2,
+                         m.element_bytes,
                          m.box_rows};
   if (const char* fault = cuda_shim::FaultOf(map); fault != nullptr) {
     return absl::InternalError(absl::StrCat("a tensor map with ", fault));
