@@ -3,6 +3,7 @@ set(BALLAST_DEVICE_SOURCES
   kernels/decoder_ops.cu
   kernels/gate.cu
   kernels/grouped_mlp.cu
+  kernels/grouped_mlp_fp8.cu
   kernels/grouped_mlp_tensor.cu)
 
 if(BALLAST_WITH_CUDA)

@@ -107,7 +107,7 @@ __device__ typename Shape::Ring& BeginRing(const TensorView& v) {
 }
 
 // Word i of lane j of four lanes becomes word j of lane i.
-__device__ void TransposeInFour(unsigned lane, uint32_t (&word)[4]) {
+__device__ inline void TransposeInFour(unsigned lane, uint32_t (&word)[4]) {
 #pragma unroll
   for (int distance = 1; distance <= 2; distance *= 2) {
     const bool upper = (lane & static_cast<unsigned>(distance)) != 0;
@@ -122,7 +122,7 @@ __device__ void TransposeInFour(unsigned lane, uint32_t (&word)[4]) {
   }
 }
 
-__device__ uint32_t Pair(float a, float b) {
+__device__ inline uint32_t Pair(float a, float b) {
   const __nv_bfloat16 pair[2] = {__float2bfloat16_rn(a), __float2bfloat16_rn(b)};
   uint32_t word;
   memcpy(&word, pair, sizeof word);

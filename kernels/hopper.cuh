@@ -199,6 +199,20 @@ __device__ inline void MultiplyTiles(float (&d)[128], uint64_t x, uint64_t w, bo
         BALLAST_SUMS_8(96), BALLAST_SUMS_8(104), BALLAST_SUMS_8(112), BALLAST_SUMS_8(120)
       : "l"(x), "l"(w), "r"(static_cast<int>(add)));
 }
+// The same of 32 columns of e4m3.
+__device__ inline void MultiplyTilesE4M3(float (&d)[64], uint64_t x, uint64_t w, bool add) {
+  asm volatile(
+      "{.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+      "%64, %65, p, 1, 1;}\n"
+      : BALLAST_SUMS_8(0), BALLAST_SUMS_8(8), BALLAST_SUMS_8(16), BALLAST_SUMS_8(24),
+        BALLAST_SUMS_8(32), BALLAST_SUMS_8(40), BALLAST_SUMS_8(48), BALLAST_SUMS_8(56)
+      : "l"(x), "l"(w), "r"(static_cast<int>(add)));
+}
 #undef BALLAST_SUMS_8
 #undef BALLAST_SUMS_4
 

@@ -7,6 +7,7 @@ cmake_minimum_required(VERSION 3.25)
 set(hot
   "kernels/gate.cu|GateKernelILi(1|2|4|8|16)EE"
   "kernels/grouped_mlp.cu|PlainMlpKernel"
+  "kernels/grouped_mlp_fp8.cu|Fp8MlpKernel|QuantiseRowsKernel"
   "kernels/grouped_mlp_tensor.cu|TensorMlpKernel")
 
 file(MAKE_DIRECTORY "${WORK}")

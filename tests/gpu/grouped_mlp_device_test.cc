@@ -8,19 +8,18 @@
 #include "base/random.h"
 #include "kernels/grouped_mlp.h"
 #include "tests/gpu/device_array.h"
+#include "tests/gpu/random_groups.h"
 #include "tests/gpu/schedules.h"
 
 namespace ballast {
 namespace {
 
 using testing::DeviceArray;
+using testing::Group;
+using testing::GroupTables;
+using testing::kPoison;
+using testing::RandomGroups;
 using Bytes = std::vector<std::byte>;
-
-constexpr int kPoison = 0xa5;  // what a DeviceArray begins with
-
-struct Group {
-  int32_t begin, rows, block;
-};
 
 // Inputs, and everything that the CPU makes of them.
 struct Problem {
@@ -86,17 +85,6 @@ struct Result {
   bool operator==(const Result&) const = default;
 };
 
-struct Tables {
-  std::vector<int32_t> begin, rows, block;
-  explicit Tables(const Problem& p) {
-    for (const Group& g : p.groups) {
-      begin.push_back(g.begin);
-      rows.push_back(g.rows);
-      block.push_back(g.block);
-    }
-  }
-};
-
 GroupedMlpArgs ArgsOf(const Problem& p) {
   GroupedMlpArgs args = {.shape = p.shape,
                          .groups = {.num_groups = static_cast<int32_t>(p.groups.size()),
@@ -114,7 +102,7 @@ size_t BytesOf(const Problem& p, int32_t width) {
 Result RunOnCpu(const Problem& p) {
   Result result = {Bytes(BytesOf(p, p.shape.inter), std::byte{kPoison}),
                    Bytes(BytesOf(p, p.shape.hidden), std::byte{kPoison})};
-  const Tables tables(p);
+  const GroupTables tables(p.groups);
   GroupedMlpArgs args = ArgsOf(p);
   args.x = p.x.data();
   args.groups.arena = p.arena.data();
@@ -132,7 +120,7 @@ Result RunOnDevice(const Problem& p, MlpPath path, GroupSize size) {
   const DeviceArray<std::byte> arena(Bytes(p.arena.bytes().begin(), p.arena.bytes().end()));
   const DeviceArray<std::byte> activated(BytesOf(p, p.shape.inter));
   const DeviceArray<std::byte> y(BytesOf(p, p.shape.hidden));
-  const Tables tables(p);
+  const GroupTables tables(p.groups);
   const DeviceArray<int32_t> begin(tables.begin), rows(tables.rows), block(tables.block);
   GroupedMlpArgs args = ArgsOf(p);
   args.path = path;
@@ -148,23 +136,6 @@ Result RunOnDevice(const Problem& p, MlpPath path, GroupSize size) {
   INFO(status.message());
   REQUIRE(status.ok());
   return {activated.Read(), y.Read()};
-}
-
-// Groups one after the other, some of them empty; the last rows belong to none.
-std::vector<Group> RandomGroups(int32_t most_rows, int32_t num_blocks, Random* random,
-                                int32_t* num_rows) {
-  std::vector<Group> groups;
-  int32_t begin = 0;
-  const uint32_t count = 1 + random->Below(9);
-  for (uint32_t g = 0; g < count; ++g) {
-    int32_t rows = static_cast<int32_t>(random->Below(static_cast<uint32_t>(most_rows) + 1));
-    if (random->Below(3) == 0) rows = static_cast<int32_t>(random->Below(2));
-    const auto block = static_cast<int32_t>(random->Below(static_cast<uint32_t>(num_blocks)));
-    groups.push_back({begin, rows, block});
-    begin += rows + static_cast<int32_t>(random->Below(4));
-  }
-  *num_rows = begin + 3;
-  return groups;
 }
 
 TEST_CASE("the grouped mlp on plain units gives the bits of the CPU", "[device][grouped_mlp]") {

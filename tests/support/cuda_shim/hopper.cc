@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "base/dtype.h"
+#include "kernels/e4m3.h"
 #include "tests/support/cuda_shim/cuda_runtime.h"
 #include "tests/support/cuda_shim/emulator.h"
 
@@ -19,7 +20,8 @@ namespace {
 
 constexpr size_t kRowBytes = 128, kChunkBytes = 16, kAtomRows = 8, kAtomBytes = 1024;
 constexpr uint32_t kWarpgroup = 128;
-constexpr int kRows = 64, kDepth = 16;  // of a product
+constexpr int kRows = 64;           // of a product
+constexpr size_t kDepthBytes = 32;  // of each row
 
 // ---- barriers
 // ---------------------------------------------------------------------------------------
@@ -75,6 +77,7 @@ struct Participant {
 };
 
 struct ProductOp {
+  Element element;
   int num_sums;
   uint64_t x, w;
   bool add;
@@ -129,16 +132,26 @@ void CheckTile(const Descriptor& tile, size_t rows) {
   if (end > SharedBytes()) Trap("a product of what lies outside of shared memory");
 }
 
-// [kDepth][rows]
-std::vector<float> ReadTile(const std::byte* shared, uint64_t descriptor, size_t rows) {
+size_t DepthOf(Element element) {
+  return element == Element::kBf16 ? kDepthBytes / 2 : kDepthBytes;
+}
+float ReadElement(Element element, const std::byte* at) {
+  if (element == Element::kE4m3) return ballast::FromE4M3(static_cast<uint8_t>(*at));
+  ballast::BFloat16 value;
+  std::memcpy(&value, at, sizeof value);
+  return ballast::ToFloat(value);
+}
+
+// [depth][rows]
+std::vector<float> ReadTile(Element element, const std::byte* shared, uint64_t descriptor,
+                            size_t rows) {
   const Descriptor tile(descriptor);
-  std::vector<float> values(kDepth * rows);
+  const size_t depth = DepthOf(element), bytes = kDepthBytes / depth;
+  std::vector<float> values(depth * rows);
   for (size_t r = 0; r < rows; ++r) {
     const size_t row = tile.start + r / kAtomRows * tile.atom_stride + r % kAtomRows * kRowBytes;
-    for (size_t k = 0; k < kDepth; ++k) {
-      ballast::BFloat16 value;
-      std::memcpy(&value, shared + Swizzled(row + 2 * k), sizeof value);
-      values[k * rows + r] = ballast::ToFloat(value);
+    for (size_t k = 0; k < depth; ++k) {
+      values[k * rows + r] = ReadElement(element, shared + Swizzled(row + bytes * k));
     }
   }
   return values;
@@ -156,8 +169,8 @@ void DoProduct(const std::byte* shared, Warpgroup* group) {
   const ProductOp op = group->waiting.front();
   group->waiting.pop_front();
   const int columns = 2 * op.num_sums;
-  const std::vector<float> x = ReadTile(shared, op.x, kRows);
-  const std::vector<float> w = ReadTile(shared, op.w, static_cast<size_t>(columns));
+  const std::vector<float> x = ReadTile(op.element, shared, op.x, kRows);
+  const std::vector<float> w = ReadTile(op.element, shared, op.w, static_cast<size_t>(columns));
   float* sums[kWarpgroup];
   for (uint32_t t = 0; t < kWarpgroup; ++t) {
     sums[t] = group->participant[t].accumulator.at(op.d[t]).sum.data();
@@ -167,7 +180,7 @@ void DoProduct(const std::byte* shared, Warpgroup* group) {
     for (int c = 0; c < columns; ++c) {
       line[static_cast<size_t>(c)] = op.add ? sums[OwnerOf(row, c)][PlaceOf(row, c)] : 0.0f;
     }
-    for (int k = 0; k < kDepth; ++k) {
+    for (int k = 0; k < static_cast<int>(DepthOf(op.element)); ++k) {
       const float value = x[static_cast<size_t>(k * kRows + row)];
       const float* parameters = &w[static_cast<size_t>(k * columns)];
       for (int c = 0; c < columns; ++c) {
@@ -274,16 +287,17 @@ void SumsFence() {
   Self().fenced = true;
 }
 
-void BeginProduct(float* d, int num_sums, uint64_t x, uint64_t w, bool add) {
+void BeginProduct(Element element, float* d, int num_sums, uint64_t x, uint64_t w, bool add) {
   Warpgroup& group = OwnWarpgroup();
   Participant& self = Self();
   if (!self.fenced) Trap("a product without wgmma.fence");
   CheckTile(Descriptor(x), kRows);
   CheckTile(Descriptor(w), 2 * static_cast<size_t>(num_sums));
   const size_t number = self.issued++;
-  if (number - group.done == group.waiting.size()) group.waiting.push_back({num_sums, x, w, add});
+  if (number - group.done == group.waiting.size())
+    group.waiting.push_back({element, num_sums, x, w, add});
   ProductOp& op = group.waiting[number - group.done];
-  if (op.num_sums != num_sums || op.x != x || op.w != w || op.add != add) {
+  if (op.element != element || op.num_sums != num_sums || op.x != x || op.w != w || op.add != add) {
     Trap("a product of which the warpgroup's threads say different things");
   }
   const auto [held, is_new] = self.accumulator.try_emplace(d);

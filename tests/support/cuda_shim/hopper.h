@@ -33,8 +33,10 @@ void CopyBox(void* to, const BoxMap& map, uint64_t* barrier, int64_t column, int
 // As wgmma's matrix descriptor has it.
 uint64_t SwizzledDescriptor(const void* tile);
 void SumsFence();
-// d [num_sums] of this thread: the sums of 64 rows by 2 num_sums columns over the warpgroup.
-void BeginProduct(float* d, int num_sums, uint64_t x, uint64_t w, bool add);
+enum class Element : uint8_t { kBf16, kE4m3 };
+// Products of 32 bytes of each row. d [num_sums] of this thread: the sums of 64 rows by 2 num_sums
+// columns over the warpgroup.
+void BeginProduct(Element element, float* d, int num_sums, uint64_t x, uint64_t w, bool add);
 void CommitProducts();
 void WaitProducts(size_t left);
 

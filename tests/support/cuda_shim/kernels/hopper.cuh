@@ -84,7 +84,10 @@ void WaitSums(float (&)[kSums]) {
 template <int kSums>
 void MultiplyTiles(float (&d)[kSums], uint64_t x, uint64_t w, bool add) {
   static_assert(kSums == 64 || kSums == 128);
-  cuda_shim::BeginProduct(d, kSums, x, w, add);
+  cuda_shim::BeginProduct(cuda_shim::Element::kBf16, d, kSums, x, w, add);
+}
+inline void MultiplyTilesE4M3(float (&d)[64], uint64_t x, uint64_t w, bool add) {
+  cuda_shim::BeginProduct(cuda_shim::Element::kE4m3, d, 64, x, w, add);
 }
 
 }  // namespace ballast::cuda
