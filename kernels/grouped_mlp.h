@@ -34,8 +34,8 @@ absl::Status PackExpert(const ExpertShape& shape, const void* gate, const void* 
 
 // How many rows a group mostly has: the height of a tile, never the bits of a row.
 enum class GroupSize : uint8_t {
-  kLarge,  // 128 rows per tile: prefill
-  kSmall,  // 64: decode, where the time is that of reading the parameters
+  kLarge,  // 128 rows: prefill
+  kSmall,  // 64 rows: decode, where the time is that of reading the parameters
 };
 
 // Which kernels compute. The bits of a row are those of the path, so one path serves a model.
@@ -83,11 +83,11 @@ absl::Status CheckAligned(const char* name, const void* at);
 // ERRORS kInvalidArgument: a shape, count or alignment that is not allowed; nothing is launched.
 //        kUnimplemented: kTensor for fp32 or on another device than Hopper
 // STREAM asynchronous, two launches; all arrays stay until they are done
-// ORDER  kPlain: as vector_math.h's Dot and Silu. kTensor: 64 rows by 128 or 256 columns by 16 of
-//        k at a time, k ascending; the number of columns follows from the shape, never from the
-//        batch or from the groups' size. So on both the bits of a row depend on the row and its
-//        expert: not on its company, nor on where it stands. That the tensor core treats all rows
-//        of an instruction alike is a premise.
+// ORDER  kPlain: as vector_math.h's Dot and Silu. kTensor: one instruction for all tiles, of 64
+// rows
+//        by 128 columns by 16 of k, k ascending. So on both the bits of a row depend on the row and
+//        its expert: not on its company, nor on where it stands, nor on the groups' size. That the
+//        tensor core treats all rows and columns of an instruction alike is a premise.
 // NOTE   kTensor has been compiled for sm_90a and run by the emulator of the tests; neither its
 //        speed nor its result has been seen on a device.
 struct GroupedMlpArgs {

@@ -17,7 +17,6 @@ namespace {
 constexpr unsigned kQuantiseRows = 8;  // warps of a block, a row each
 constexpr int kPerLane = kScaleBlock / static_cast<int>(kWarp);
 constexpr int kQuantiseBlocks = 8;  // per multiprocessor: all its threads
-constexpr int kColumns = 128;
 constexpr float kLargest = 448.0f;
 
 struct Fp8View : TensorView {
@@ -56,16 +55,16 @@ __device__ StageScales LoadScales(const Fp8View& v, const Tile& tile, int block_
 // The sums of one tile; the ring's stages go back as soon as nothing reads them.
 template <typename Shape>
 __device__ void Multiply(const Fp8View& v, const Tile& tile, typename Shape::Ring& ring,
-                         Turn<Shape::kStages>& turn, float (&sum)[Shape::kColumns / 2]) {
+                         Turn<Shape::kStages>& turn, float (&sum)[1][kPartSums]) {
   const int warpgroup = static_cast<int>(threadIdx.x) / kWarpgroup;
 #pragma unroll
-  for (int i = 0; i < Shape::kColumns / 2; ++i) sum[i] = 0.0f;
+  for (int i = 0; i < kPartSums; ++i) sum[0][i] = 0.0f;
   for (int block = 0; block * kScaleBlock < v.product.k; ++block) {
     typename Shape::Stage& stage = ring.stage[turn.stage];
     const StageScales scales = LoadScales<Shape>(v, tile, block);
     const uint64_t x = TileDescriptor(stage.x + warpgroup * kWarpgroupRows * kBoxBytes);
     const uint64_t w = TileDescriptor(stage.w);
-    float part[Shape::kColumns / 2];
+    float part[kPartSums];
     Wait(&ring.full[turn.stage], turn.parity);
     FenceSums();
 #pragma unroll
@@ -78,9 +77,9 @@ __device__ void Multiply(const Fp8View& v, const Tile& tile, typename Shape::Rin
     if (threadIdx.x % kWarp == 0) Arrive(&ring.empty[turn.stage]);
     turn.Next();
 #pragma unroll
-    for (int i = 0; i < Shape::kColumns / 2; ++i) {
+    for (int i = 0; i < kPartSums; ++i) {
       const float scale = scales.row[i % 4 / 2] * scales.run[i / 4 % 2];
-      sum[i] = fmaf(part[i], scale, sum[i]);
+      sum[0][i] = fmaf(part[i], scale, sum[0][i]);
     }
   }
 }
@@ -152,8 +151,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
 template <bool kActivate>
 absl::Status LaunchProduct(const DeviceTraits& traits, const Operands& o, const Fp8View& view,
                            Stream stream) {
-  using Small = TileShape<1, kColumns, 1, kActivate>;
-  using Large = TileShape<1, kColumns, 2, kActivate>;
+  using Small = TileShape<1, kPartColumns, 1, kActivate>;
+  using Large = TileShape<1, kPartColumns, 2, kActivate>;
   if (view.groups.size == GroupSize::kSmall) {
     return LaunchTensor<Small>(traits, o, view, Fp8MlpKernel<Small>, stream);
   }

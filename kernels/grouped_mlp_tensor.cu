@@ -5,25 +5,25 @@
 // worked out from the registers in which the first product's sums are.
 //
 // Why these tiles (per multiprocessor and clock: 4096 flops of bf16, 128 bytes of shared memory,
-// about 21 bytes of an H200's device memory):
-// - 64 rows by 256 columns by 16 of k takes 128 clocks, brings 8 KiB of parameters, which memory
-//   needs 390 clocks for, and reads 10 KiB of shared memory, 80 bytes per clock. So even a single
-//   row is computed three times faster than its parameters come: there is no need of another
-//   instruction for few rows, and with one instruction all batches have the same bits.
-// - Few rows per group: one warpgroup, so that the ring has the space: 5 stages of 40 KiB, all of
-//   them under way, where 5 TB/s at 1 us need 36 KiB per multiprocessor. Of x come only as many
-//   atoms of 8 rows as the group has.
-// - Many rows: two warpgroups share the parameters: 128 by 256 by 64 takes 1024 clocks and copies
-//   48 KiB, 47 bytes per clock and multiprocessor, mostly from L2, 4 stages of which 3 are ahead.
-// - Under 4096 columns tiles are 128 wide (8 stages of 24 KiB, or 6 of 32 KiB): 8 groups of one row
-//   give 8 * 4096 / 256 = 128 tiles for 132 multiprocessors, fewer columns would leave some idle.
+// about 21 bytes of an H200's device memory, 24 to 30 of its L2):
+// - 64 rows by 128 columns by 16 of k takes 64 clocks, reads 6 KiB of shared memory, 96 bytes per
+//   clock, and uses 4 KiB of parameters, for which memory needs 195 clocks. So even a single row is
+//   computed three times faster than its parameters come: few rows need no instruction of their
+//   own, and with one instruction every row has the same bits everywhere.
+// - Few rows per group: 64 by 128 by one warpgroup, 8 stages of 24 KiB, all of them under way,
+// where
+//   5 TB/s at 1 us need 36 KiB per multiprocessor. Of x come only as many atoms of 8 rows as the
+//   group has. Narrow tiles, as there may be few: 9 groups by 4096 columns are 288 for 132
+//   multiprocessors, three rounds; of 256 columns they would be two, each twice as long.
+// - Many rows: 128 by 256 by two warpgroups, which share the parameters; 64 of k take 1024 clocks
+//   and copy 48 KiB, 47 bytes per clock, from L2 but for the first time. That is more than L2 is
+//   said to give, so it may well be the limit; copies that two multiprocessors share would halve
+//   it.
 // Registers: 128 sums per thread of at most 224 (288 threads); no warp has to give any away.
 #include "kernels/grouped_mlp_tensor.cuh"
 
 namespace ballast::cuda {
 namespace {
-
-constexpr int kWideFrom = 4096;  // columns, from which on tiles are 256 wide
 
 // ---- device functions
 // -------------------------------------------------------------------------------
@@ -31,7 +31,7 @@ constexpr int kWideFrom = 4096;  // columns, from which on tiles are 256 wide
 // The sums of one tile; the ring's stages go back as soon as nothing reads them.
 template <typename Shape>
 __device__ void Multiply(int k, typename Shape::Ring& ring, Turn<Shape::kStages>& turn,
-                         float (&sum)[Shape::kColumns / 2]) {
+                         float (&sum)[Shape::kParts][kPartSums]) {
   const int warpgroup = static_cast<int>(threadIdx.x) / kWarpgroup;
   const bool speaks = threadIdx.x % kWarp == 0;  // for its warp
   int previous = 0;
@@ -39,12 +39,15 @@ __device__ void Multiply(int k, typename Shape::Ring& ring, Turn<Shape::kStages>
     typename Shape::Stage& stage = ring.stage[turn.stage];
     Wait(&ring.full[turn.stage], turn.parity);
     const uint64_t x = TileDescriptor(stage.x + warpgroup * kWarpgroupRows * kBoxBytes);
-    const uint64_t w = TileDescriptor(stage.w);
     FenceSums();
 #pragma unroll
     for (int i = 0; i < kBoxBytes / kProductBytes; ++i) {
       const uint64_t along = static_cast<uint64_t>(i * kProductBytes / 16);
-      MultiplyTiles(sum, x + along, w + along, k0 > 0 || i > 0);
+#pragma unroll
+      for (int part = 0; part < Shape::kParts; ++part) {
+        const uint64_t w = TileDescriptor(stage.w + part * kPartColumns * kBoxBytes);
+        MultiplyTiles(sum[part], x + along, w + along, k0 > 0 || i > 0);
+      }
     }
     CommitProducts();
     if (k0 > 0) {
@@ -54,7 +57,8 @@ __device__ void Multiply(int k, typename Shape::Ring& ring, Turn<Shape::kStages>
     previous = turn.stage;
     turn.Next();
   }
-  WaitSums(sum);
+#pragma unroll
+  for (int part = 0; part < Shape::kParts; ++part) WaitSums(sum[part]);
   if (speaks) Arrive(&ring.empty[previous]);
 }
 
@@ -80,21 +84,15 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
 // ---- launchers
 // --------------------------------------------------------------------------------------
 
-template <typename Shape>
-absl::Status LaunchShaped(const DeviceTraits& traits, const Operands& o, const TensorView& view,
-                          Stream stream) {
-  return LaunchTensor<Shape>(traits, o, view, TensorMlpKernel<Shape>, stream);
-}
-
 template <bool kActivate>
 absl::Status LaunchProduct(const DeviceTraits& traits, const Operands& o, const TensorView& view,
                            Stream stream) {
-  const bool wide = view.product.n >= kWideFrom, small = view.groups.size == GroupSize::kSmall;
-  const auto launch = wide ? (small ? LaunchShaped<TileShape<2, 256, 1, kActivate>>
-                                    : LaunchShaped<TileShape<2, 256, 2, kActivate>>)
-                           : (small ? LaunchShaped<TileShape<2, 128, 1, kActivate>>
-                                    : LaunchShaped<TileShape<2, 128, 2, kActivate>>);
-  return launch(traits, o, view, stream);
+  using Small = TileShape<2, 128, 1, kActivate>;
+  using Large = TileShape<2, 256, 2, kActivate>;
+  if (view.groups.size == GroupSize::kSmall) {
+    return LaunchTensor<Small>(traits, o, view, TensorMlpKernel<Small>, stream);
+  }
+  return LaunchTensor<Large>(traits, o, view, TensorMlpKernel<Large>, stream);
 }
 
 }  // namespace

@@ -13,7 +13,10 @@
 namespace ballast::cuda {
 
 inline constexpr int kWarpgroupRows = 64;
-inline constexpr int kWarpgroup = 128;    // threads
+inline constexpr int kWarpgroup = 128;  // threads
+// Of parameters per product: one instruction for every tile, so that all give the same bits.
+inline constexpr int kPartColumns = 128;
+inline constexpr int kPartSums = 64;      // per thread
 inline constexpr int kProductBytes = 32;  // of a row of x and of w, per product
 inline constexpr size_t kRingBytes = 200 << 10;
 
@@ -22,6 +25,7 @@ template <int kElementBytes_, int kColumns_, int kWarpgroups_, bool kActivate_>
 struct TileShape {
   static constexpr int kElementBytes = kElementBytes_;
   static constexpr int kColumns = kColumns_;
+  static constexpr int kParts = kColumns / kPartColumns;
   static constexpr int kWarpgroups = kWarpgroups_;
   static constexpr bool kActivate = kActivate_;
   static constexpr int kRows = kWarpgroups * kWarpgroupRows;
@@ -130,8 +134,8 @@ __device__ inline uint32_t Pair(float a, float b) {
 }
 
 // Two neighbours of run b of the 8-column runs of the result, in the row's upper or lower half.
-template <bool kActivate, int kSums>
-__device__ uint32_t ResultPair(const float (&sum)[kSums], int run, int half) {
+template <bool kActivate>
+__device__ uint32_t ResultPair(const float (&sum)[kPartSums], int run, int half) {
   if constexpr (kActivate) {
     const int gate = 8 * run + 2 * half, up = gate + 4;
     return Pair(Silu(sum[gate]) * sum[up], Silu(sum[gate + 1]) * sum[up + 1]);
@@ -140,12 +144,12 @@ __device__ uint32_t ResultPair(const float (&sum)[kSums], int run, int half) {
   }
 }
 
-template <typename Shape>
-__device__ void StoreTile(const TensorView& v, const Tile& tile,
-                          const float (&sum)[Shape::kColumns / 2]) {
-  constexpr int kRuns = Shape::kColumns / (Shape::kActivate ? 16 : 8);
+// `column`: of the result, where the part begins.
+template <bool kActivate>
+__device__ void StorePart(const TensorView& v, const Tile& tile, int column,
+                          const float (&sum)[kPartSums]) {
+  constexpr int kRuns = kPartColumns / (kActivate ? 16 : 8);
   const unsigned lane = threadIdx.x % kWarp;
-  const int column0 = Shape::kActivate ? tile.column / 2 : tile.column;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = static_cast<int>(threadIdx.x / kWarp * 16 + lane / 4) + 8 * half;
@@ -154,11 +158,11 @@ __device__ void StoreTile(const TensorView& v, const Tile& tile,
     for (int run = 0; run < kRuns; run += 4) {
       uint32_t word[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) word[i] = ResultPair<Shape::kActivate>(sum, run + i, half);
+      for (int i = 0; i < 4; ++i) word[i] = ResultPair<kActivate>(sum, run + i, half);
       TransposeInFour(lane, word);
-      const int column = column0 + 8 * (run + static_cast<int>(lane % 4));
-      if (row < tile.rows && column < v.product.out_width) {
-        *reinterpret_cast<uint4*>(out + column) = make_uint4(word[0], word[1], word[2], word[3]);
+      const int at = column + 8 * (run + static_cast<int>(lane % 4));
+      if (row < tile.rows && at < v.product.out_width) {
+        *reinterpret_cast<uint4*>(out + at) = make_uint4(word[0], word[1], word[2], word[3]);
       }
     }
   }
@@ -173,9 +177,13 @@ __device__ void Consume(const TensorView& v, const typename Shape::Ring& ring,
   Turn<Shape::kStages> turn;
   for (int t = static_cast<int>(blockIdx.x); t < tiles; t += static_cast<int>(gridDim.x)) {
     const Tile tile = FindTile<Shape::kRows, Shape::kColumns>(v.groups, ring.first, across, t);
-    float sum[Shape::kColumns / 2];
+    float sum[Shape::kParts][kPartSums];
     multiply(tile, turn, sum);
-    StoreTile<Shape>(v, tile, sum);
+#pragma unroll
+    for (int part = 0; part < Shape::kParts; ++part) {
+      const int column = tile.column + part * kPartColumns;
+      StorePart<Shape::kActivate>(v, tile, Shape::kActivate ? column / 2 : column, sum[part]);
+    }
   }
 }
 

@@ -161,9 +161,9 @@ __device__ void WaitSums(float (&d)[kSums]) {
   for (int i = 0; i < kSums; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-// d = x w^T, or d += with `add`, of 16 columns of bf16: 64 rows of x, two per sum and thread of w.
-// Begins it; thread t has of d, for every run b of 8 columns, [4 b] and [4 b + 1] of row
-// t / 32 * 16 + t % 32 / 4, columns 8 b + t % 4 * 2 and the next; [4 b + 2], [4 b + 3]: 8 rows on.
+// d = x w^T, or d += with `add`, of 64 rows of x, 128 rows of w and 16 columns of bf16. Begins it.
+// Thread t has of d, for every run b of 8 rows of w, in [4 b] and [4 b + 1] row t / 32 * 16 + t %
+// 32 / 4 of x by 8 b + t % 4 * 2 and the next; in [4 b + 2] and [4 b + 3] the row 8 further on.
 #define BALLAST_SUMS_4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define BALLAST_SUMS_8(i) BALLAST_SUMS_4(i), BALLAST_SUMS_4(i + 4)
 __device__ inline void MultiplyTiles(float (&d)[64], uint64_t x, uint64_t w, bool add) {
@@ -177,26 +177,6 @@ __device__ inline void MultiplyTiles(float (&d)[64], uint64_t x, uint64_t w, boo
       "%64, %65, p, 1, 1, 0, 0;}\n"
       : BALLAST_SUMS_8(0), BALLAST_SUMS_8(8), BALLAST_SUMS_8(16), BALLAST_SUMS_8(24),
         BALLAST_SUMS_8(32), BALLAST_SUMS_8(40), BALLAST_SUMS_8(48), BALLAST_SUMS_8(56)
-      : "l"(x), "l"(w), "r"(static_cast<int>(add)));
-}
-__device__ inline void MultiplyTiles(float (&d)[128], uint64_t x, uint64_t w, bool add) {
-  asm volatile(
-      "{.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
-      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
-      "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
-      "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
-      "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, "
-      "%127}, "
-      "%128, %129, p, 1, 1, 0, 0;}\n"
-      : BALLAST_SUMS_8(0), BALLAST_SUMS_8(8), BALLAST_SUMS_8(16), BALLAST_SUMS_8(24),
-        BALLAST_SUMS_8(32), BALLAST_SUMS_8(40), BALLAST_SUMS_8(48), BALLAST_SUMS_8(56),
-        BALLAST_SUMS_8(64), BALLAST_SUMS_8(72), BALLAST_SUMS_8(80), BALLAST_SUMS_8(88),
-        BALLAST_SUMS_8(96), BALLAST_SUMS_8(104), BALLAST_SUMS_8(112), BALLAST_SUMS_8(120)
       : "l"(x), "l"(w), "r"(static_cast<int>(add)));
 }
 // The same of 32 columns of e4m3.

@@ -216,7 +216,7 @@ void RequireClose(const Problem& p, const Result& result, double bound) {
 TEST_CASE("the grouped mlp on tensor cores is as close as bf16 can be", "[device][grouped_mlp]") {
   testing::ForEachSchedule([&](int round) {
     Random random(static_cast<uint64_t>(round) + 11);
-    const ExpertShape shape = {.hidden = 8 + 8 * static_cast<int32_t>(random.Below(32)),
+    const ExpertShape shape = {.hidden = 8 + 8 * static_cast<int32_t>(random.Below(48)),
                                .inter = 8 + 8 * static_cast<int32_t>(random.Below(20)),
                                .dtype = DType::kBF16};
     int32_t num_rows = 0;
@@ -226,20 +226,6 @@ TEST_CASE("the grouped mlp on tensor cores is as close as bf16 can be", "[device
     const Result large = RunOnDevice(p, MlpPath::kTensor, GroupSize::kLarge);
     RequireClose(p, large, 1e-2);
     REQUIRE(RunOnDevice(p, MlpPath::kBest, GroupSize::kSmall) == large);
-  });
-}
-
-TEST_CASE("wide tiles of the grouped mlp are as close as bf16 can be", "[device][grouped_mlp]") {
-  testing::ForEachSchedule([&](int round) {
-    Random random(static_cast<uint64_t>(round) + 23);
-    // One of the products has 4096 columns or more.
-    const bool first = round % 2 == 0;
-    const ExpertShape shape = {
-        .hidden = first ? 24 : 4104, .inter = first ? 2056 : 16, .dtype = DType::kBF16};
-    const auto size = round / 2 % 2 == 0 ? GroupSize::kLarge : GroupSize::kSmall;
-    CAPTURE(round);
-    const Problem p = MakeProblem(shape, 9, {{0, 0, 1}, {1, 7, 0}}, 2, &random);
-    RequireClose(p, RunOnDevice(p, MlpPath::kTensor, size), 1e-2);
   });
 }
 

@@ -81,10 +81,8 @@ template <int kSums>
 void WaitSums(float (&)[kSums]) {
   cuda_shim::WaitProducts(0);
 }
-template <int kSums>
-void MultiplyTiles(float (&d)[kSums], uint64_t x, uint64_t w, bool add) {
-  static_assert(kSums == 64 || kSums == 128);
-  cuda_shim::BeginProduct(cuda_shim::Element::kBf16, d, kSums, x, w, add);
+inline void MultiplyTiles(float (&d)[64], uint64_t x, uint64_t w, bool add) {
+  cuda_shim::BeginProduct(cuda_shim::Element::kBf16, d, 64, x, w, add);
 }
 inline void MultiplyTilesE4M3(float (&d)[64], uint64_t x, uint64_t w, bool add) {
   cuda_shim::BeginProduct(cuda_shim::Element::kE4m3, d, 64, x, w, add);
