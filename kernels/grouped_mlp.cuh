@@ -58,20 +58,26 @@ absl::Status GroupedMlpTensor(const GroupedMlpArgs& args, const DeviceTraits& tr
 // all. All threads of the block call it.
 template <int kRows>
 __device__ void CountTiles(const ExpertGroups& groups, int* first) {
+  const int num = groups.num_groups;
+  // All loads at once: a warp that waits for memory once per 32 groups takes longer than a tile.
+  for (int g = static_cast<int>(threadIdx.x); g < num; g += static_cast<int>(blockDim.x)) {
+    first[g + 1] = CeilDiv(groups.rows[g], kRows);
+  }
+  if (threadIdx.x == 0) first[0] = 0;
+  __syncthreads();
   if (threadIdx.x < kWarp) {
     const int lane = static_cast<int>(threadIdx.x);
     int before = 0;
-    for (int base = 0; base < groups.num_groups; base += kWarp) {
+    for (int base = 0; base < num; base += static_cast<int>(kWarp)) {
       const int g = base + lane;
-      int sum = g < groups.num_groups ? CeilDiv(groups.rows[g], kRows) : 0;
+      int sum = g < num ? first[g + 1] : 0;
       for (int distance = 1; distance < static_cast<int>(kWarp); distance *= 2) {
         const int other = __shfl_up_sync(kFullWarp, sum, static_cast<unsigned>(distance));
         if (lane >= distance) sum += other;
       }
-      if (g < groups.num_groups) first[g + 1] = before + sum;
+      if (g < num) first[g + 1] = before + sum;
       before += __shfl_sync(kFullWarp, sum, kWarp - 1);
     }
-    if (lane == 0) first[0] = 0;
   }
   __syncthreads();
 }
