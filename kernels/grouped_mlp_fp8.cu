@@ -68,8 +68,8 @@ __device__ void Multiply(const Fp8View& v, const Tile& tile, typename Shape::Rin
     Wait(&ring.full[turn.stage], turn.parity);
     FenceSums();
 #pragma unroll
-    for (int i = 0; i < kBoxBytes / kProductBytes; ++i) {
-      const uint64_t along = static_cast<uint64_t>(i * kProductBytes / 16);
+    for (int i = 0; i < kProductsPerStage; ++i) {
+      const uint64_t along = static_cast<uint64_t>(i) * kDescriptorStep;
       MultiplyTilesE4M3(part, x + along, w + along, i > 0);
     }
     CommitProducts();

@@ -41,8 +41,8 @@ __device__ void Multiply(int k, typename Shape::Ring& ring, Turn<Shape::kStages>
     const uint64_t x = TileDescriptor(stage.x + warpgroup * kWarpgroupRows * kBoxBytes);
     FenceSums();
 #pragma unroll
-    for (int i = 0; i < kBoxBytes / kProductBytes; ++i) {
-      const uint64_t along = static_cast<uint64_t>(i * kProductBytes / 16);
+    for (int i = 0; i < kProductsPerStage; ++i) {
+      const uint64_t along = static_cast<uint64_t>(i) * kDescriptorStep;
 #pragma unroll
       for (int part = 0; part < Shape::kParts; ++part) {
         const uint64_t w = TileDescriptor(stage.w + part * kPartColumns * kBoxBytes);

@@ -16,8 +16,8 @@ inline constexpr int kWarpgroupRows = 64;
 inline constexpr int kWarpgroup = 128;  // threads
 // Of parameters per product: one instruction for every tile, so that all give the same bits.
 inline constexpr int kPartColumns = 128;
-inline constexpr int kPartSums = 64;      // per thread
-inline constexpr int kProductBytes = 32;  // of a row of x and of w, per product
+inline constexpr int kPartSums = 64;         // per thread
+inline constexpr int kProductsPerStage = 4;  // along k: 32 bytes of a row each
 inline constexpr size_t kRingBytes = 200 << 10;
 
 // kElementBytes: of x and of the parameters. kActivate: the first of the two products.

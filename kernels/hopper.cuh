@@ -1,10 +1,6 @@
 // The instructions of Hopper (sm_90a) that the tensor paths use: copies of boxes by the copy
 // engine, barriers that count bytes, products of a warpgroup. The emulator of the tests has its own
 // version of this header (tests/support/cuda_shim/kernels/hopper.cuh) with the same declarations.
-//
-// Tiles in shared memory have rows of 128 bytes of which 8 make an atom of 1024 aligned bytes; in
-// row r the 16-byte chunk c lies at c ^ (r % 8) (the "128-byte swizzle"), so that neither copies
-// nor products meet in a bank.
 #ifndef BALLAST_KERNELS_HOPPER_CUH_
 #define BALLAST_KERNELS_HOPPER_CUH_
 
@@ -16,26 +12,14 @@
 
 #include "absl/status/statusor.h"
 #include "absl/strings/str_cat.h"
+#include "kernels/tensor_tiles.cuh"
 
 namespace ballast::cuda {
-
-inline constexpr int kBoxBytes = 128;    // of a row of a box
-inline constexpr int kAtomBytes = 1024;  // 8 such rows
 
 // ---- host
 // -----------------------------------------------------------------------------------------
 
 using TensorMap = CUtensorMap;
-
-// Matrices [depth, rows, columns] of 2-byte or 1-byte elements, from which boxes of box_rows rows
-// of 128 bytes are copied. What lies outside of the matrix comes as zeros. REQUIRES at and the
-// strides are multiples of 16 bytes; box_rows <= 256
-struct Matrices {
-  const void* at = nullptr;
-  uint64_t columns = 0, rows = 0, depth = 1;
-  uint64_t row_bytes = 0, matrix_bytes = 0;
-  uint32_t element_bytes = 2, box_rows = 0;
-};
 
 // ERRORS kInternal: the driver has no such function, or refuses
 inline absl::StatusOr<TensorMap> MakeTensorMap(const Matrices& m) {
@@ -131,14 +115,9 @@ __device__ inline void PrefetchMap(const TensorMap& map) {
 // ---- products of a warpgroup: all of its 128 threads call these together
 // ---------------------------
 
-// How a product finds a tile: its first byte, 1024 from atom to atom, the 128-byte swizzle. Adding
-// 2 goes on by 32 bytes of every row.
+// How a product finds a tile.
 __device__ inline uint64_t TileDescriptor(const void* tile) {
-  constexpr uint64_t kLeading = 1;  // not used with a swizzle
-  constexpr uint64_t kAtomStride = kAtomBytes / 16;
-  constexpr uint64_t kSwizzle128 = 1;
-  return (SharedAddress(tile) & 0x3ffffu) >> 4 | kLeading << 16 | kAtomStride << 32 |
-         kSwizzle128 << 62;
+  return DescriptorAt(SharedAddress(tile));
 }
 
 // Before the first product, and whenever the sums were touched since the last one.

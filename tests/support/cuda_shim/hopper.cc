@@ -278,9 +278,8 @@ void CopyBox(void* to, const BoxMap& map, uint64_t* barrier, int64_t column, int
 // ---- products
 // ---------------------------------------------------------------------------------------
 
-uint64_t SwizzledDescriptor(const void* tile) {
-  const auto offset = static_cast<uint64_t>(static_cast<const std::byte*>(tile) - State().shared);
-  return offset >> 4 | uint64_t{kAtomBytes / 16} << 32 | uint64_t{1} << 62;
+uint64_t SharedOffset(const void* at) {
+  return static_cast<uint64_t>(static_cast<const std::byte*>(at) - State().shared);
 }
 
 void SumsFence() {

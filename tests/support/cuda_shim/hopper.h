@@ -30,8 +30,8 @@ void AsyncProxyFence();
 void CopyBox(void* to, const BoxMap& map, uint64_t* barrier, int64_t column, int64_t row,
              int64_t matrix);
 
-// As wgmma's matrix descriptor has it.
-uint64_t SwizzledDescriptor(const void* tile);
+// The address as shared memory's own addresses begin, at the block's.
+uint64_t SharedOffset(const void* at);
 void SumsFence();
 enum class Element : uint8_t { kBf16, kE4m3 };
 // Products of 32 bytes of each row. d [num_sums] of this thread: the sums of 64 rows by 2 num_sums

@@ -9,21 +9,12 @@
 
 #include "absl/status/statusor.h"
 #include "absl/strings/str_cat.h"
+#include "kernels/tensor_tiles.cuh"
 #include "tests/support/cuda_shim/hopper.h"
 
 namespace ballast::cuda {
 
-inline constexpr int kBoxBytes = 128;
-inline constexpr int kAtomBytes = 1024;
-
 using TensorMap = cuda_shim::BoxMap;
-
-struct Matrices {
-  const void* at = nullptr;
-  uint64_t columns = 0, rows = 0, depth = 1;
-  uint64_t row_bytes = 0, matrix_bytes = 0;
-  uint32_t element_bytes = 2, box_rows = 0;
-};
 
 inline absl::StatusOr<TensorMap> MakeTensorMap(const Matrices& m) {
   const TensorMap map = {static_cast<const std::byte*>(m.at),
@@ -65,7 +56,7 @@ inline void CopyBox(void* to, const TensorMap& map, Barrier* barrier, int column
 inline void PrefetchMap(const TensorMap&) {}
 
 inline uint64_t TileDescriptor(const void* tile) {
-  return cuda_shim::SwizzledDescriptor(tile);
+  return DescriptorAt(cuda_shim::SharedOffset(tile));
 }
 inline void FenceSums() {
   cuda_shim::SumsFence();
