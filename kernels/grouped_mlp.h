@@ -83,8 +83,7 @@ absl::Status CheckAligned(const char* name, const void* at);
 // ERRORS kInvalidArgument: a shape, count or alignment that is not allowed; nothing is launched.
 //        kUnimplemented: kTensor for fp32 or on another device than Hopper
 // STREAM asynchronous, two launches; all arrays stay until they are done
-// ORDER  kPlain: as vector_math.h's Dot and Silu. kTensor: one instruction for all tiles, of 64
-// rows
+// ORDER  kPlain: as vector_math.h's Dot and Silu. kTensor: one instruction for all tiles, 64 rows
 //        by 128 columns by 16 of k, k ascending. So on both the bits of a row depend on the row and
 //        its expert: not on its company, nor on where it stands, nor on the groups' size. That the
 //        tensor core treats all rows and columns of an instruction alike is a premise.

@@ -268,7 +268,8 @@ TEST_CASE("a row of the grouped mlp has the same bits in any company", "[device]
     const std::pair<int32_t, int32_t> moved[] = {{0, 85}, {17, 9}, {65, 40}, {66, 4}, {67, 3}};
     for (const auto& [from, to] : moved) std::memcpy(row(q, to), row(p, from), row_bytes);
     const Result a = RunOnDevice(p, path, GroupSize::kLarge);
-    const Result b = RunOnDevice(q, path, round / 4 % 2 == 0 ? GroupSize::kLarge : GroupSize::kSmall);
+    const GroupSize size = round / 4 % 2 == 0 ? GroupSize::kLarge : GroupSize::kSmall;
+    const Result b = RunOnDevice(q, path, size);
     for (const auto& [from, to] : moved) {
       CAPTURE(round, from, to);
       REQUIRE(RowOf(a.y, p, from) == RowOf(b.y, q, to));
