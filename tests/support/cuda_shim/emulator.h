@@ -37,7 +37,7 @@ void Yield();               // another thread may go on; time passes
 void Fence();               // what this thread has stored or seen, others see
 std::byte* SharedMemory();  // of the block
 size_t SharedBytes();
-uint64_t Nanoseconds();     // on the device: advances with every switch
+uint64_t Nanoseconds();  // on the device: advances with every switch
 // A store that others see at the next fence at the latest, and perhaps before.
 void StoreLate(void* to, const void* from, size_t bytes);
 [[noreturn]] void Trap(const char* why);
