@@ -61,6 +61,8 @@ ballast_library(kernels
     kernels/exchange.cc
     kernels/gate.cc
     kernels/gated_mlp.cc
+    kernels/grouped_mlp.cc
+    kernels/grouped_mlp_fp8.cc
     kernels/kernel_set.cc
     kernels/matmul_plain.cc
     ${BALLAST_MATMUL_SOURCE}

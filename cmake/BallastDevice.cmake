@@ -4,7 +4,10 @@ set(BALLAST_DEVICE_SOURCES
   kernels/decoder_ops.cu
   kernels/device_split.cu
   kernels/exchange.cu
-  kernels/gate.cu)
+  kernels/gate.cu
+  kernels/grouped_mlp.cu
+  kernels/grouped_mlp_fp8.cu
+  kernels/grouped_mlp_tensor.cu)
 
 if(BALLAST_WITH_CUDA)
   enable_language(CUDA)
@@ -17,14 +20,30 @@ if(BALLAST_WITH_CUDA)
   endif()
 endif()
 
-# ballast_device_test(name SOURCES ... LIBS ...)
+# A file of kernels as plain C++, for the emulator.
+function(ballast_shim_wrapper source out)
+  cmake_path(GET source STEM stem)
+  set(wrapper "${PROJECT_BINARY_DIR}/generated/shim/${stem}.cc")
+  file(CONFIGURE OUTPUT "${wrapper}" CONTENT "#include \"${source}\"\n" @ONLY)
+  # Unrolling is for the device.
+  set_source_files_properties("${wrapper}" PROPERTIES COMPILE_OPTIONS -Wno-unknown-pragmas)
+  set(${out} "${wrapper}" PARENT_SCOPE)
+endfunction()
+
+# ballast_device_test(name SOURCES ... [KERNELS ...] LIBS ...)
 # One Catch2 program, from one source, for every place where kernels can run: <name>_shim_test for the emulator, and with
 # CUDA <name>_gpu_test (label gpu), which is skipped where there is no device unless BALLAST_REQUIRE_GPU=1.
 function(ballast_device_test name)
-  cmake_parse_arguments(arg "" "" "SOURCES;LIBS" ${ARGN})
-  ballast_test(${name}_shim SOURCES ${arg_SOURCES} LIBS ballast_kernels_shim ${arg_LIBS})
+  cmake_parse_arguments(arg "" "" "SOURCES;KERNELS;LIBS" ${ARGN})
+  set(wrappers "")
+  foreach(source IN LISTS arg_KERNELS)
+    ballast_shim_wrapper(${source} wrapper)
+    list(APPEND wrappers "${wrapper}")
+  endforeach()
+  ballast_test(${name}_shim SOURCES ${arg_SOURCES} ${wrappers} LIBS ballast_kernels_shim ${arg_LIBS})
   if(BALLAST_WITH_CUDA)
-    add_executable(${name}_gpu_test ${arg_SOURCES} tests/gpu/main.cc tests/gpu/schedules.cc)
+    add_executable(${name}_gpu_test ${arg_SOURCES} ${arg_KERNELS} tests/gpu/main.cc tests/gpu/schedules.cc)
+    target_compile_options(${name}_gpu_test PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-std=c++20>)
     target_link_libraries(${name}_gpu_test PRIVATE
       ${arg_LIBS} ballast_kernels_cuda ballast_flags CUDA::cudart Catch2::Catch2)
     catch_discover_tests(${name}_gpu_test TEST_PREFIX "${name}: gpu: "
@@ -36,23 +55,21 @@ endfunction()
 function(ballast_add_shim)
   set(wrappers "")
   foreach(source IN LISTS BALLAST_DEVICE_SOURCES)
-    cmake_path(GET source STEM stem)
-    set(wrapper "${PROJECT_BINARY_DIR}/generated/shim/${stem}.cc")
-    file(CONFIGURE OUTPUT "${wrapper}" CONTENT "#include \"${source}\"\n" @ONLY)
+    ballast_shim_wrapper(${source} wrapper)
     list(APPEND wrappers "${wrapper}")
   endforeach()
   add_library(ballast_kernels_shim STATIC
     ${wrappers}
+    tests/support/cuda_shim/device_memory.cc
     tests/support/cuda_shim/emulator.cc
     tests/support/cuda_shim/fiber.cc
     tests/support/cuda_shim/guarded.cc
+    tests/support/cuda_shim/hopper.cc
     tests/support/cuda_shim/runtime.cc
     tests/support/cuda_shim/schedules.cc)
   # Before the root, so that its headers are found first.
   target_include_directories(ballast_kernels_shim BEFORE PUBLIC tests/support/cuda_shim)
   target_link_libraries(ballast_kernels_shim PUBLIC ballast_kernels PRIVATE ballast_flags)
-  # Unrolling is for the device.
-  target_compile_options(ballast_kernels_shim PRIVATE -Wno-unknown-pragmas)
 endfunction()
 
 # All tests of kernels. The emulator switches stacks, which ThreadSanitizer does not follow, and it has one thread.
@@ -69,6 +86,10 @@ function(ballast_add_device_tests)
       tests/gpu/bench_gpu_test.cc
       tests/gpu/exchange_device_test.cc
       tests/gpu/gate_device_test.cc
+      tests/gpu/grouped_mlp_device_test.cc
+      tests/gpu/grouped_mlp_fp8_device_test.cc
+      tests/gpu/hopper_device_test.cc
       tests/gpu/split_device_test.cc
+    KERNELS tests/gpu/hopper_probe.cu
     LIBS ballast_kernels ballast_placement nlohmann_json::nlohmann_json)
 endfunction()

@@ -49,7 +49,7 @@ absl::Status Launch(const LaunchShape& shape, Stream stream, void (*kernel)(Para
 }
 
 template <typename T>
-constexpr T CeilDiv(T a, T b) {
+__host__ __device__ constexpr T CeilDiv(T a, T b) {
   return (a + b - 1) / b;
 }
 

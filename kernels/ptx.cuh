@@ -1,5 +1,6 @@
 // What CUDA C++ has no plain name for. The emulator of the tests has its own version of this header
-// (tests/support/cuda_shim/kernels/ptx.cuh) with the same declarations; it is all that differs.
+// (tests/support/cuda_shim/kernels/ptx.cuh) with the same declarations; this and hopper.cuh are all
+// that differs.
 #ifndef BALLAST_KERNELS_PTX_CUH_
 #define BALLAST_KERNELS_PTX_CUH_
 

@@ -10,71 +10,11 @@
 
 #include "base/random.h"
 #include "tests/support/cuda_shim/cuda_runtime.h"
-#include "tests/support/cuda_shim/fiber.h"
-#include "tests/support/cuda_shim/guarded.h"
+#include "tests/support/cuda_shim/emulator_state.h"
 #include "tests/support/cuda_shim/stream.h"
 
 namespace cuda_shim {
-
-struct LateStore {
-  void* to;
-  std::byte bytes[16];
-  size_t count;
-};
-
-struct Grid {
-  Launch launch;
-  std::vector<unsigned> to_start;  // blocks, the next one last
-  unsigned running = 0;
-  unsigned victim_block = ~0u, victim_thread = 0;  // that is starved, if any
-  std::vector<LateStore> late;  // of blocks that are done: seen at the end of the grid
-};
-
 namespace {
-
-void Apply(std::vector<LateStore>* stores) {
-  for (const LateStore& store : *stores) std::memcpy(store.to, store.bytes, store.count);
-  stores->clear();
-}
-void Append(std::vector<LateStore>* from, std::vector<LateStore>* to) {
-  to->insert(to->end(), from->begin(), from->end());
-  from->clear();
-}
-
-struct Block;
-
-struct Thread {
-  Fiber fiber;
-  Block* block = nullptr;
-  uint3 index = {};
-  unsigned number = 0;              // in the block
-  bool starved = false;             // goes on when no other can
-  const char* waits_for = nullptr;  // or null
-  uint64_t value = 0, argument = 0, result = 0;
-  std::vector<LateStore> late;  // that only this thread's fence makes seen
-};
-
-// Lanes that wait for the others of their mask.
-struct Meeting {
-  const WarpOp* op;
-  uint32_t mask, arrived;
-};
-
-struct Block {
-  Block(Grid* owner, unsigned number, uint64_t noise)
-      : grid(owner), shared(owner->launch.shared_bytes, noise) {
-    const Shape& shape = owner->launch.grid;
-    index = {number % shape.x, number / shape.x % shape.y, number / (shape.x * shape.y)};
-  }
-  Grid* grid;
-  uint3 index;
-  Guarded shared;
-  std::vector<std::unique_ptr<Thread>> threads;
-  std::vector<std::vector<Meeting>> meetings;  // per warp
-  unsigned alive = 0, at_barrier = 0;
-  bool any = false;             // of those at the barrier
-  std::vector<LateStore> late;  // stored before a barrier: any fence of the block makes them seen
-};
 
 constexpr uint64_t kSwitchNs = 20;
 constexpr uint32_t kLongNap = 64;  // turns of a thread
@@ -108,16 +48,16 @@ class Emulator {
       if (ready_.empty() || turn % 32 == 0) {
         const bool began = BeginWork();
         if (ready_.empty()) FeedStarved();
-        if (ready_.empty() && !began && !done()) FailStuck();
+        if (ready_.empty() && later_.empty() && !began && !done()) FailStuck();
       }
+      if (!later_.empty() && failure_.empty() && MayDoLater()) DoLater();
       if (!ready_.empty() && failure_.empty()) Step();
     }
     if (!failure_.empty()) DropAll();
     return failure_.empty();
   }
 
-  // ---- on a fiber
-  // --------------------------------------------------------------------------------
+  // ---- on a fiber -----------------------------------------------------------------------------
   Thread* current() { return current_; }
   uint64_t now() const { return now_ns_; }
 
@@ -132,6 +72,23 @@ class Emulator {
   void Wake(Thread* thread) {
     thread->waits_for = nullptr;
     MakeReady(thread);
+  }
+
+  void AddLater(std::function<void()> work) {
+    later_.push_back({current_->block, std::move(work)});
+    ++current_->block->under_way;
+  }
+  void Sleep(const void* key, const char* what) {
+    current_->sleeps_on = key;
+    sleepers_.push_back(current_);
+    Wait(what);
+  }
+  void WakeSleepers(const void* key) {
+    std::erase_if(sleepers_, [&](Thread* thread) {
+      if (thread->sleeps_on != key) return false;
+      Wake(thread);
+      return true;
+    });
   }
 
   uint64_t Meet(const WarpOp& op, uint32_t mask, uint64_t value, uint64_t argument) {
@@ -246,6 +203,18 @@ class Emulator {
     starved_.pop_back();
   }
 
+  // Some schedules let threads run as far as they can first.
+  bool MayDoLater() {
+    return ready_.empty() || (style_ != kStarving && random_.Below(style_ == kAny ? 2 : 32) == 0);
+  }
+  void DoLater() {
+    std::swap(later_[random_.Below(static_cast<uint32_t>(later_.size()))], later_.back());
+    const Asynchronous now = std::move(later_.back());
+    later_.pop_back();
+    --now.block->under_way;
+    now.work();
+  }
+
   size_t Choose() {
     const uint32_t n = static_cast<uint32_t>(ready_.size());
     if (style_ == kNewestFirst && random_.Below(8) > 0) return n - 1;
@@ -354,6 +323,7 @@ class Emulator {
   void EndBlock(Block* block) {
     Grid* grid = block->grid;
     if (!block->shared.IntactGuards()) failure_ = "a write outside of shared memory";
+    if (block->under_way > 0) failure_ = "a block ended before its asynchronous work";
     Append(&block->late, &grid->late);
     resident_ -= grid->launch.block.count();
     for (auto& thread : block->threads) spare_.push_back(std::move(thread));
@@ -386,6 +356,8 @@ class Emulator {
     std::fprintf(stderr, "cuda_shim: %s\n", failure_.c_str());
     ready_.clear();
     starved_.clear();
+    sleepers_.clear();
+    later_.clear();
     for (auto& block : blocks_) {
       for (auto& thread : block->threads) spare_.push_back(std::move(thread));
     }
@@ -404,7 +376,8 @@ class Emulator {
   std::vector<CUstream_st*> streams_ = {&default_};
   std::vector<std::unique_ptr<Block>> blocks_;  // resident
   std::vector<std::unique_ptr<Thread>> spare_;  // fibers to be used again
-  std::vector<Thread*> ready_, starved_;
+  std::vector<Thread*> ready_, starved_, sleepers_;
+  std::vector<Asynchronous> later_;
   Thread* current_ = nullptr;
   unsigned resident_ = 0;  // threads of those blocks
 };
@@ -434,6 +407,9 @@ void Fence() {
 std::byte* SharedMemory() {
   return TheEmulator().current()->block->shared.data();
 }
+size_t SharedBytes() {
+  return TheEmulator().current()->block->shared.size();
+}
 uint64_t Nanoseconds() {
   return TheEmulator().now();
 }
@@ -453,9 +429,6 @@ void Enqueue(CUstream_st* stream, std::function<void()> host_work) {
 void EnqueueWait(CUstream_st* stream, std::function<bool()> ready) {
   TheEmulator().Push(stream, {Work::Kind::kWait, {}, {}, std::move(ready)});
 }
-uint64_t Noise() {
-  return TheEmulator().Noise();
-}
 bool IsIdle(CUstream_st* stream) {
   return TheEmulator().Idle(stream);
 }
@@ -464,6 +437,21 @@ bool RunUntilIdle(CUstream_st* stream, bool all) {
 }
 const char* LastFailure() {
   return TheEmulator().failure_.c_str();
+}
+uint64_t Noise() {
+  return TheEmulator().Noise();
+}
+void Later(std::function<void()> work) {
+  TheEmulator().AddLater(std::move(work));
+}
+void Sleep(const void* key, const char* what) {
+  TheEmulator().Sleep(key, what);
+}
+void WakeSleepers(const void* key) {
+  TheEmulator().WakeSleepers(key);
+}
+std::shared_ptr<void>& BlockState() {
+  return TheEmulator().current()->block->state;
 }
 void Reseed(uint64_t seed) {
   TheEmulator().failure_.clear();

@@ -36,10 +36,18 @@ bool BarrierOr(bool any);   // __syncthreads_or
 void Yield();               // another thread may go on; time passes
 void Fence();               // what this thread has stored or seen, others see
 std::byte* SharedMemory();  // of the block
-uint64_t Nanoseconds();     // on the device: advances with every switch
+size_t SharedBytes();
+uint64_t Nanoseconds();  // on the device: advances with every switch
 // A store that others see at the next fence at the latest, and perhaps before.
 void StoreLate(void* to, const void* from, size_t bytes);
 [[noreturn]] void Trap(const char* why);
+// What the device does beside its threads: `work` happens at some later time. A block that ends
+// before it is an error.
+void Later(std::function<void()> work);
+// This thread goes on after somebody, or such work, wakes those that sleep on `key`.
+void Sleep(const void* key, const char* what);
+void WakeSleepers(const void* key);
+std::shared_ptr<void>& BlockState();  // null at first: what else lives as long as the block
 
 // ---- called by host code ----------------------------------------------------------------------
 struct Launch {

@@ -1,14 +1,10 @@
 #include "tests/support/cuda_shim/guarded.h"
 
 #include <algorithm>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <vector>
 
 #include "base/random.h"
-#include "tests/support/cuda_shim/emulator.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -26,11 +22,6 @@ constexpr std::byte kGuard{0xfb};
 
 bool AllGuard(const std::byte* begin, const std::byte* end) {
   return std::all_of(begin, end, [](std::byte b) { return b == kGuard; });
-}
-
-std::vector<std::unique_ptr<Guarded>>& DeviceBlocks() {
-  static std::vector<std::unique_ptr<Guarded>> blocks;
-  return blocks;
 }
 
 }  // namespace
@@ -68,32 +59,6 @@ void Guarded::SetPoison(bool on) const {
   } else {
     SHIM_UNPOISON(whole_, whole_bytes_);
   }
-}
-
-// ---- device memory ----------------------------------------------------------------------------
-
-std::byte* AllocateDevice(size_t bytes) {
-  DeviceBlocks().push_back(std::make_unique<Guarded>(bytes, Noise()));
-  return DeviceBlocks().back()->data();
-}
-
-bool FreeDevice(void* block) {
-  auto& blocks = DeviceBlocks();
-  const auto it =
-      std::find_if(blocks.begin(), blocks.end(), [&](const auto& b) { return b->data() == block; });
-  if (it == blocks.end()) return false;
-  const bool intact = (*it)->IntactGuards();
-  blocks.erase(it);
-  return intact;
-}
-
-bool CheckDeviceBlocks() {
-  for (const auto& block : DeviceBlocks()) {
-    if (block->IntactGuards()) continue;
-    std::fprintf(stderr, "cuda_shim: a write outside of a block of %zu bytes\n", block->size());
-    return false;
-  }
-  return true;
 }
 
 }  // namespace cuda_shim
