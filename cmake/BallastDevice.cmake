@@ -80,6 +80,7 @@ function(ballast_add_device_tests)
   ballast_add_shim()
   ballast_device_test(device
     SOURCES
+      deploy/gpu/bench_experts.cc
       deploy/gpu/bench_gpu.cc
       deploy/gpu/bench_gpu_report.cc
       deploy/gpu/measure.cc
@@ -89,6 +90,7 @@ function(ballast_add_device_tests)
       tests/gpu/grouped_mlp_device_test.cc
       tests/gpu/grouped_mlp_fp8_device_test.cc
       tests/gpu/hopper_device_test.cc
+      tests/gpu/layer_device_test.cc
       tests/gpu/split_device_test.cc
     KERNELS tests/gpu/hopper_probe.cu
     LIBS ballast_kernels ballast_placement nlohmann_json::nlohmann_json)

@@ -2,6 +2,7 @@
 # packages. Needs CUDA, Abseil, nlohmann-json (headers) and Catch2.
 include(BallastCore)
 add_executable(ballast-bench-gpu
+  deploy/gpu/bench_experts.cc
   deploy/gpu/bench_gpu.cc
   deploy/gpu/bench_gpu_main.cc
   deploy/gpu/bench_gpu_report.cc

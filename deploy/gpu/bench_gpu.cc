@@ -5,6 +5,7 @@
 #include <memory>
 
 #include "base/random.h"
+#include "deploy/gpu/bench_experts.h"
 #include "deploy/gpu/measure.h"
 #include "kernels/copy_route.h"
 #include "kernels/device_split.h"
@@ -26,7 +27,7 @@ class Bench {
                    const std::function<absl::Status(cudaStream_t)>& launch) {
     Times times;
     BALLAST_RETURN_IF_ERROR(Measure(small_ ? 1 : 20, small_ ? 2 : 50, launch, &times));
-    result.rows.push_back({name, shape, times.median_us, times.spread_us, bytes});
+    result.rows.push_back({name, shape, times.median_us, times.spread_us, bytes, 0});
     return absl::OkStatus();
   }
   int tokens(int wanted) const { return small_ ? std::min(wanted, 12) : wanted; }
@@ -358,6 +359,7 @@ absl::StatusOr<GpuBenchResult> RunGpuBench(bool small) {
   BALLAST_RETURN_IF_ERROR(ExchangeBench(256, 1, tokens, 8, hidden).Run(&bench));
   BALLAST_RETURN_IF_ERROR(ExchangeBench(128, 1, tokens, 8, small ? 64 : 2048).Run(&bench));
   BALLAST_RETURN_IF_ERROR(ExchangeBench(256, 8, bench.tokens(512), 8, hidden).Run(&bench));
+  BALLAST_RETURN_IF_ERROR(BenchExperts(small, &bench.result));
   return std::move(bench.result);
 }
 

@@ -15,6 +15,7 @@ struct GpuBenchRow {
   double median_us = 0;
   double spread_us = 0;  // the 90th percentile less the 10th
   double bytes = 0;      // that must move at least: each input read once, each output written once
+  double flops = 0;      // 0: the kernel is not for computing
 };
 
 struct GpuBenchResult {

@@ -6,16 +6,19 @@
 namespace ballast {
 
 std::string ToTable(const GpuBenchResult& result) {
-  std::string table = absl::StrCat(
-      result.device, ", copies at ", std::llround(result.copy_bytes_per_second / 1e9),
-      " GB/s read and written\n| kernel | shape | median us | p90 - p10 us | GB/s | of a copy |\n",
-      "| --- | --- | --- | --- | --- | --- |\n");
+  std::string table =
+      absl::StrCat(result.device, ", copies at ", std::llround(result.copy_bytes_per_second / 1e9),
+                   " GB/s read and written\n| kernel | shape | median us | p90 - p10 us | GB/s | "
+                   "of a copy | TFLOP/s |\n",
+                   "| --- | --- | --- | --- | --- | --- | --- |\n");
   const auto rounded = [](double value) { return std::round(value * 100) / 100; };
   for (const GpuBenchRow& row : result.rows) {
     const double rate = row.bytes / row.median_us * 1e6;
     absl::StrAppend(&table, "| ", row.name, " | ", row.shape, " | ", rounded(row.median_us), " | ",
                     rounded(row.spread_us), " | ", std::llround(rate / 1e9), " | ",
-                    rounded(rate / result.copy_bytes_per_second), " |\n");
+                    rounded(rate / result.copy_bytes_per_second), " | ",
+                    row.flops > 0 ? absl::StrCat(rounded(row.flops / row.median_us / 1e6)) : "",
+                    " |\n");
   }
   return table;
 }
@@ -28,7 +31,7 @@ std::string ToJson(const GpuBenchResult& result) {
     const GpuBenchRow& row = result.rows[i];
     absl::StrAppend(&json, i == 0 ? "\n" : ",\n", "{\"name\":\"", row.name, "\",\"shape\":\"",
                     row.shape, "\",\"median_us\":", row.median_us, ",\"spread_us\":", row.spread_us,
-                    ",\"bytes\":", row.bytes, "}");
+                    ",\"bytes\":", row.bytes, ",\"flops\":", row.flops, "}");
   }
   return json + "\n]}\n";
 }

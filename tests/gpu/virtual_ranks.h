@@ -13,6 +13,7 @@
 #include "kernels/copy_route.h"
 #include "kernels/device_split.h"
 #include "kernels/exchange.h"
+#include "kernels/grouped_mlp.h"
 #include "placement/placement.h"
 #include "tests/gpu/device_array.h"
 
@@ -97,6 +98,7 @@ class TestRank {
         blocks_begun_(std::vector<int32_t>{0}),
         ids_(copy_rank_.size()),
         histogram_(2 * static_cast<size_t>(shape.num_experts)),
+        blocks_(max_hosts_),
         weights_(copy_rank_.size()),
         x_(static_cast<size_t>(shape.max_tokens) * WidthOf(shape)),
         base_(x_.size()),
@@ -208,6 +210,35 @@ class TestRank {
     RequireCuda(cudaMemcpy(Results(), results.data(), results.size() * sizeof(float),
                            cudaMemcpyHostToDevice));
   }
+  // Experts whose parameters are in one arena for all ranks, packed: block e is expert e.
+  void LaunchExperts(const ExpertShape& shape, const std::byte* arena) {
+    const DeviceHosts hosts = compiled_->At(compiled_->words().data());
+    const int32_t rank = exchange_.rank, groups = compiled_->num_groups(rank);
+    std::vector<int32_t> block;
+    for (int32_t g = 0; g < groups; ++g) {
+      block.push_back(hosts.expert_of_host[hosts.rank_hosts[hosts.rank_offsets[rank] + g]]);
+    }
+    blocks_.WriteFirst(block);
+    if (activated_ == nullptr) {  // to free one would wait for all ranks
+      activated_ = std::make_unique<DeviceArray<float>>(
+          static_cast<size_t>(exchange_.shape.row_capacity) * shape.inter);
+    }
+    RequireOk(cuda::GroupedMlp({.shape = shape,
+                                .groups = {.num_groups = groups,
+                                           .num_rows = exchange_.shape.row_capacity,
+                                           .max_rows = exchange_.shape.row_capacity,
+                                           .size = GroupSize::kSmall,
+                                           .begin = group_begin_.data(),
+                                           .rows = group_rows_.data(),
+                                           .block = blocks_.data(),
+                                           .arena = arena,
+                                           .block_bytes = shape.packed_bytes(),
+                                           .num_blocks = exchange_.shape.num_experts},
+                                .x = expanded_.data(),
+                                .activated = activated_->data(),
+                                .y = Results()},
+                               stream_));
+  }
   // Experts that return what they get.
   void LaunchIdentity() {
     RequireCuda(cudaMemcpyAsync(Results(), expanded_.data(), expanded_.size() * sizeof(float),
@@ -251,10 +282,11 @@ class TestRank {
   Batch batch_;
   cudaStream_t stream_ = nullptr;
   std::unique_ptr<DeviceArray<int32_t>> words_;
+  std::unique_ptr<DeviceArray<float>> activated_;
   DeviceArray<DeviceHosts> layer_;
   DeviceArray<int32_t> quota_, load_, send_, row_begin_, group_begin_, group_rows_;
   DeviceArray<int32_t> copy_rank_, copy_row_, tile_counts_, blocks_done_, blocks_begun_;
-  DeviceArray<int32_t> ids_, histogram_;
+  DeviceArray<int32_t> ids_, histogram_, blocks_;
   DeviceArray<float> weights_, x_, base_, out_, expanded_;
   DeviceArray<uint32_t> status_, number_;
 };
