@@ -94,4 +94,10 @@ function(ballast_add_device_tests)
       tests/gpu/split_device_test.cc
     KERNELS tests/gpu/hopper_probe.cu
     LIBS ballast_kernels ballast_placement nlohmann_json::nlohmann_json)
+  if(BALLAST_WITH_CUDA)
+    add_test(NAME spills
+      COMMAND ${CMAKE_COMMAND} -DROOT=${PROJECT_SOURCE_DIR} -DNVCC=${CMAKE_CUDA_COMPILER}
+              -DWORK=${CMAKE_CURRENT_BINARY_DIR}/spills -P ${PROJECT_SOURCE_DIR}/tests/gpu/check_spills.cmake)
+    set_tests_properties(spills PROPERTIES LABELS tidy TIMEOUT 300)
+  endif()
 endfunction()
