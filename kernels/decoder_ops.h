@@ -12,16 +12,46 @@
 
 namespace ballast {
 
-// y = x / sqrt(mean(x²) + eps) * weight, once in fp32 and once rounded to the activation type.
-// SHAPES x [T, H] fp32  weight [H]  y_f32 [T, H] or null  y_act [T, H] of act_type or null
-struct RmsNormArgs {
+// y[t] = the row token[t] of the table.  SHAPES token [T]  table [vocab, H]  y [T, H]
+struct EmbedArgs {
+  int32_t num_rows = 0, width = 0;
+  const int32_t* token = nullptr;
+  const float* table = nullptr;
+  float* y = nullptr;
+};
+
+// y += x.  SHAPES x, y [T, H]
+struct AddArgs {
   int32_t num_rows = 0, width = 0;
   const float* x = nullptr;
+  float* y = nullptr;
+};
+
+// y[t] += bias, for every row.  SHAPES bias [H]  y [T, H]
+struct AddBiasArgs {
+  int32_t num_rows = 0, width = 0;
+  const float* bias = nullptr;
+  float* y = nullptr;
+};
+
+// Every head by itself: y = x / sqrt(mean(x²) + eps) * weight, once in fp32 and once rounded to the
+// activation type.
+// SHAPES x [R, num_heads, width] fp32  weight [width]  y_f32 [T, num_heads, width] or null
+//        y_act [T, num_heads, width] of act_type or null  row [T] in [0, R) or null
+//        Rows of x and y are `stride` elements apart, 0 stands for num_heads * width. Row t of y
+//        comes from row row[t] of x, from row t where `row` is null; then y_f32 may be x.
+struct RmsNormArgs {
+  int32_t num_rows = 0, num_heads = 1, width = 0;
+  int64_t stride = 0;
+  const float* x = nullptr;
+  const int32_t* row = nullptr;
   const float* weight = nullptr;
   float eps = 0;
   float* y_f32 = nullptr;
   DType act_type = DType::kF32;
   void* y_act = nullptr;
+
+  int64_t row_stride() const { return stride != 0 ? stride : int64_t{num_heads} * width; }
 };
 
 // y = silu(gate) * up.  SHAPES gate_up [T, 2F]: gate first; y [T, F] of act_type
@@ -92,6 +122,9 @@ struct AttentionArgs {
 
 // They do not fail.
 namespace cpu {
+absl::Status Embed(const EmbedArgs& args, Stream stream);
+absl::Status Add(const AddArgs& args, Stream stream);
+absl::Status AddBias(const AddBiasArgs& args, Stream stream);
 absl::Status RmsNorm(const RmsNormArgs& args, Stream stream);
 absl::Status SiluMul(const SiluMulArgs& args, Stream stream);
 absl::Status Rotary(const RotaryArgs& args, Stream stream);
@@ -102,6 +135,9 @@ absl::Status Attention(const AttentionArgs& args, Stream stream);
 // The same bits as the CPU's. Pointers are to device memory. STREAM asynchronous; the arrays must
 // live until the stream gets there. ERRORS kInternal: a launch was refused
 namespace cuda {
+absl::Status Embed(const EmbedArgs& args, Stream stream);
+absl::Status Add(const AddArgs& args, Stream stream);
+absl::Status AddBias(const AddBiasArgs& args, Stream stream);
 absl::Status RmsNorm(const RmsNormArgs& args, Stream stream);
 absl::Status SiluMul(const SiluMulArgs& args, Stream stream);
 absl::Status Rotary(const RotaryArgs& args, Stream stream);

@@ -16,6 +16,9 @@ struct KernelSet {
   const char* name;
   absl::StatusOr<std::unique_ptr<Matmul>> (*make_matmul)(int n, int k, DType dtype);
   absl::Status (*gate)(const GateArgs&, Stream);
+  absl::Status (*embed)(const EmbedArgs&, Stream);
+  absl::Status (*add)(const AddArgs&, Stream);
+  absl::Status (*add_bias)(const AddBiasArgs&, Stream);
   absl::Status (*rms_norm)(const RmsNormArgs&, Stream);
   absl::Status (*silu_mul)(const SiluMulArgs&, Stream);
   absl::Status (*rotary)(const RotaryArgs&, Stream);
