@@ -1,5 +1,6 @@
 # The CUDA kernels: compiled for the device where BALLAST_WITH_CUDA says so, and everywhere for the emulator of the tests.
 set(BALLAST_DEVICE_SOURCES
+  kernels/attention.cu
   kernels/copy_route.cu
   kernels/decoder_ops.cu
   kernels/device_split.cu

@@ -107,9 +107,10 @@ struct KvWriteArgs {
 
 // y = softmax(q Kᵀ / sqrt(head_dim)) V over positions 0 .. position[t].
 // SHAPES q [T, num_heads, head_dim] fp32, rows `stride` floats apart  y [T, num_heads * head_dim]
-// of act_type ORDER  blocks of kKvBlockTokens keys in ascending position; inside a block maximum
-// first, then
-//        exponentials, then keys in ascending position. REQUIRES head_dim <= 256.
+//        of act_type
+// ORDER  blocks of kKvBlockTokens keys in ascending position; inside a block maximum first, then
+//        exponentials, then keys in ascending position.
+// REQUIRES head_dim <= 256
 struct AttentionArgs {
   int32_t num_rows = 0, num_heads = 0, kv_heads = 0, head_dim = 0;
   int64_t stride = 0;
@@ -132,7 +133,7 @@ absl::Status KvWrite(const KvWriteArgs& args, Stream stream);
 absl::Status Attention(const AttentionArgs& args, Stream stream);
 }  // namespace cpu
 
-// The same bits as the CPU's. Pointers are to device memory. STREAM asynchronous; the arrays must
+// The same bits as the CPU's. Pointers and spans are to device memory. STREAM asynchronous; the arrays must
 // live until the stream gets there. ERRORS kInternal: a launch was refused
 namespace cuda {
 absl::Status Embed(const EmbedArgs& args, Stream stream);
@@ -141,6 +142,8 @@ absl::Status AddBias(const AddBiasArgs& args, Stream stream);
 absl::Status RmsNorm(const RmsNormArgs& args, Stream stream);
 absl::Status SiluMul(const SiluMulArgs& args, Stream stream);
 absl::Status Rotary(const RotaryArgs& args, Stream stream);
+absl::Status KvWrite(const KvWriteArgs& args, Stream stream);
+absl::Status Attention(const AttentionArgs& args, Stream stream);
 }  // namespace cuda
 
 }  // namespace ballast
