@@ -3,6 +3,7 @@ set(BALLAST_DEVICE_SOURCES
   kernels/attention.cu
   kernels/copy_route.cu
   kernels/decoder_ops.cu
+  kernels/device_matmul.cu
   kernels/device_split.cu
   kernels/exchange.cu
   kernels/gate.cu)

@@ -133,8 +133,9 @@ absl::Status KvWrite(const KvWriteArgs& args, Stream stream);
 absl::Status Attention(const AttentionArgs& args, Stream stream);
 }  // namespace cpu
 
-// The same bits as the CPU's. Pointers and spans are to device memory. STREAM asynchronous; the arrays must
-// live until the stream gets there. ERRORS kInternal: a launch was refused
+// The same bits as the CPU's. Pointers and spans are to device memory.
+// STREAM asynchronous; the arrays must live until the stream gets there.
+// ERRORS kInternal: a launch was refused
 namespace cuda {
 absl::Status Embed(const EmbedArgs& args, Stream stream);
 absl::Status Add(const AddArgs& args, Stream stream);

@@ -97,9 +97,12 @@ __device__ inline float SumLanes(float lane) {
   return lane;
 }
 
-// cpu::SumLanes of sixteen sums at once: thread i gets the sum of v[i]. Each exchange halves what a
-// thread still adds up, so sixteen sums take 15 exchanges and not 64.
-__device__ inline float SumLanesOfEach(float (&v)[kLanes]) {
+// cpu::SumLanes of sixteen sums at once: thread i gets the sum of lane[i]. Each exchange halves
+// what a thread still adds up, so sixteen sums take 15 exchanges and not 64.
+__device__ inline float SumLanesOfEach(const float (&lane)[kLanes]) {
+  float v[kLanes];  // a copy, which stays in registers also where `lane` is a row of an array
+#pragma unroll
+  for (int i = 0; i < kLanes; ++i) v[i] = lane[i];
 #pragma unroll
   for (int distance = kLanes / 2; distance > 0; distance /= 2) {
     const bool upper = (threadIdx.x & distance) != 0;
