@@ -197,4 +197,12 @@ absl::Status Attention(const AttentionArgs& a, Stream) {
   return absl::OkStatus();
 }
 
+absl::Status Argmax(const ArgmaxArgs& a, Stream) {
+  for (int t = 0; t < a.num_rows; ++t) {
+    const float* x = a.x + static_cast<size_t>(t) * a.width;
+    a.id[t] = static_cast<int32_t>(std::max_element(x, x + a.width) - x);
+  }
+  return absl::OkStatus();
+}
+
 }  // namespace ballast::cpu

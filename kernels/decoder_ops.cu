@@ -17,6 +17,20 @@ __device__ Element OwnElement(int width) {
   return {at, at / width, at % width};
 }
 
+// Choices in order: the larger first, then the lower id.
+__device__ uint64_t ChoiceKey(float x, int id) {
+  uint32_t key = OrderedKey(x);
+  if (x != x) key = id == 0 ? 0xffffffffu : 0;
+  return uint64_t{key} << 32 | ~static_cast<uint32_t>(id);
+}
+
+__device__ uint64_t LargestOfWarp(uint64_t key) {
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+    key = max(key, __shfl_xor_sync(kFullWarp, key, distance));
+  }
+  return key;
+}
+
 // ---- kernels ----------------------------------------------------------------------------------
 
 __global__ void EmbedKernel(EmbedArgs a) {
@@ -78,6 +92,20 @@ __global__ void RotaryKernel(RotaryArgs a) {
   x[i + half] = fmaf(high, cos, low * sin);
 }
 
+// One block per row.
+__global__ void ArgmaxKernel(ArgmaxArgs a) {
+  uint64_t* of_warp = &Shared<uint64_t>();
+  const float* x = a.x + static_cast<int64_t>(blockIdx.x) * a.width;
+  uint64_t best = 0;
+  for (int i = threadIdx.x; i < a.width; i += blockDim.x) best = max(best, ChoiceKey(x[i], i));
+  best = LargestOfWarp(best);
+  if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = best;
+  __syncthreads();
+  if (threadIdx.x >= kWarp) return;
+  best = LargestOfWarp(threadIdx.x < blockDim.x / kWarp ? of_warp[threadIdx.x] : 0);
+  if (threadIdx.x == 0) a.id[blockIdx.x] = static_cast<int32_t>(~static_cast<uint32_t>(best));
+}
+
 // ---- launchers --------------------------------------------------------------------------------
 
 constexpr unsigned kThreads = 256;
@@ -122,6 +150,15 @@ absl::Status SiluMul(const SiluMulArgs& a, Stream stream) {
 absl::Status Rotary(const RotaryArgs& a, Stream stream) {
   const size_t pairs = static_cast<size_t>(a.num_rows) * a.num_heads * (a.rotary_dim / 2);
   return LaunchOver(pairs, stream, RotaryKernel, a);
+}
+
+absl::Status Argmax(const ArgmaxArgs& a, Stream stream) {
+  if (a.num_rows == 0) return absl::OkStatus();
+  constexpr unsigned kRowThreads = 1024;  // there are few rows, and they are long
+  const LaunchShape shape = {.blocks = static_cast<unsigned>(a.num_rows),
+                             .threads = kRowThreads,
+                             .shared_bytes = kRowThreads / kWarp * sizeof(uint64_t)};
+  return Launch(shape, stream, ArgmaxKernel, a);
 }
 
 }  // namespace ballast::cuda

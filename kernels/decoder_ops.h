@@ -121,6 +121,15 @@ struct AttentionArgs {
   void* y = nullptr;
 };
 
+// id[t] = the first of the largest of row t: what a sampler of temperature 0 draws.
+// SHAPES x [T, width]  id [T]  REQUIRES width > 0
+// ORDER  ties to the lower id; a NaN is never the largest, but one at 0 is kept (std::max_element)
+struct ArgmaxArgs {
+  int32_t num_rows = 0, width = 0;
+  const float* x = nullptr;
+  int32_t* id = nullptr;
+};
+
 // They do not fail.
 namespace cpu {
 absl::Status Embed(const EmbedArgs& args, Stream stream);
@@ -131,6 +140,7 @@ absl::Status SiluMul(const SiluMulArgs& args, Stream stream);
 absl::Status Rotary(const RotaryArgs& args, Stream stream);
 absl::Status KvWrite(const KvWriteArgs& args, Stream stream);
 absl::Status Attention(const AttentionArgs& args, Stream stream);
+absl::Status Argmax(const ArgmaxArgs& args, Stream stream);
 }  // namespace cpu
 
 // The same bits as the CPU's. Pointers and spans are to device memory.
@@ -145,6 +155,7 @@ absl::Status SiluMul(const SiluMulArgs& args, Stream stream);
 absl::Status Rotary(const RotaryArgs& args, Stream stream);
 absl::Status KvWrite(const KvWriteArgs& args, Stream stream);
 absl::Status Attention(const AttentionArgs& args, Stream stream);
+absl::Status Argmax(const ArgmaxArgs& args, Stream stream);
 }  // namespace cuda
 
 }  // namespace ballast

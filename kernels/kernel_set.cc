@@ -15,6 +15,7 @@ constexpr KernelSet MakeCpuSet(const char* name, decltype(KernelSet::make_matmul
           .rotary = cpu::Rotary,
           .kv_write = cpu::KvWrite,
           .attention = cpu::Attention,
+          .argmax = cpu::Argmax,
           .assign_copies = cpu::AssignCopies,
           .pack = cpu::Pack,
           .group = cpu::Group,

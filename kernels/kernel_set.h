@@ -24,6 +24,7 @@ struct KernelSet {
   absl::Status (*rotary)(const RotaryArgs&, Stream);
   absl::Status (*kv_write)(const KvWriteArgs&, Stream);
   absl::Status (*attention)(const AttentionArgs&, Stream);
+  absl::Status (*argmax)(const ArgmaxArgs&, Stream);
   absl::Status (*assign_copies)(const RouteArgs&, Stream);
   void (*pack)(const PackArgs&, Stream);
   absl::Status (*group)(const GroupArgs&, Stream);

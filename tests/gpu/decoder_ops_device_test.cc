@@ -148,6 +148,29 @@ TEST_CASE("silu times up on the device gives the bits of the CPU", "[device][ops
   });
 }
 
+TEST_CASE("the device finds the CPU's largest of a row", "[device][ops]") {
+  const float inf = std::numeric_limits<float>::infinity(), nan = std::nanf("");
+  testing::ForEachSchedule([&](int round) {
+    Random random(static_cast<uint64_t>(round) + 8);
+    const int32_t rows = round % 5 == 0 ? 0 : RandomCount(&random, 4);
+    const int32_t width = 1 + RandomCount(&random, round % 2 == 0 ? 5 : 2500);
+    auto x = RandomValues(static_cast<size_t>(rows) * static_cast<size_t>(width), &random, 4.0);
+    const double odd = round % 3 == 0 ? 0.5 : 0.01;
+    for (float& value : x) {
+      value = std::round(value);  // so that ties are common, and zeros of both signs
+      const float odds[] = {nan, -inf, round % 4 == 0 ? inf : nan};
+      if (random.Uniform() < odd) value = odds[random.Below(3)];
+    }
+    CAPTURE(round, rows, width);
+    std::vector<int32_t> id(static_cast<size_t>(rows));
+    const DeviceArray<float> d_x(x);
+    const DeviceArray<int32_t> d_id(id.size());
+    REQUIRE(cpu::Argmax({rows, width, x.data(), id.data()}, nullptr).ok());
+    REQUIRE(cuda::Argmax({rows, width, d_x.data(), d_id.data()}, nullptr).ok());
+    REQUIRE(d_id.Read() == id);
+  });
+}
+
 TEST_CASE("rotary on the device gives the bits of the CPU", "[device][ops]") {
   testing::ForEachSchedule([&](int round) {
     Random random(static_cast<uint64_t>(round) + 4);

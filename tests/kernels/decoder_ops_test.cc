@@ -161,6 +161,16 @@ TEST_CASE("embeddings are copied, branches and biases added", "[kernels][unit]")
   REQUIRE(y == std::vector<float>{101.5f, 202, 302, 11.5f, 22, 32, 100.5f, 200, 299, 7, 7, 7});
 }
 
+TEST_CASE("the largest of a row is found, the first of several", "[kernels][unit]") {
+  const float nan = std::nanf(""), inf = std::numeric_limits<float>::infinity();
+  const std::vector<float> x = {1,    3,    2, 3,  //
+                                -inf, -inf, 0, -0.0f, nan, nan, -inf, -1, nan, -1, inf, inf};
+  std::vector<int32_t> id(5, -7);
+  REQUIRE(cpu::Argmax({.num_rows = 4, .width = 4, .x = x.data(), .id = id.data()}, nullptr).ok());
+  // A NaN at 0 is not less than anything, so it stays.
+  REQUIRE(id == std::vector<int32_t>{1, 2, 0, 0, -7});
+}
+
 TEST_CASE("silu times up agrees with fp64", "[kernels][property]") {
   const auto in = RandomValues(2 * 2 * 37, 4, 20.0);
   std::vector<float> y(2 * 37);
