@@ -1,5 +1,6 @@
 #include <algorithm>
-#include <bit>
+#include <cmath>
+#include <limits>
 #include <vector>
 
 #include "base/random.h"
@@ -190,6 +191,25 @@ TEST_CASE("attention on the device does not see the batch, nor what lies behind 
     REQUIRE(
         std::equal(y.begin(), y.end(), all.begin() + static_cast<std::ptrdiff_t>(t * row_bytes)));
   }
+}
+
+TEST_CASE("attention on the device has its NaNs where the CPU has them", "[device][attention]") {
+  Random random(11);
+  const Shape shape{4, 2, 16, DType::kF32, DType::kF32};
+  Batch batch = RandomBatch(shape, {90, 3, 80}, &random);
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  const auto row = [&](int t) { return &batch.qkv[static_cast<size_t>(t * batch.stride)]; };
+  row(0)[5] = nan;                                      // query head 0 of the first
+  row(1)[shape.num_heads * shape.head_dim + 20] = nan;  // a key of kv head 1 of the second
+  const Bytes host = OnCpu(batch).y, device = OnDevice(batch).y;
+  const auto* want = reinterpret_cast<const float*>(host.data());
+  const auto* got = reinterpret_cast<const float*>(device.data());
+  int nans = 0;
+  for (size_t i = 0; i < host.size() / sizeof(float); ++i) {
+    nans += std::isnan(want[i]);
+    REQUIRE((std::isnan(want[i]) ? std::isnan(got[i]) : got[i] == want[i]));
+  }
+  REQUIRE(nans == 3 * shape.head_dim);
 }
 
 TEST_CASE("attention over no rows writes nothing", "[device][attention]") {
