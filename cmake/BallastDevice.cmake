@@ -1,7 +1,9 @@
 # The CUDA kernels: compiled for the device where BALLAST_WITH_CUDA says so, and everywhere for the emulator of the tests.
 set(BALLAST_DEVICE_SOURCES
+  kernels/attention.cu
   kernels/copy_route.cu
   kernels/decoder_ops.cu
+  kernels/device_matmul.cu
   kernels/device_split.cu
   kernels/exchange.cu
   kernels/gate.cu
@@ -84,7 +86,10 @@ function(ballast_add_device_tests)
       deploy/gpu/bench_gpu.cc
       deploy/gpu/bench_gpu_report.cc
       deploy/gpu/measure.cc
+      tests/gpu/attention_device_test.cc
       tests/gpu/bench_gpu_test.cc
+      tests/gpu/decoder_ops_device_test.cc
+      tests/gpu/device_matmul_test.cc
       tests/gpu/exchange_device_test.cc
       tests/gpu/gate_device_test.cc
       tests/gpu/grouped_mlp_device_test.cc

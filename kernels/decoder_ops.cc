@@ -1,5 +1,6 @@
 #include "kernels/decoder_ops.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -10,6 +11,11 @@ namespace ballast::cpu {
 namespace {
 
 constexpr int kMaxHeadDim = 256;
+
+template <typename Act>
+void ScaleRow(const float* x, float factor, const float* weight, int width, Act* y) {
+  for (int i = 0; i < width; ++i) y[i] = FromFloat<Act>(x[i] * factor * weight[i]);
+}
 
 template <typename Act>
 void SiluMulRow(const float* gate, const float* up, int width, Act* y) {
@@ -96,22 +102,45 @@ void AttentionTyped(const AttentionArgs& a) {
 
 }  // namespace
 
-absl::Status RmsNorm(const RmsNormArgs& a, Stream) {
+absl::Status Embed(const EmbedArgs& a, Stream) {
   for (int t = 0; t < a.num_rows; ++t) {
-    const float* x = a.x + static_cast<size_t>(t) * a.width;
-    const float mean_square = Dot(x, x, a.width) / static_cast<float>(a.width);
-    const float factor = 1.0f / std::sqrt(mean_square + a.eps);
-    const size_t row = static_cast<size_t>(t) * a.width;
-    if (a.y_f32 != nullptr) {
-      for (int i = 0; i < a.width; ++i) a.y_f32[row + i] = x[i] * factor * a.weight[i];
-    }
-    if (a.y_act == nullptr) continue;
-    if (a.act_type == DType::kF32) {
-      float* y = static_cast<float*>(a.y_act) + row;
-      for (int i = 0; i < a.width; ++i) y[i] = x[i] * factor * a.weight[i];
-    } else {
-      BFloat16* y = static_cast<BFloat16*>(a.y_act) + row;
-      for (int i = 0; i < a.width; ++i) y[i] = ToBFloat16(x[i] * factor * a.weight[i]);
+    std::copy_n(a.table + static_cast<size_t>(a.token[t]) * a.width, a.width,
+                a.y + static_cast<size_t>(t) * a.width);
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Add(const AddArgs& a, Stream) {
+  const size_t count = static_cast<size_t>(a.num_rows) * a.width;
+  for (size_t i = 0; i < count; ++i) a.y[i] += a.x[i];
+  return absl::OkStatus();
+}
+
+absl::Status AddBias(const AddBiasArgs& a, Stream) {
+  for (int t = 0; t < a.num_rows; ++t) {
+    float* y = a.y + static_cast<size_t>(t) * a.width;
+    for (int i = 0; i < a.width; ++i) y[i] += a.bias[i];
+  }
+  return absl::OkStatus();
+}
+
+absl::Status RmsNorm(const RmsNormArgs& a, Stream) {
+  const size_t stride = static_cast<size_t>(a.row_stride());
+  for (int t = 0; t < a.num_rows; ++t) {
+    const size_t from = static_cast<size_t>(a.row != nullptr ? a.row[t] : t) * stride;
+    for (int h = 0; h < a.num_heads; ++h) {
+      const size_t head = static_cast<size_t>(h) * a.width;
+      const float* x = a.x + from + head;
+      const size_t to = static_cast<size_t>(t) * stride + head;
+      const float mean_square = Dot(x, x, a.width) / static_cast<float>(a.width);
+      const float factor = 1.0f / std::sqrt(mean_square + a.eps);
+      if (a.y_act != nullptr && a.act_type == DType::kF32) {
+        ScaleRow(x, factor, a.weight, a.width, static_cast<float*>(a.y_act) + to);
+      } else if (a.y_act != nullptr) {
+        ScaleRow(x, factor, a.weight, a.width, static_cast<BFloat16*>(a.y_act) + to);
+      }
+      // Last, since it may overwrite x.
+      if (a.y_f32 != nullptr) ScaleRow(x, factor, a.weight, a.width, a.y_f32 + to);
     }
   }
   return absl::OkStatus();
@@ -164,6 +193,14 @@ absl::Status Attention(const AttentionArgs& a, Stream) {
   } else {
     a.act_type == DType::kF32 ? AttentionTyped<BFloat16, float>(a)
                               : AttentionTyped<BFloat16, BFloat16>(a);
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Argmax(const ArgmaxArgs& a, Stream) {
+  for (int t = 0; t < a.num_rows; ++t) {
+    const float* x = a.x + static_cast<size_t>(t) * a.width;
+    a.id[t] = static_cast<int32_t>(std::max_element(x, x + a.width) - x);
   }
   return absl::OkStatus();
 }

@@ -12,16 +12,46 @@
 
 namespace ballast {
 
-// y = x / sqrt(mean(x²) + eps) * weight, once in fp32 and once rounded to the activation type.
-// SHAPES x [T, H] fp32  weight [H]  y_f32 [T, H] or null  y_act [T, H] of act_type or null
-struct RmsNormArgs {
+// y[t] = the row token[t] of the table.  SHAPES token [T]  table [vocab, H]  y [T, H]
+struct EmbedArgs {
+  int32_t num_rows = 0, width = 0;
+  const int32_t* token = nullptr;
+  const float* table = nullptr;
+  float* y = nullptr;
+};
+
+// y += x.  SHAPES x, y [T, H]
+struct AddArgs {
   int32_t num_rows = 0, width = 0;
   const float* x = nullptr;
+  float* y = nullptr;
+};
+
+// y[t] += bias, for every row.  SHAPES bias [H]  y [T, H]
+struct AddBiasArgs {
+  int32_t num_rows = 0, width = 0;
+  const float* bias = nullptr;
+  float* y = nullptr;
+};
+
+// Every head by itself: y = x / sqrt(mean(x²) + eps) * weight, once in fp32 and once rounded to the
+// activation type.
+// SHAPES x [R, num_heads, width] fp32  weight [width]  y_f32 [T, num_heads, width] or null
+//        y_act [T, num_heads, width] of act_type or null  row [T] in [0, R) or null
+//        Rows of x and y are `stride` elements apart, 0 stands for num_heads * width. Row t of y
+//        comes from row row[t] of x, from row t where `row` is null; then y_f32 may be x.
+struct RmsNormArgs {
+  int32_t num_rows = 0, num_heads = 1, width = 0;
+  int64_t stride = 0;
+  const float* x = nullptr;
+  const int32_t* row = nullptr;
   const float* weight = nullptr;
   float eps = 0;
   float* y_f32 = nullptr;
   DType act_type = DType::kF32;
   void* y_act = nullptr;
+
+  int64_t row_stride() const { return stride != 0 ? stride : int64_t{num_heads} * width; }
 };
 
 // y = silu(gate) * up.  SHAPES gate_up [T, 2F]: gate first; y [T, F] of act_type
@@ -77,9 +107,10 @@ struct KvWriteArgs {
 
 // y = softmax(q Kᵀ / sqrt(head_dim)) V over positions 0 .. position[t].
 // SHAPES q [T, num_heads, head_dim] fp32, rows `stride` floats apart  y [T, num_heads * head_dim]
-// of act_type ORDER  blocks of kKvBlockTokens keys in ascending position; inside a block maximum
-// first, then
-//        exponentials, then keys in ascending position. REQUIRES head_dim <= 256.
+//        of act_type
+// ORDER  blocks of kKvBlockTokens keys in ascending position; inside a block maximum first, then
+//        exponentials, then keys in ascending position.
+// REQUIRES head_dim <= 256
 struct AttentionArgs {
   int32_t num_rows = 0, num_heads = 0, kv_heads = 0, head_dim = 0;
   int64_t stride = 0;
@@ -90,21 +121,41 @@ struct AttentionArgs {
   void* y = nullptr;
 };
 
+// id[t] = the first of the largest of row t: what a sampler of temperature 0 draws.
+// SHAPES x [T, width]  id [T]  REQUIRES width > 0
+// ORDER  ties to the lower id; a NaN is never the largest, but one at 0 is kept (std::max_element)
+struct ArgmaxArgs {
+  int32_t num_rows = 0, width = 0;
+  const float* x = nullptr;
+  int32_t* id = nullptr;
+};
+
 // They do not fail.
 namespace cpu {
+absl::Status Embed(const EmbedArgs& args, Stream stream);
+absl::Status Add(const AddArgs& args, Stream stream);
+absl::Status AddBias(const AddBiasArgs& args, Stream stream);
 absl::Status RmsNorm(const RmsNormArgs& args, Stream stream);
 absl::Status SiluMul(const SiluMulArgs& args, Stream stream);
 absl::Status Rotary(const RotaryArgs& args, Stream stream);
 absl::Status KvWrite(const KvWriteArgs& args, Stream stream);
 absl::Status Attention(const AttentionArgs& args, Stream stream);
+absl::Status Argmax(const ArgmaxArgs& args, Stream stream);
 }  // namespace cpu
 
-// The same bits as the CPU's. Pointers are to device memory. STREAM asynchronous; the arrays must
-// live until the stream gets there. ERRORS kInternal: a launch was refused
+// The same bits as the CPU's. Pointers and spans are to device memory.
+// STREAM asynchronous; the arrays must live until the stream gets there.
+// ERRORS kInternal: a launch was refused
 namespace cuda {
+absl::Status Embed(const EmbedArgs& args, Stream stream);
+absl::Status Add(const AddArgs& args, Stream stream);
+absl::Status AddBias(const AddBiasArgs& args, Stream stream);
 absl::Status RmsNorm(const RmsNormArgs& args, Stream stream);
 absl::Status SiluMul(const SiluMulArgs& args, Stream stream);
 absl::Status Rotary(const RotaryArgs& args, Stream stream);
+absl::Status KvWrite(const KvWriteArgs& args, Stream stream);
+absl::Status Attention(const AttentionArgs& args, Stream stream);
+absl::Status Argmax(const ArgmaxArgs& args, Stream stream);
 }  // namespace cuda
 
 }  // namespace ballast

@@ -73,6 +73,49 @@ __device__ T RoundTo(float x) {
   }
 }
 
+__device__ inline void StoreAs(DType type, void* y, size_t at, float x) {
+  if (type == DType::kF32) {
+    static_cast<float*>(y)[at] = x;
+  } else {
+    static_cast<__nv_bfloat16*>(y)[at] = __float2bfloat16_rn(x);
+  }
+}
+
+// The lanes of cpu::Dot. Half a warp works on a sum, thread i mod 16 on lane i; whole half warps
+// call the functions below.
+inline constexpr int kLanes = 16;
+
+__device__ inline unsigned HalfWarp() {
+  return 0xffffu << (threadIdx.x & 16u);
+}
+
+// cpu::SumLanes; every thread of the half warp gets the sum.
+__device__ inline float SumLanes(float lane) {
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) {
+    lane += __shfl_xor_sync(HalfWarp(), lane, distance, kLanes);
+  }
+  return lane;
+}
+
+// cpu::SumLanes of sixteen sums at once: thread i gets the sum of lane[i]. Each exchange halves
+// what a thread still adds up, so sixteen sums take 15 exchanges and not 64.
+__device__ inline float SumLanesOfEach(const float (&lane)[kLanes]) {
+  float v[kLanes];  // a copy, which stays in registers also where `lane` is a row of an array
+#pragma unroll
+  for (int i = 0; i < kLanes; ++i) v[i] = lane[i];
+#pragma unroll
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) {
+    const bool upper = (threadIdx.x & distance) != 0;
+#pragma unroll
+    for (int i = 0; i < distance; ++i) {
+      const float given = upper ? v[i] : v[i + distance];
+      const float kept = upper ? v[i + distance] : v[i];
+      v[i] = kept + __shfl_xor_sync(HalfWarp(), given, distance, kLanes);
+    }
+  }
+  return v[0];
+}
+
 // A 16-byte vector as its elements.
 template <typename T>
 union Vector {
@@ -85,7 +128,8 @@ union Vector {
 
 // cpu::Exp
 __device__ inline float Exp(float x) {
-  const float clamped = fminf(fmaxf(x, -87.5f), 88.5f);
+  // Not fminf and fmaxf: a NaN stays one.
+  const float clamped = x < -87.5f ? -87.5f : x > 88.5f ? 88.5f : x;
   const float shifted = fmaf(clamped, 1.44269504088896341f, 12582912.0f);
   const float k = shifted - 12582912.0f;
   float r = fmaf(k, -0.693359375f, clamped);

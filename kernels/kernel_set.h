@@ -16,11 +16,15 @@ struct KernelSet {
   const char* name;
   absl::StatusOr<std::unique_ptr<Matmul>> (*make_matmul)(int n, int k, DType dtype);
   absl::Status (*gate)(const GateArgs&, Stream);
+  absl::Status (*embed)(const EmbedArgs&, Stream);
+  absl::Status (*add)(const AddArgs&, Stream);
+  absl::Status (*add_bias)(const AddBiasArgs&, Stream);
   absl::Status (*rms_norm)(const RmsNormArgs&, Stream);
   absl::Status (*silu_mul)(const SiluMulArgs&, Stream);
   absl::Status (*rotary)(const RotaryArgs&, Stream);
   absl::Status (*kv_write)(const KvWriteArgs&, Stream);
   absl::Status (*attention)(const AttentionArgs&, Stream);
+  absl::Status (*argmax)(const ArgmaxArgs&, Stream);
   absl::Status (*assign_copies)(const RouteArgs&, Stream);
   void (*pack)(const PackArgs&, Stream);
   absl::Status (*group)(const GroupArgs&, Stream);

@@ -1,7 +1,6 @@
 #include "runtime/decoder.h"
 
 #include <cmath>
-#include <cstring>
 
 #include "base/status.h"
 
@@ -153,39 +152,46 @@ void Decoder::Reserve(int32_t num_tokens, int32_t num_logits) {
   logits_.EnsureSize(wanted * static_cast<size_t>(c.vocab_size) * sizeof(float));
 }
 
-void Decoder::Embed(const Batch& batch) {
-  const size_t hidden = static_cast<size_t>(config_.hidden);
-  float* to = residual_.as<float>();
-  for (int32_t token : batch.token) {
-    std::memcpy(to, embedding_.data() + static_cast<size_t>(token) * hidden,
-                hidden * sizeof(float));
-    to += hidden;
-  }
+absl::Status Decoder::Embed(const Batch& batch) {
+  return kernels_.embed({.num_rows = batch.num_tokens(),
+                         .width = config_.hidden,
+                         .token = batch.token.data(),
+                         .table = embedding_.data(),
+                         .y = residual_.as<float>()},
+                        nullptr);
+}
+
+absl::Status Decoder::AddBranch(int rows) {
+  return kernels_.add({.num_rows = rows,
+                       .width = config_.hidden,
+                       .x = branch_.as<float>(),
+                       .y = residual_.as<float>()},
+                      nullptr);
 }
 
 // Each head of the queries and keys by itself.
 absl::Status Decoder::NormHeads(const Layer& layer, int rows) {
   const ModelConfig& c = config_;
-  const int width = qkv_->n(), q_width = c.num_heads * c.head_dim;
   float* q = qkv_out_.as<float>();
-  for (int t = 0; t < rows; ++t) {
-    float* row = q + static_cast<size_t>(t) * width;
-    BALLAST_RETURN_IF_ERROR(kernels_.rms_norm({.num_rows = c.num_heads,
-                                               .width = c.head_dim,
-                                               .x = row,
-                                               .weight = layer.q_norm.data(),
-                                               .eps = c.norm_eps,
-                                               .y_f32 = row},
-                                              nullptr));
-    BALLAST_RETURN_IF_ERROR(kernels_.rms_norm({.num_rows = c.num_kv_heads,
-                                               .width = c.head_dim,
-                                               .x = row + q_width,
-                                               .weight = layer.k_norm.data(),
-                                               .eps = c.norm_eps,
-                                               .y_f32 = row + q_width},
-                                              nullptr));
-  }
-  return absl::OkStatus();
+  float* k = q + c.num_heads * c.head_dim;
+  BALLAST_RETURN_IF_ERROR(kernels_.rms_norm({.num_rows = rows,
+                                             .num_heads = c.num_heads,
+                                             .width = c.head_dim,
+                                             .stride = qkv_->n(),
+                                             .x = q,
+                                             .weight = layer.q_norm.data(),
+                                             .eps = c.norm_eps,
+                                             .y_f32 = q},
+                                            nullptr));
+  return kernels_.rms_norm({.num_rows = rows,
+                            .num_heads = c.num_kv_heads,
+                            .width = c.head_dim,
+                            .stride = qkv_->n(),
+                            .x = k,
+                            .weight = layer.k_norm.data(),
+                            .eps = c.norm_eps,
+                            .y_f32 = k},
+                           nullptr);
 }
 
 absl::Status Decoder::Attend(const Layer& layer, const Batch& batch, KvLayerView cache) {
@@ -204,9 +210,8 @@ absl::Status Decoder::Attend(const Layer& layer, const Batch& batch, KvLayerView
       qkv_->Run(normed_act_.data(), rows, layer.qkv.data(), qkv_out_.as<float>()));
   float* q = qkv_out_.as<float>();
   if (!layer.qkv_bias.empty()) {
-    for (int t = 0; t < rows; ++t) {
-      for (int i = 0; i < width; ++i) q[static_cast<size_t>(t) * width + i] += layer.qkv_bias[i];
-    }
+    BALLAST_RETURN_IF_ERROR(kernels_.add_bias(
+        {.num_rows = rows, .width = width, .bias = layer.qkv_bias.data(), .y = q}, nullptr));
   }
   if (c.qk_norm) BALLAST_RETURN_IF_ERROR(NormHeads(layer, rows));
   // Queries and keys stand side by side in a row and turn by the same angles.
@@ -242,22 +247,13 @@ absl::Status Decoder::Attend(const Layer& layer, const Batch& batch, KvLayerView
                                               .y = attended_.data()},
                                              nullptr));
   BALLAST_RETURN_IF_ERROR(out_->Run(attended_.data(), rows, layer.out.data(), branch_.as<float>()));
-  float* residual = residual_.as<float>();
-  const float* branch = branch_.as<float>();
-  const size_t count = static_cast<size_t>(rows) * static_cast<size_t>(c.hidden);
-  for (size_t i = 0; i < count; ++i) residual[i] += branch[i];
-  return absl::OkStatus();
+  return AddBranch(rows);
 }
 
 absl::Status Decoder::RunDense(const Layer& layer, const Batch& batch) {
   BALLAST_RETURN_IF_ERROR(dense_mlp_->Run(normed_act_.data(), batch.num_tokens(), layer.mlp.data(),
                                           branch_.as<float>()));
-  float* residual = residual_.as<float>();
-  const float* branch = branch_.as<float>();
-  const size_t count =
-      static_cast<size_t>(batch.num_tokens()) * static_cast<size_t>(config_.hidden);
-  for (size_t i = 0; i < count; ++i) residual[i] += branch[i];
-  return absl::OkStatus();
+  return AddBranch(batch.num_tokens());
 }
 
 absl::Status Decoder::RunMoe(const Layer& layer, int32_t moe_layer, const Batch& batch,
@@ -266,12 +262,7 @@ absl::Status Decoder::RunMoe(const Layer& layer, int32_t moe_layer, const Batch&
     if (shared_mlp_ == nullptr || batch.num_tokens() == 0) return absl::OkStatus();
     BALLAST_RETURN_IF_ERROR(shared_mlp_->Run(normed_act_.data(), batch.num_tokens(),
                                              layer.shared.data(), branch_.as<float>()));
-    float* residual = residual_.as<float>();
-    const float* branch = branch_.as<float>();
-    const size_t count =
-        static_cast<size_t>(batch.num_tokens()) * static_cast<size_t>(config_.hidden);
-    for (size_t i = 0; i < count; ++i) residual[i] += branch[i];
-    return absl::OkStatus();
+    return AddBranch(batch.num_tokens());
   };
   return moe_->Run(table, {.layer = moe_layer,
                            .num_tokens = batch.num_tokens(),
@@ -286,20 +277,17 @@ absl::Status Decoder::RunMoe(const Layer& layer, int32_t moe_layer, const Batch&
 }
 
 absl::StatusOr<std::span<const float>> Decoder::Logits(const Batch& batch) {
-  const size_t hidden = static_cast<size_t>(config_.hidden), act = SizeOf(options_.dtype);
   const int wanted = static_cast<int>(batch.logit_rows.size());
-  for (int i = 0; i < wanted; ++i) {
-    BALLAST_RETURN_IF_ERROR(kernels_.rms_norm(
-        {.num_rows = 1,
-         .width = config_.hidden,
-         .x = residual_.as<float>() + static_cast<size_t>(batch.logit_rows[i]) * hidden,
-         .weight = final_norm_.data(),
-         .eps = config_.norm_eps,
-         .act_type = options_.dtype,
-         .y_act = logits_in_.data() + static_cast<size_t>(i) * hidden * act},
-        nullptr));
-  }
   if (wanted > 0) {
+    BALLAST_RETURN_IF_ERROR(kernels_.rms_norm({.num_rows = wanted,
+                                               .width = config_.hidden,
+                                               .x = residual_.as<float>(),
+                                               .row = batch.logit_rows.data(),
+                                               .weight = final_norm_.data(),
+                                               .eps = config_.norm_eps,
+                                               .act_type = options_.dtype,
+                                               .y_act = logits_in_.data()},
+                                              nullptr));
     BALLAST_RETURN_IF_ERROR(
         head_matmul_->Run(logits_in_.data(), wanted, head_.data(), logits_.as<float>()));
   }
@@ -312,7 +300,7 @@ absl::StatusOr<std::span<const float>> Decoder::Forward(
     const std::function<absl::Status()>& between_layers, std::vector<LayerCounts>* counts) {
   counts->resize(static_cast<size_t>(config_.num_moe_layers()));
   Reserve(batch.num_tokens(), static_cast<int32_t>(batch.logit_rows.size()));
-  Embed(batch);
+  BALLAST_RETURN_IF_ERROR(Embed(batch));
   for (int32_t i = 0; i < config_.num_layers; ++i) {
     const Layer& layer = layers_[i];
     const bool dense = i < config_.num_dense_layers;

@@ -74,7 +74,8 @@ class Decoder {
   absl::Status MakeProducts();
   absl::Status LoadLayer(const Checkpoint& checkpoint, int32_t index, Layer* layer);
   void Reserve(int32_t num_tokens, int32_t num_logits);
-  void Embed(const Batch& batch);
+  absl::Status Embed(const Batch& batch);
+  absl::Status AddBranch(int rows);  // to the residual
   absl::Status NormHeads(const Layer& layer, int rows);
   absl::Status Attend(const Layer& layer, const Batch& batch, KvLayerView cache);
   absl::Status RunDense(const Layer& layer, const Batch& batch);

@@ -5,7 +5,9 @@ cmake_minimum_required(VERSION 3.25)
 
 # "source|what the mangled names of its hot kernels match". Of the gate: 16 experts per lane at most.
 set(hot
+  "kernels/attention.cu|AttentionKernel"
   "kernels/copy_route.cu|RouteKernel|TileCountsKernel"
+  "kernels/device_matmul.cu|Kernel"
   "kernels/device_split.cu|SplitKernel|ExchangeCountsKernel"
   "kernels/exchange.cu|DispatchKernel|ExpandKernel|CombineKernel|VirtualRanksKernel"
   "kernels/gate.cu|GateKernelILi(1|2|4|8|16)EE"

@@ -97,6 +97,80 @@ TEST_CASE("rms norm agrees with fp64 in both outputs", "[kernels][property]") {
   }
 }
 
+TEST_CASE("rms norm takes heads out of rows, and rows by their number", "[kernels][unit]") {
+  const int heads = 3, width = 20, stride = 90, rows = 4;  // 30 floats of a row are another's
+  const auto x = RandomValues(rows * stride, 8, 3.0), weight = RandomValues(width, 9);
+  const std::vector<int32_t> row = {2, 0, 2};
+  auto y = RandomValues(rows * stride, 10);
+  const auto before = y;
+  auto in_place = x;
+  RmsNormArgs args = {.num_rows = 3,
+                      .num_heads = heads,
+                      .width = width,
+                      .stride = stride,
+                      .x = x.data(),
+                      .row = row.data(),
+                      .weight = weight.data(),
+                      .eps = 1e-5f,
+                      .y_f32 = y.data()};
+  REQUIRE(cpu::RmsNorm(args, nullptr).ok());
+  args.num_rows = rows;
+  args.row = nullptr;
+  args.x = args.y_f32 = in_place.data();
+  REQUIRE(cpu::RmsNorm(args, nullptr).ok());
+  for (int t = 0; t < rows; ++t) {
+    for (int c = 0; c < stride; ++c) {
+      const int at = t * stride + c, from = t < 3 ? row[t] : t;
+      if (c >= heads * width || t == 3) REQUIRE(y[at] == before[at]);
+      if (c >= heads * width) REQUIRE(in_place[at] == x[at]);
+      if (c >= heads * width || c % width != 0) continue;
+      std::vector<float> alone(width);  // one head, as a row of its own
+      REQUIRE(cpu::RmsNorm({.num_rows = 1,
+                            .width = width,
+                            .x = &x[from * stride + c],
+                            .weight = weight.data(),
+                            .eps = 1e-5f,
+                            .y_f32 = alone.data()},
+                           nullptr)
+                  .ok());
+      for (int i = 0; i < width; ++i) {
+        if (t < 3) REQUIRE(y[at + i] == alone[i]);
+        if (from == t) REQUIRE(in_place[at + i] == alone[i]);
+      }
+    }
+  }
+}
+
+TEST_CASE("embeddings are copied, branches and biases added", "[kernels][unit]") {
+  const std::vector<float> table = {1, 2, 3, 10, 20, 30, 100, 200, 300}, bias = {0.5f, 0, -1};
+  const std::vector<int32_t> token = {2, 0, 2};
+  std::vector<float> y(12, 7);  // the last row is not the batch's
+  const auto embed = [&](int rows) {
+    return cpu::Embed(
+        {.num_rows = rows, .width = 3, .token = token.data(), .table = table.data(), .y = y.data()},
+        nullptr);
+  };
+  REQUIRE(embed(0).ok());
+  REQUIRE(y == std::vector<float>(12, 7));
+  REQUIRE(embed(3).ok());
+  REQUIRE(y == std::vector<float>{100, 200, 300, 1, 2, 3, 100, 200, 300, 7, 7, 7});
+  REQUIRE(
+      cpu::AddBias({.num_rows = 3, .width = 3, .bias = bias.data(), .y = y.data()}, nullptr).ok());
+  REQUIRE(y == std::vector<float>{100.5f, 200, 299, 1.5f, 2, 2, 100.5f, 200, 299, 7, 7, 7});
+  REQUIRE(cpu::Add({.num_rows = 2, .width = 3, .x = table.data(), .y = y.data()}, nullptr).ok());
+  REQUIRE(y == std::vector<float>{101.5f, 202, 302, 11.5f, 22, 32, 100.5f, 200, 299, 7, 7, 7});
+}
+
+TEST_CASE("the largest of a row is found, the first of several", "[kernels][unit]") {
+  const float nan = std::nanf(""), inf = std::numeric_limits<float>::infinity();
+  const std::vector<float> x = {1,    3,    2, 3,  //
+                                -inf, -inf, 0, -0.0f, nan, nan, -inf, -1, nan, -1, inf, inf};
+  std::vector<int32_t> id(5, -7);
+  REQUIRE(cpu::Argmax({.num_rows = 4, .width = 4, .x = x.data(), .id = id.data()}, nullptr).ok());
+  // A NaN at 0 is not less than anything, so it stays.
+  REQUIRE(id == std::vector<int32_t>{1, 2, 0, 0, -7});
+}
+
 TEST_CASE("silu times up agrees with fp64", "[kernels][property]") {
   const auto in = RandomValues(2 * 2 * 37, 4, 20.0);
   std::vector<float> y(2 * 37);
