@@ -12,6 +12,7 @@
 #include "absl/status/statusor.h"
 #include "comm/communicator.h"
 #include "comm/hierarchy.h"
+#include "comm/agreement.h"
 #include "comm/nccl_agreement.h"
 #include "comm/nccl_api.h"
 

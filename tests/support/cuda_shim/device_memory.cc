@@ -1,7 +1,13 @@
 // The device memory that the emulator lends.
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <cstdio>
+#include <map>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "tests/support/cuda_shim/emulator.h"
@@ -15,10 +21,16 @@ std::vector<std::unique_ptr<Guarded>>& DeviceBlocks() {
   return blocks;
 }
 
+// Bytes of the blocks of other processes, by where they are here.
+std::map<void*, size_t>& OpenedBlocks() {
+  static std::map<void*, size_t> blocks;
+  return blocks;
+}
+
 }  // namespace
 
 std::byte* AllocateDevice(size_t bytes) {
-  DeviceBlocks().push_back(std::make_unique<Guarded>(bytes, Noise()));
+  DeviceBlocks().push_back(std::make_unique<Guarded>(bytes, Noise(), /*shareable=*/true));
   return DeviceBlocks().back()->data();
 }
 
@@ -38,6 +50,37 @@ bool CheckDeviceBlocks() {
     std::fprintf(stderr, "cuda_shim: a write outside of a block of %zu bytes\n", block->size());
     return false;
   }
+  return true;
+}
+
+bool ExportDevice(void* block, SharedBlock* shared) {
+  for (const auto& b : DeviceBlocks()) {
+    if (b->data() != block) continue;
+    *shared = {getpid(), b->file(), b->whole_size()};
+    return true;
+  }
+  return false;
+}
+
+std::byte* OpenDevice(const SharedBlock& shared) {
+  if (shared.process == getpid()) return nullptr;  // as CUDA has it
+  const std::string path =
+      "/proc/" + std::to_string(shared.process) + "/fd/" + std::to_string(shared.file);
+  const int file = open(path.c_str(), O_RDWR | O_CLOEXEC);
+  if (file < 0) return nullptr;
+  void* whole = mmap(nullptr, shared.bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+  close(file);
+  if (whole == MAP_FAILED) return nullptr;
+  std::byte* data = static_cast<std::byte*>(whole) + Guarded::kAlignment;
+  OpenedBlocks()[data] = shared.bytes;
+  return data;
+}
+
+bool CloseDevice(void* opened) {
+  const auto it = OpenedBlocks().find(opened);
+  if (it == OpenedBlocks().end()) return false;
+  munmap(static_cast<std::byte*>(opened) - Guarded::kAlignment, it->second);
+  OpenedBlocks().erase(it);
   return true;
 }
 

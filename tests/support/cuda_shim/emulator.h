@@ -74,6 +74,15 @@ bool FreeDevice(void* block);
 // Names a block that something wrote outside of, or returns true.
 bool CheckDeviceBlocks();
 
+// Blocks that processes lend each other.
+struct SharedBlock {
+  int process, file;
+  size_t bytes;
+};
+bool ExportDevice(void* block, SharedBlock* shared);
+std::byte* OpenDevice(const SharedBlock& shared);  // null: it cannot be
+bool CloseDevice(void* opened);
+
 // ---- called by tests
 // ----------------------------------------------------------------------------- Begins a schedule:
 // every choice, and what fresh memory holds, follows from the seed. REQUIRES all streams are idle

@@ -1,5 +1,8 @@
 #include "tests/support/cuda_shim/guarded.h"
 
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -26,11 +29,21 @@ bool AllGuard(const std::byte* begin, const std::byte* end) {
 
 }  // namespace
 
-Guarded::Guarded(size_t bytes, uint64_t noise)
+Guarded::Guarded(size_t bytes, uint64_t noise, bool shareable)
     : bytes_(bytes),
       whole_bytes_((bytes + kAlignment - 1) / kAlignment * kAlignment + 2 * kAlignment) {
-  whole_ = static_cast<std::byte*>(std::aligned_alloc(kAlignment, whole_bytes_));
-  if (whole_ == nullptr) std::abort();
+  if (shareable) {
+    file_ = memfd_create("cuda_shim", MFD_CLOEXEC);
+    void* mapped = MAP_FAILED;
+    if (file_ >= 0 && ftruncate(file_, static_cast<off_t>(whole_bytes_)) == 0) {
+      mapped = mmap(nullptr, whole_bytes_, PROT_READ | PROT_WRITE, MAP_SHARED, file_, 0);
+    }
+    if (mapped == MAP_FAILED) std::abort();
+    whole_ = static_cast<std::byte*>(mapped);
+  } else {
+    whole_ = static_cast<std::byte*>(std::aligned_alloc(kAlignment, whole_bytes_));
+    if (whole_ == nullptr) std::abort();
+  }
   std::memset(whole_, static_cast<int>(kGuard), whole_bytes_);
   for (size_t at = 0; at < bytes; at += 8) {
     const uint64_t bits = ballast::RandomBits(noise, at);
@@ -41,7 +54,12 @@ Guarded::Guarded(size_t bytes, uint64_t noise)
 
 Guarded::~Guarded() {
   SetPoison(false);
-  std::free(whole_);
+  if (file_ < 0) {
+    std::free(whole_);
+    return;
+  }
+  munmap(whole_, whole_bytes_);
+  close(file_);
 }
 
 bool Guarded::IntactGuards() const {

@@ -13,13 +13,16 @@ class Guarded {
  public:
   static constexpr size_t kAlignment = 1024;  // as much as any instruction asks of shared memory
 
-  Guarded(size_t bytes, uint64_t noise);
+  // `shareable`: other processes can map it, by file().
+  Guarded(size_t bytes, uint64_t noise, bool shareable = false);
   ~Guarded();
   Guarded(const Guarded&) = delete;
   Guarded& operator=(const Guarded&) = delete;
 
   std::byte* data() const { return whole_ + kAlignment; }
   size_t size() const { return bytes_; }
+  size_t whole_size() const { return whole_bytes_; }  // with the guards: what the file holds
+  int file() const { return file_; }
   bool IntactGuards() const;
 
  private:
@@ -27,6 +30,7 @@ class Guarded {
 
   std::byte* whole_;
   size_t bytes_, whole_bytes_;
+  int file_ = -1;  // a descriptor
 };
 
 }  // namespace cuda_shim

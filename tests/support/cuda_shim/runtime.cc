@@ -94,6 +94,24 @@ cudaError_t cudaFreeHost(void* block) {
   return cudaFree(block);
 }
 
+cudaError_t cudaIpcGetMemHandle(cudaIpcMemHandle_t* handle, void* block) {
+  cuda_shim::SharedBlock shared;
+  if (!cuda_shim::ExportDevice(block, &shared)) return Note(cudaErrorInvalidValue);
+  std::memset(handle, 0, sizeof *handle);
+  std::memcpy(handle, &shared, sizeof shared);
+  return cudaSuccess;
+}
+cudaError_t cudaIpcOpenMemHandle(void** block, cudaIpcMemHandle_t handle, unsigned) {
+  cuda_shim::SharedBlock shared;
+  std::memcpy(&shared, &handle, sizeof shared);
+  *block = cuda_shim::OpenDevice(shared);
+  return *block == nullptr ? Note(cudaErrorInvalidValue) : cudaSuccess;
+}
+cudaError_t cudaIpcCloseMemHandle(void* opened) {
+  const cudaError_t settled = Settle(nullptr, true);
+  return cuda_shim::CloseDevice(opened) ? settled : Note(cudaErrorInvalidValue);
+}
+
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind,
                             cudaStream_t stream) {
   cuda_shim::Enqueue(stream, [=] {

@@ -49,11 +49,11 @@ inline int32_t LoadPeer(const int32_t* at) {
 // A release orders what this thread stored and what it saw at barriers.
 inline void StoreRelease(uint32_t* flag, uint32_t value) {
   cuda_shim::Fence();
-  *flag = value;
+  __atomic_store_n(flag, value, __ATOMIC_RELEASE);  // other processes may read it
 }
 inline uint32_t LoadAcquire(const uint32_t* flag) {
   cuda_shim::Yield();
-  return *flag;
+  return __atomic_load_n(flag, __ATOMIC_ACQUIRE);
 }
 
 }  // namespace ballast::cuda
