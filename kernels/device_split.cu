@@ -388,28 +388,37 @@ __device__ void CutExpert(const Problem& a, const Work& w, int e, unsigned lane,
   }
 }
 
-// ---- the block --------------------------------------------------------------------------------
+// Tells this rank where its groups are, of which `rows` rows are aligned ones.
+__device__ void WriteGroups(const Problem& a, const Work& w, int rows) {
+  const DeviceHosts& hosts = a.hosts;
+  const int first = hosts.rank_offsets[a.rank];
+  const int num_groups = hosts.rank_offsets[a.rank + 1] - first;
+  for (int g = 0; g < a.max_groups; ++g) {
+    const int host = g < num_groups ? hosts.rank_hosts[first + g] : -1;
+    a.group_begin[g] = host >= 0 ? w.begin[host] : rows;
+    // The experts know of no failure: they must find nothing that has no room.
+    a.group_rows[g] = host >= 0 && rows <= a.row_capacity ? w.quota[host] : 0;
+  }
+  a.group_begin[a.max_groups] = rows;
+}
 
 // Where the groups of every rank begin.
 __device__ void LayOut(const Problem& a, const Work& w) {
   const DeviceHosts& hosts = a.hosts;
   for (int r = static_cast<int>(threadIdx.x); r < hosts.num_ranks; r += kThreads) {
     int begin = 0;
-    const int first = hosts.rank_offsets[r];
-    for (int i = first; i < hosts.rank_offsets[r + 1]; ++i) {
+    for (int i = hosts.rank_offsets[r]; i < hosts.rank_offsets[r + 1]; ++i) {
       const int host = hosts.rank_hosts[i];
       w.begin[host] = begin;
-      if (r == a.rank) {
-        a.group_begin[i - first] = begin;
-        a.group_rows[i - first] = w.quota[host];
-      }
       begin += CeilDivide(w.quota[host], a.row_align) * a.row_align;
     }
-    if (r == a.rank) a.group_begin[hosts.rank_offsets[r + 1] - first] = begin;
+    if (r == a.rank) WriteGroups(a, w, begin);
     if (begin > a.row_capacity) Report(a.status, ExchangeCode::kRowsExceeded, r);
     a.rank_load[r] = w.load[r];
   }
 }
+
+// ---- the block --------------------------------------------------------------------------------
 
 __device__ void SplitBlock(const Problem& a, const Work& w) {
   const DeviceHosts& hosts = a.hosts;

@@ -17,15 +17,17 @@ namespace ballast {
 // groups in the order of rank_hosts, each from a multiple of row_align on; in a group by source
 // rank, then in the order of the source's copies.
 //
-// SHAPES counts [R, kinds, E], what is split is the sum over the kinds; quota, send, row_begin [H];
-//        rank_load [R]; group_begin [G+1], group_rows [G] of this rank (room for max_hosts of all
-//        but rank_load)
-// REQUIRES all counts together are below 2^31
-// ERRORS in *status: kRowsExceeded: a rank gets more than row_capacity rows
+// SHAPES counts [R, kinds, E], what is split is the sum over the kinds; quota, send, row_begin
+//        [max_hosts], of which the layer's hosts are written; rank_load [R]; group_begin
+//        [max_groups+1], group_rows [max_groups] of this rank: groups that it has not got are empty
+// REQUIRES all counts together are below 2^31; the layer has at most max_hosts hosts, and at most
+//          max_groups of them on this rank
+// ERRORS in *status: kRowsExceeded: a rank gets more than row_capacity rows; that rank's groups are
+//        empty then
 struct DeviceSplitArgs {
   const DeviceHosts* layer = nullptr;  // in device memory: a flip writes another one there
   int32_t num_experts = 0, num_ranks = 0;
-  int32_t max_hosts = 0;  // of any placement
+  int32_t max_hosts = 0, max_groups = 0;  // of any placement
   int32_t rank = 0;
   int32_t row_align = 1;
   int32_t row_capacity = 0;  // of every rank

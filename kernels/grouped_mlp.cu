@@ -30,8 +30,7 @@ struct View {
   T* out;
 };
 
-// ---- device functions
-// -------------------------------------------------------------------------------
+// ---- device functions -------------------------------------------------------------------------
 
 // Adds v[o] over the lanes as SumLanes does; lane j gets the sum of v[j].
 __device__ float SumOverLanes(float (&v)[kLanes], unsigned lane) {
@@ -129,8 +128,7 @@ __device__ void ComputeTile(const View<T>& v, const Tile& tile, Staged* staged) 
   StoreTile<T, kActivate>(v, tile, down, across, lane, sum);
 }
 
-// ---- kernels
-// ----------------------------------------------------------------------------------------
+// ---- kernels ----------------------------------------------------------------------------------
 
 template <typename T, bool kActivate>
 __global__ void __launch_bounds__(kThreads) PlainMlpKernel(View<T> v) {
@@ -145,8 +143,7 @@ __global__ void __launch_bounds__(kThreads) PlainMlpKernel(View<T> v) {
   }
 }
 
-// ---- launchers
-// --------------------------------------------------------------------------------------
+// ---- launchers --------------------------------------------------------------------------------
 
 template <typename T, bool kActivate>
 absl::Status LaunchProduct(const GroupedMlpArgs& a, const DeviceTraits& traits, View<T> view,

@@ -25,8 +25,7 @@ struct Fp8View : TensorView {
   int up;                     // floats from gate's scales to up's; 0: the columns have one scale
 };
 
-// ---- device functions
-// -------------------------------------------------------------------------------
+// ---- device functions -------------------------------------------------------------------------
 
 // The scales that one thread needs for one stage: of its two rows, and of even and odd runs of 8
 // columns.
@@ -113,8 +112,7 @@ __device__ void QuantiseRun(const QuantiseRowsArgs& a, int row, int column, unsi
   }
 }
 
-// ---- kernels
-// ----------------------------------------------------------------------------------------
+// ---- kernels ----------------------------------------------------------------------------------
 
 __global__ void __launch_bounds__(kQuantiseRows* kWarp) QuantiseRowsKernel(QuantiseRowsArgs a) {
   int* first = &Shared<int>();  // [groups + 1]
@@ -145,8 +143,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
 #endif
 }
 
-// ---- launchers
-// --------------------------------------------------------------------------------------
+// ---- launchers --------------------------------------------------------------------------------
 
 template <bool kActivate>
 absl::Status LaunchProduct(const DeviceTraits& traits, const Operands& o, const Fp8View& view,

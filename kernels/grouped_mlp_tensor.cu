@@ -25,8 +25,7 @@
 namespace ballast::cuda {
 namespace {
 
-// ---- device functions
-// -------------------------------------------------------------------------------
+// ---- device functions -------------------------------------------------------------------------
 
 // The sums of one tile; the ring's stages go back as soon as nothing reads them.
 template <typename Shape>
@@ -62,8 +61,7 @@ __device__ void Multiply(int k, typename Shape::Ring& ring, Turn<Shape::kStages>
   if (speaks) Arrive(&ring.empty[previous]);
 }
 
-// ---- kernels
-// ----------------------------------------------------------------------------------------
+// ---- kernels ----------------------------------------------------------------------------------
 
 template <typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
@@ -81,8 +79,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
 #endif
 }
 
-// ---- launchers
-// --------------------------------------------------------------------------------------
+// ---- launchers --------------------------------------------------------------------------------
 
 template <bool kActivate>
 absl::Status LaunchProduct(const DeviceTraits& traits, const Operands& o, const TensorView& view,

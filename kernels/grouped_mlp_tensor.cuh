@@ -52,8 +52,7 @@ struct TensorView {
   __nv_bfloat16* out;
 };
 
-// ---- device functions
-// -------------------------------------------------------------------------------
+// ---- device functions -------------------------------------------------------------------------
 
 // A place in the ring. A stage's barriers change their parity with every turn.
 template <int kStages>
@@ -187,8 +186,7 @@ __device__ void Consume(const TensorView& v, const typename Shape::Ring& ring,
   }
 }
 
-// ---- launchers
-// --------------------------------------------------------------------------------------
+// ---- launchers --------------------------------------------------------------------------------
 
 // Where the operands of a product are; w is that of block 0.
 struct Operands {

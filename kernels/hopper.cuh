@@ -16,8 +16,7 @@
 
 namespace ballast::cuda {
 
-// ---- host
-// -----------------------------------------------------------------------------------------
+// ---- host -------------------------------------------------------------------------------------
 
 using TensorMap = CUtensorMap;
 
@@ -52,8 +51,7 @@ inline absl::StatusOr<TensorMap> MakeTensorMap(const Matrices& m) {
                                           ", ", m.columns, "] failed: ", result));
 }
 
-// ---- barriers in shared memory
-// --------------------------------------------------------------------
+// ---- barriers in shared memory ----------------------------------------------------------------
 
 // A barrier's phase ends when `count` have arrived and all bytes that were announced are there.
 // Waiting for parity p returns once the newest phase that ended has parity p; the phases have 0, 1,
@@ -95,8 +93,7 @@ __device__ inline void Wait(Barrier* barrier, uint32_t parity) {
   }
 }
 
-// ---- copies
-// ----------------------------------------------------------------------------------------
+// ---- copies -----------------------------------------------------------------------------------
 
 // Copies the box at (matrix, row, column) to `to`, an atom or more, and tells the barrier. The
 // bytes told are those of the whole box, whatever of it lies outside of the matrix.
@@ -112,8 +109,7 @@ __device__ inline void PrefetchMap(const TensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
-// ---- products of a warpgroup: all of its 128 threads call these together
-// ---------------------------
+// ---- products of a warpgroup: all of its 128 threads call these together ----------------------
 
 // How a product finds a tile.
 __device__ inline uint64_t TileDescriptor(const void* tile) {

@@ -135,10 +135,15 @@ struct RankMemory {
     BALLAST_RETURN_IF_ERROR(number.Set({0}));
     BALLAST_RETURN_IF_ERROR(blocks_done.Set({0}));
     BALLAST_RETURN_IF_ERROR(blocks_begun.Set({0}));
+    int32_t max_groups = 0;
+    for (int32_t r = 0; r < hosts.num_ranks; ++r) {
+      max_groups = std::max(max_groups, compiled.num_groups(r));
+    }
     split = {.layer = layer.data(),
              .num_experts = hosts.num_experts,
              .num_ranks = hosts.num_ranks,
              .max_hosts = static_cast<int32_t>(num_hosts),
+             .max_groups = max_groups,
              .rank = rank,
              .row_align = 128,
              .row_capacity = 1 << 30,

@@ -16,8 +16,7 @@ struct Staged {
   Barrier barrier;
 };
 
-// ---- kernels
-// ----------------------------------------------------------------------------------------
+// ---- kernels ----------------------------------------------------------------------------------
 
 __global__ void CopyKernel(const __grid_constant__ TensorMap map, int column, int row, int matrix,
                            int bytes, std::byte* dump) {
@@ -77,8 +76,7 @@ __global__ void __launch_bounds__(128, 1)
 
 }  // namespace
 
-// ---- launchers
-// --------------------------------------------------------------------------------------
+// ---- launchers --------------------------------------------------------------------------------
 
 absl::Status ProbeCopy(const Matrices& from, int column, int row, int matrix, std::byte* dump) {
   BALLAST_ASSIGN_OR_RETURN(const TensorMap map, MakeTensorMap(from));

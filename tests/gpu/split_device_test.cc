@@ -16,6 +16,7 @@ namespace {
 using testing::DeviceArray;
 
 constexpr int32_t kAlign = 16;
+constexpr size_t kSpareGroups = 2;  // that the rank has not got
 
 // What the device is to say to one rank, by the splitter of the CPU and by counting.
 struct Expected {
@@ -47,7 +48,9 @@ Expected ExpectedFor(const LayerHosts& hosts, std::span<const int32_t> counts, i
       }
       begin += (want.split.quota[h] + kAlign - 1) / kAlign * kAlign;
     }
-    if (r == rank) want.group_begin.push_back(begin);
+    if (r != rank) continue;
+    want.group_begin.insert(want.group_begin.end(), 1 + kSpareGroups, begin);
+    want.group_rows.insert(want.group_rows.end(), kSpareGroups, 0);
   }
   return want;
 }
@@ -61,8 +64,8 @@ struct OnDevice {
         load(hosts.num_ranks),
         send(hosts.host_rank.size()),
         row_begin(hosts.host_rank.size()),
-        group_begin(static_cast<size_t>(compiled.num_groups(rank)) + 1),
-        group_rows(compiled.num_groups(rank)),
+        group_begin(static_cast<size_t>(compiled.num_groups(rank)) + 1 + kSpareGroups),
+        group_rows(static_cast<size_t>(compiled.num_groups(rank)) + kSpareGroups),
         status(std::vector<uint32_t>{0}) {}
 
   DeviceSplitArgs Args(const CompiledHosts& compiled, int32_t rank, const int32_t* counts) const {
@@ -71,6 +74,7 @@ struct OnDevice {
             .num_experts = hosts.num_experts,
             .num_ranks = hosts.num_ranks,
             .max_hosts = hosts.num_hosts + 3,
+            .max_groups = static_cast<int32_t>(group_rows.size()),
             .rank = rank,
             .row_align = kAlign,
             .row_capacity = 1 << 30,
@@ -175,6 +179,13 @@ TEST_CASE("more rows than a rank has room for are reported with the rank", "[dev
   const absl::Status status = ToStatus(device.status.Read()[0]);
   REQUIRE(absl::IsResourceExhausted(status));
   REQUIRE(status.message() == "exchange: rank 1 has no room for the rows of this batch");
+
+  const OnDevice other(compiled, hosts, 1);
+  args = other.Args(compiled, 1, counts.data());
+  args.row_capacity = 48;
+  REQUIRE(cuda::SplitOnDevice(args, nullptr).ok());
+  REQUIRE(ToStatus(other.status.Read()[0]).message() == status.message());  // all ranks say so
+  REQUIRE(other.group_rows.Read() == std::vector<int32_t>(2 + kSpareGroups, 0));
 }
 
 // The hosts by AssignCopies, the rows by counting what goes to the same host before.

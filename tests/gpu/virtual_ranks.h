@@ -146,6 +146,7 @@ class TestRank {
                                             .num_experts = shape.num_experts,
                                             .num_ranks = shape.num_ranks,
                                             .max_hosts = static_cast<int32_t>(max_hosts_),
+                                            .max_groups = static_cast<int32_t>(max_hosts_),
                                             .rank = exchange_.rank,
                                             .row_align = kAlign,
                                             .row_capacity = shape.row_capacity,
@@ -224,7 +225,7 @@ class TestRank {
           static_cast<size_t>(exchange_.shape.row_capacity) * shape.inter);
     }
     RequireOk(cuda::GroupedMlp({.shape = shape,
-                                .groups = {.num_groups = groups,
+                                .groups = {.num_groups = static_cast<int32_t>(max_hosts_),
                                            .num_rows = exchange_.shape.row_capacity,
                                            .max_rows = exchange_.shape.row_capacity,
                                            .size = GroupSize::kSmall,

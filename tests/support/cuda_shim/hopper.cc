@@ -23,8 +23,7 @@ constexpr uint32_t kWarpgroup = 128;
 constexpr int kRows = 64;           // of a product
 constexpr size_t kDepthBytes = 32;  // of each row
 
-// ---- barriers
-// ---------------------------------------------------------------------------------------
+// ---- barriers ---------------------------------------------------------------------------------
 
 // The 64 bits of a barrier. `mark` tells one from noise.
 struct BarrierBits {
@@ -60,8 +59,7 @@ void BytesCame(uint64_t* barrier, size_t bytes) {
   WriteBarrier(barrier, bits);
 }
 
-// ---- what a block keeps
-// -----------------------------------------------------------------------------
+// ---- what a block keeps -----------------------------------------------------------------------
 
 // The sums of one thread in one array while products of them are under way.
 struct Held {
@@ -109,8 +107,7 @@ Participant& Self() {
   return OwnWarpgroup().participant[threadIdx.x % kWarpgroup];
 }
 
-// ---- products
-// ---------------------------------------------------------------------------------------
+// ---- products ---------------------------------------------------------------------------------
 
 // Where byte `at` of a tile lies: chunks change places within the atom's rows.
 size_t Swizzled(size_t at) {
@@ -197,8 +194,7 @@ void DoProduct(const std::byte* shared, Warpgroup* group) {
 
 }  // namespace
 
-// ---- barriers
-// ---------------------------------------------------------------------------------------
+// ---- barriers ---------------------------------------------------------------------------------
 
 void BarrierInit(uint64_t* barrier, uint32_t count) {
   if (count == 0 || count > 1023) Trap("a barrier for a number that is not allowed");
@@ -227,8 +223,7 @@ void AsyncProxyFence() {
   std::erase_if(State().unfenced, [](const auto& entry) { return entry.second == threadIdx.x; });
 }
 
-// ---- copies
-// -----------------------------------------------------------------------------------------
+// ---- copies -----------------------------------------------------------------------------------
 
 const char* FaultOf(const BoxMap& map) {
   constexpr uint64_t kMost = uint64_t{1} << 32;
@@ -275,8 +270,7 @@ void CopyBox(void* to, const BoxMap& map, uint64_t* barrier, int64_t column, int
   Yield();
 }
 
-// ---- products
-// ---------------------------------------------------------------------------------------
+// ---- products ---------------------------------------------------------------------------------
 
 uint64_t SharedOffset(const void* at) {
   return static_cast<uint64_t>(static_cast<const std::byte*>(at) - State().shared);

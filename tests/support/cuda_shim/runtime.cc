@@ -199,8 +199,7 @@ cudaError_t LaunchInShim(const cudaLaunchConfig_t& config, std::function<void()>
   return Sound();
 }
 
-// ---- graphs
-// ---------------------------------------------------------------------------------------
+// ---- graphs -----------------------------------------------------------------------------------
 
 struct CUgraphExec_st {
   std::deque<cuda_shim::Work> work;
