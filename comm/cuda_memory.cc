@@ -24,8 +24,11 @@ class CudaMemory : public SharedDeviceMemory {
     BALLAST_RETURN_IF_ERROR(StatusOf(cudaMalloc(&block, bytes),
                                      absl::StatusCode::kResourceExhausted,
                                      absl::StrCat("cudaMalloc of ", bytes, " bytes").c_str()));
-    const absl::Status cleared =
+    absl::Status cleared =
         StatusOf(cudaMemset(block, 0, bytes), absl::StatusCode::kInternal, "cudaMemset");
+    // It is asynchronous, and others would write here before it does.
+    cleared.Update(StatusOf(cudaStreamSynchronize(nullptr), absl::StatusCode::kInternal,
+                            "cudaStreamSynchronize"));
     if (cleared.ok()) return static_cast<std::byte*>(block);
     static_cast<void>(cudaFree(block));
     return cleared;

@@ -42,14 +42,13 @@ absl::StatusOr<std::unique_ptr<PeerMemory>> PeerMemory::Create(
       {"the size of shared device memory", static_cast<int64_t>(bytes)},
       {"the machine of ranks that share device memory", static_cast<int64_t>(MachineNumber())}};
   const auto offers = Agree(world, epoch, offer(), values, handle);
-  if (!offers.ok()) {  // nobody has opened anything
-    peers->FreeOwn().IgnoreError();
-    return offers.status();
-  }
+  absl::Status opened = offers.status();
   // All are told of one that cannot open a block, before any of them uses one.
-  const absl::Status opened =
-      Agree(world, epoch, peers->OpenAll(*offers, world->size()), {}, {}).status();
+  if (offers.ok()) {
+    opened = Agree(world, epoch, peers->OpenAll(*offers, world->size()), {}, {}).status();
+  }
   if (opened.ok()) return peers;
+  // Where not even this is heard by all, another rank may have the block open: then it is kept.
   peers->Close(world, epoch).IgnoreError();
   return opened;
 }

@@ -105,14 +105,13 @@ absl::Status RouteCopies(const CopyRouteArgs& a, Stream stream) {
   const int tiles = NumRouteTiles(a.num_tokens * a.top_k);
   if (tiles == 0) return absl::OkStatus();
   const size_t bytes = sizeof(int) * kWarps * static_cast<size_t>(a.num_experts);
-  for (auto* attribute :
-       {reinterpret_cast<void*>(TileCountsKernel), reinterpret_cast<void*>(RouteKernel)}) {
-    if (cudaFuncSetAttribute(attribute, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(bytes)) != cudaSuccess) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("route: ", a.num_experts, " experts do not fit shared memory"));
-    }
+  if (bytes > kMostShared) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("route: ", a.num_experts, " experts take ", bytes,
+                     " bytes of shared memory, allowed: ", kMostShared));
   }
+  BALLAST_RETURN_IF_ERROR(AllowMostShared<TileCountsKernel>());
+  BALLAST_RETURN_IF_ERROR(AllowMostShared<RouteKernel>());
   const LaunchShape shape = {static_cast<unsigned>(tiles), kThreads, bytes};
   if (tiles > 1) BALLAST_RETURN_IF_ERROR(Launch(shape, stream, TileCountsKernel, a));
   return Launch(shape, stream, RouteKernel, a);

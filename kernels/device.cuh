@@ -48,6 +48,19 @@ absl::Status Launch(const LaunchShape& shape, Stream stream, void (*kernel)(Para
                                           " threads failed: ", cudaGetErrorString(error)));
 }
 
+inline constexpr size_t kMostShared = 227 << 10;  // of a block, on Hopper
+
+// Lets a kernel have as much shared memory as there is. Once for all launches: a limit that follows
+// them would be too low for one that was captured or is about to be made.
+template <auto* kKernel>
+absl::Status AllowMostShared() {
+  static const cudaError_t error = cudaFuncSetAttribute(
+      kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kMostShared));
+  if (error == cudaSuccess) return absl::OkStatus();
+  return absl::InternalError(
+      absl::StrCat("shared memory of a kernel: ", cudaGetErrorString(error)));
+}
+
 template <typename T>
 __host__ __device__ constexpr T CeilDiv(T a, T b) {
   return (a + b - 1) / b;

@@ -2,10 +2,11 @@
 
 namespace ballast {
 
-CompiledHosts::CompiledHosts(const LayerHosts& hosts)
+CompiledHosts::CompiledHosts(const LayerHosts& hosts, int64_t epoch)
     : num_experts_(hosts.num_experts),
       num_ranks_(hosts.num_ranks),
-      num_hosts_(static_cast<int32_t>(hosts.host_rank.size())) {
+      num_hosts_(static_cast<int32_t>(hosts.host_rank.size())),
+      epoch_(static_cast<uint32_t>(epoch)) {
   words_.assign(hosts.host_offsets.begin(), hosts.host_offsets.end());
   words_.insert(words_.end(), hosts.host_rank.begin(), hosts.host_rank.end());
   for (int32_t e = 0; e < num_experts_; ++e) {
@@ -23,7 +24,7 @@ CompiledHosts::CompiledHosts(const LayerHosts& hosts)
 }
 
 DeviceHosts CompiledHosts::At(const int32_t* base) const {
-  DeviceHosts hosts{num_experts_, num_ranks_, num_hosts_};
+  DeviceHosts hosts{num_experts_, num_ranks_, num_hosts_, epoch_};
   const auto next = [&](int32_t count) {
     const int32_t* at = base;
     base += count;

@@ -13,6 +13,7 @@ namespace ballast {
 // by ascending expert, which is also the order of the rank's groups
 struct DeviceHosts {
   int32_t num_experts = 0, num_ranks = 0, num_hosts = 0;
+  uint32_t epoch = 0;  // the low half of the placement's
   const int32_t* host_offsets = nullptr;
   const int32_t* host_rank = nullptr;
   const int32_t* expert_of_host = nullptr;
@@ -24,7 +25,7 @@ struct DeviceHosts {
 // DeviceHosts made on the host: one array to copy to the device.
 class CompiledHosts {
  public:
-  explicit CompiledHosts(const LayerHosts& hosts);
+  CompiledHosts(const LayerHosts& hosts, int64_t epoch);
   const std::vector<int32_t>& words() const { return words_; }
   // `base`: where the words are. Points into them.
   DeviceHosts At(const int32_t* base) const;
@@ -32,6 +33,7 @@ class CompiledHosts {
 
  private:
   int32_t num_experts_, num_ranks_, num_hosts_;
+  uint32_t epoch_;
   std::vector<int32_t> words_;
 };
 

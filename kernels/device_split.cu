@@ -247,8 +247,10 @@ __device__ void SplitBlock(const Problem& a, const Work& w) {
   __syncthreads();
   if (warp == 0) Balance(hosts, w, lane);
   __syncthreads();
-  LayOut(a, w);
+  const int own_rows = LayOut(a, w);
+  if (own_rows >= 0) w.scalar[kOwnRows] = own_rows;
   __syncthreads();
+  WriteGroups(a, w, w.scalar[kOwnRows]);
   for (int e = thread; e < hosts.num_experts; e += kThreads) {
     if (IsShared(hosts, e)) continue;
     const int host = hosts.host_offsets[e];
@@ -262,42 +264,91 @@ __device__ void SplitBlock(const Problem& a, const Work& w) {
   for (int h = thread; h < hosts.num_hosts; h += kThreads) a.quota[h] = w.quota[h];
 }
 
-// Puts this rank's counts where every rank looks for them.
-__device__ void PublishCounts(const Exchange& x, const int32_t* own_counts) {
+// Puts this rank's counts, and the epoch of its tables, where every rank looks for them.
+__device__ void PublishCounts(const Exchange& x, uint32_t epoch, const int32_t* own_counts) {
   const int size = x.shape.num_kinds * x.shape.num_experts;
   for (int i = static_cast<int>(threadIdx.x); i < x.shape.num_ranks * size; i += kThreads) {
     int32_t* counts = InArena<int32_t>(x, i / size, x.shape.counts_offset());
     StorePeer(&counts[x.rank * size + i % size], own_counts[i % size]);
   }
+  for (int r = static_cast<int>(threadIdx.x); r < x.shape.num_ranks; r += kThreads) {
+    int32_t* epochs = InArena<int32_t>(x, r, x.shape.epochs_offset());
+    StorePeer(&epochs[x.rank], static_cast<int32_t>(epoch));
+  }
+}
+
+// By all threads: whether all ranks' tables are of one epoch.
+__device__ bool EpochsAgree(const Exchange& x, uint32_t epoch) {
+  const int32_t* epochs = InArena<int32_t>(x, x.rank, x.shape.epochs_offset());
+  bool differs = false;
+  for (int r = static_cast<int>(threadIdx.x); r < x.shape.num_ranks; r += kThreads) {
+    if (LoadPeer(&epochs[r]) == static_cast<int32_t>(epoch)) continue;
+    Report(&x.state->status, ExchangeCode::kEpochDiffers, r);
+    differs = true;
+  }
+  return __syncthreads_or(differs) == 0;
+}
+
+// The tables change in device memory; what was said of them at the launch must hold.
+__device__ bool Fits(const Problem& a) {
+  const DeviceHosts& hosts = a.hosts;
+  if (hosts.num_experts == a.num_experts && hosts.num_ranks == a.num_ranks &&
+      hosts.num_hosts <= a.max_hosts &&
+      hosts.rank_offsets[a.rank + 1] - hosts.rank_offsets[a.rank] <= a.max_groups) {
+    return true;
+  }
+  Report(a.status, ExchangeCode::kLayerTooLarge, a.rank);
+  return false;
 }
 
 // ---- kernels ----------------------------------------------------------------------------------
 
 __global__ void __launch_bounds__(kThreads) SplitKernel(DeviceSplitArgs a) {
-  SplitBlock(Problem(a), WorkAt(&Shared<int>(), a));
+  const Problem problem(a);
+  if (Fits(problem)) {
+    SplitBlock(problem, WorkAt(&Shared<int>(), a));
+  } else {
+    EmptyGroups(a);
+  }
 }
 
 __global__ void __launch_bounds__(kThreads)
     ExchangeCountsKernel(DeviceSplitArgs a, Exchange x, const int32_t* own_counts) {
-  if (HasFailed(x.status)) return;
-  if (threadIdx.x == 0) ++*x.number;  // an exchange begins
-  PublishCounts(x, own_counts);
+  const Problem problem(a);
+  if (HasFailed(&x.state->status) || !Fits(problem)) return EmptyGroups(a);
+  if (threadIdx.x == 0) {  // an exchange begins
+    ++x.state->number;
+    x.state->blocks_done = 0;
+    x.state->blocks_begun = 0;
+  }
+  PublishCounts(x, problem.hosts.epoch, own_counts);
   RaiseFlag(x, Flag::kCounts);
-  if (!AwaitFlags(x, Flag::kCounts, ExchangeCode::kCountsLate)) return;
-  SplitBlock(Problem(a), WorkAt(&Shared<int>(), a));
+  if (!AwaitFlags(x, Flag::kCounts, ExchangeCode::kCountsLate) ||
+      !EpochsAgree(x, problem.hosts.epoch)) {
+    return EmptyGroups(a);
+  }
+  SplitBlock(problem, WorkAt(&Shared<int>(), a));
 }
 
-template <typename Kernel>
-absl::Status Reserve(Kernel* kernel, const DeviceSplitArgs& a, size_t* bytes) {
-  constexpr size_t kMost = 227 << 10;  // of a block, on Hopper
+// Whether the layer fits into shared memory: *bytes of it.
+absl::Status Reserve(const DeviceSplitArgs& a, size_t* bytes) {
   *bytes = WorkBytes(a);
-  if (*bytes <= kMost && cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                              static_cast<int>(*bytes)) == cudaSuccess) {
-    return absl::OkStatus();
-  }
+  if (*bytes <= kMostShared) return absl::OkStatus();
   return absl::InvalidArgumentError(
       absl::StrCat("split: ", a.num_experts, " experts on ", a.max_hosts, " hosts of ", a.num_ranks,
-                   " ranks take ", *bytes, " bytes of shared memory, allowed: ", kMost));
+                   " ranks take ", *bytes, " bytes of shared memory, allowed: ", kMostShared));
+}
+
+absl::Status CheckFits(const DeviceSplitArgs& a, const Exchange& x) {
+  BALLAST_RETURN_IF_ERROR(CheckArenaShape(x.shape));
+  const auto* counts = reinterpret_cast<const int32_t*>(x.arena[x.rank] + x.shape.counts_offset());
+  if (a.num_experts == x.shape.num_experts && a.num_ranks == x.shape.num_ranks &&
+      a.num_kinds == x.shape.num_kinds && a.rank == x.rank &&
+      a.row_capacity == x.shape.row_capacity && a.counts == counts &&
+      a.status == &x.state->status) {
+    return absl::OkStatus();
+  }
+  return absl::InvalidArgumentError("split: the arguments are not those of the exchange");
 }
 
 }  // namespace
@@ -307,14 +358,17 @@ absl::Status Reserve(Kernel* kernel, const DeviceSplitArgs& a, size_t* bytes) {
 
 absl::Status SplitOnDevice(const DeviceSplitArgs& a, Stream stream) {
   size_t bytes = 0;
-  BALLAST_RETURN_IF_ERROR(split::Reserve(split::SplitKernel, a, &bytes));
+  BALLAST_RETURN_IF_ERROR(split::Reserve(a, &bytes));
+  BALLAST_RETURN_IF_ERROR(AllowMostShared<split::SplitKernel>());
   return Launch({1, split::kThreads, bytes}, stream, split::SplitKernel, a);
 }
 
 absl::Status ExchangeCountsAndSplit(const DeviceSplitArgs& a, const Exchange& x,
                                     const int32_t* own_counts, Stream stream) {
   size_t bytes = 0;
-  BALLAST_RETURN_IF_ERROR(split::Reserve(split::ExchangeCountsKernel, a, &bytes));
+  BALLAST_RETURN_IF_ERROR(split::CheckFits(a, x));
+  BALLAST_RETURN_IF_ERROR(split::Reserve(a, &bytes));
+  BALLAST_RETURN_IF_ERROR(AllowMostShared<split::ExchangeCountsKernel>());
   return Launch({1, split::kThreads, bytes}, stream, split::ExchangeCountsKernel, a, x, own_counts);
 }
 

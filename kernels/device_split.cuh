@@ -31,10 +31,10 @@ struct Work {
   int* give;     // [R] host of the parent rank that would give copies, or -1
   int* take;     // [R] host of this rank that would take them
   int* scratch;  // [kWarps, 2, R]: of the sources of an expert, of its hosts
-  int* scalar;   // [3]
+  int* scalar;   // [4]
 };
 
-inline constexpr int kNumShared = 0, kTail = 1, kPushed = 2;  // in scalar
+inline constexpr int kNumShared = 0, kTail = 1, kPushed = 2, kOwnRows = 3;  // in scalar
 
 __host__ __device__ inline Work WorkAt(int* base, const DeviceSplitArgs& a) {
   Work w;
@@ -60,7 +60,7 @@ __host__ __device__ inline Work WorkAt(int* base, const DeviceSplitArgs& a) {
 inline size_t WorkBytes(const DeviceSplitArgs& a) {
   constexpr uintptr_t kBase = 1024;  // no memory: only addresses are worked out
   const Work w = WorkAt(reinterpret_cast<int*>(kBase), a);
-  return reinterpret_cast<uintptr_t>(w.scalar + 3) - kBase;
+  return reinterpret_cast<uintptr_t>(w.scalar + 4) - kBase;
 }
 
 __device__ inline int CeilDivide(int a, int b) {

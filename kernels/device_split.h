@@ -21,8 +21,9 @@ namespace ballast {
 //        [max_hosts], of which the layer's hosts are written; rank_load [R]; group_begin
 //        [max_groups+1], group_rows [max_groups] of this rank: groups that it has not got are empty
 // REQUIRES all counts together are below 2^31; the layer has at most max_hosts hosts, and at most
-//          max_groups of them on this rank
-// ERRORS in *status: kRowsExceeded: a rank gets more than row_capacity rows; that rank's groups are
+//          max_groups of them on this rank (checked on the device)
+// ERRORS in *status: kLayerTooLarge; kRowsExceeded: a rank gets more than row_capacity rows; that
+// rank's groups are
 //        empty then
 struct DeviceSplitArgs {
   const DeviceHosts* layer = nullptr;  // in device memory: a flip writes another one there
@@ -47,7 +48,9 @@ struct DeviceSplitArgs {
 namespace cuda {
 absl::Status SplitOnDevice(const DeviceSplitArgs& args, Stream stream);
 // First tells all ranks this rank's counts, own_counts [kinds, E], and waits for theirs.
-// REQUIRES args.counts is where they come: the arena's counts
+// Where it fails, this rank's groups are empty.
+// REQUIRES args.counts and args.status are the arena's counts and the exchange's status
+// ERRORS also kInvalidArgument: other numbers than the exchange's
 absl::Status ExchangeCountsAndSplit(const DeviceSplitArgs& args, const Exchange& exchange,
                                     const int32_t* own_counts, Stream stream);
 }  // namespace cuda

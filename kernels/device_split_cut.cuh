@@ -95,25 +95,14 @@ __device__ inline void CutExpert(const Problem& a, const Work& w, int e, unsigne
     }
     far_begin += __shfl_sync(kFullWarp, through, kWarp - 1);
   }
+  __syncwarp();  // the next expert uses the same memory
 }
 
-// Tells this rank where its groups are, of which `rows` rows are aligned ones.
-__device__ inline void WriteGroups(const Problem& a, const Work& w, int rows) {
+// Where the groups of every rank begin. Returns, to the thread that has this rank, how many rows
+// its groups take; -1 to others.
+__device__ inline int LayOut(const Problem& a, const Work& w) {
   const DeviceHosts& hosts = a.hosts;
-  const int first = hosts.rank_offsets[a.rank];
-  const int num_groups = hosts.rank_offsets[a.rank + 1] - first;
-  for (int g = 0; g < a.max_groups; ++g) {
-    const int host = g < num_groups ? hosts.rank_hosts[first + g] : -1;
-    a.group_begin[g] = host >= 0 ? w.begin[host] : rows;
-    // The experts know of no failure: they must find nothing that has no room.
-    a.group_rows[g] = host >= 0 && rows <= a.row_capacity ? w.quota[host] : 0;
-  }
-  a.group_begin[a.max_groups] = rows;
-}
-
-// Where the groups of every rank begin.
-__device__ inline void LayOut(const Problem& a, const Work& w) {
-  const DeviceHosts& hosts = a.hosts;
+  int own_rows = -1;
   for (int r = static_cast<int>(threadIdx.x); r < hosts.num_ranks; r += kThreads) {
     int begin = 0;
     for (int i = hosts.rank_offsets[r]; i < hosts.rank_offsets[r + 1]; ++i) {
@@ -121,9 +110,32 @@ __device__ inline void LayOut(const Problem& a, const Work& w) {
       w.begin[host] = begin;
       begin += CeilDivide(w.quota[host], a.row_align) * a.row_align;
     }
-    if (r == a.rank) WriteGroups(a, w, begin);
+    if (r == a.rank) own_rows = begin;
     if (begin > a.row_capacity) Report(a.status, ExchangeCode::kRowsExceeded, r);
     a.rank_load[r] = w.load[r];
+  }
+  return own_rows;
+}
+
+// Tells this rank where its groups are, which take `rows` rows. The experts know of no failure:
+// they must find nothing that has no room. By all threads.
+__device__ inline void WriteGroups(const Problem& a, const Work& w, int rows) {
+  const DeviceHosts& hosts = a.hosts;
+  const int first = hosts.rank_offsets[a.rank];
+  const int num_groups = hosts.rank_offsets[a.rank + 1] - first;
+  for (int g = static_cast<int>(threadIdx.x); g <= a.max_groups; g += kThreads) {
+    const int host = g < num_groups ? hosts.rank_hosts[first + g] : -1;
+    a.group_begin[g] = host >= 0 ? w.begin[host] : rows;
+    if (g == a.max_groups) continue;
+    a.group_rows[g] = host >= 0 && rows <= a.row_capacity ? w.quota[host] : 0;
+  }
+}
+
+// What the experts find where there was no split. By all threads.
+__device__ inline void EmptyGroups(const DeviceSplitArgs& a) {
+  for (int g = static_cast<int>(threadIdx.x); g <= a.max_groups; g += kThreads) {
+    a.group_begin[g] = 0;
+    if (g < a.max_groups) a.group_rows[g] = 0;
   }
 }
 

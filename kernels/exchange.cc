@@ -27,6 +27,12 @@ absl::Status ToStatus(uint32_t status_word) {
     case ExchangeCode::kSharesWrong:
       return absl::InternalError(absl::StrCat(
           "exchange: rank ", rank, " has more copies of an expert than the split divided"));
+    case ExchangeCode::kEpochDiffers:
+      return absl::InternalError(
+          absl::StrCat("exchange: the tables of rank ", rank, " are of another epoch"));
+    case ExchangeCode::kLayerTooLarge:
+      return absl::InternalError(absl::StrCat("exchange: the tables of rank ", rank,
+                                              " are not of the size that was said"));
   }
   return absl::InternalError(absl::StrCat("exchange: status word ", status_word));
 }
@@ -41,6 +47,11 @@ absl::Status CheckArenaShape(const ArenaShape& s) {
     return refuse("the number of ranks", s.num_ranks, 1, kMaxPeers);
   }
   if (s.num_experts < 1) return refuse("the number of experts", s.num_experts, 1, kInt);
+  if (s.num_kinds < 1 || s.num_kinds > 8) {
+    return refuse("the number of kinds", s.num_kinds, 1, 8);
+  }
+  const int64_t counts = int64_t{s.num_ranks} * s.num_kinds * s.num_experts;
+  if (counts > kInt) return refuse("ranks x kinds x experts", counts, 1, kInt);
   if (s.top_k < 1 || s.top_k > 32) return refuse("top-k", s.top_k, 1, 32);
   if (s.max_tokens < 1) return refuse("the tokens of a rank", s.max_tokens, 1, kInt);
   if (int64_t{s.max_tokens} * s.num_ranks * s.top_k > kInt) {

@@ -8,8 +8,7 @@ namespace ballast::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kMostBlocks = 1056;  // 8 blocks on each of 132 multiprocessors
-constexpr int kMostChoices = 32;   // top-k
+constexpr int kMostChoices = 32;  // top-k
 
 // ---- device functions -------------------------------------------------------------------------
 
@@ -92,12 +91,12 @@ __device__ void EndDispatch(const DispatchArgs& a, const Exchange& x, Part part,
   __syncthreads();
   if (threadIdx.x == 0) {
     __threadfence_system();  // what this block stored, before it is counted
-    ticket = atomicAdd(a.blocks_done, 1);
+    ticket = atomicAdd(&x.state->blocks_done, 1);
     __threadfence_system();  // and what those counted before have stored, before what follows
   }
   __syncthreads();
   if (ticket != part.count - 1) return;
-  if (threadIdx.x == 0) *a.blocks_done = 0;
+  if (threadIdx.x == 0) x.state->blocks_done = 0;
   for (int r = static_cast<int>(threadIdx.x); r < x.shape.num_ranks; r += kThreads) {
     StorePeer(&InArena<int32_t>(x, r, x.shape.tokens_offset())[x.rank], a.num_tokens);
   }
@@ -191,10 +190,10 @@ __device__ void CombineRows(const PullCombineArgs& a, const Exchange& x, Part pa
 
 // Tells all that this rank's results are there: the kernels before this one made them. The first
 // block to run does it: all wait for it, so it must be one that surely runs.
-__device__ void AnnounceResults(const PullCombineArgs& a, const Exchange& x, int& ticket) {
+__device__ void AnnounceResults(const Exchange& x, int& ticket) {
   if (threadIdx.x == 0) {
-    ticket = atomicAdd(a.blocks_begun, 1);
-    if (ticket == static_cast<int>(gridDim.x) - 1) *a.blocks_begun = 0;
+    ticket = atomicAdd(&x.state->blocks_begun, 1);
+    if (ticket == static_cast<int>(gridDim.x) - 1) x.state->blocks_begun = 0;
   }
   __syncthreads();
   if (ticket == 0) RaiseFlag(x, Flag::kResults);
@@ -209,13 +208,13 @@ struct DispatchMemory {
 
 __global__ void __launch_bounds__(kThreads) DispatchKernel(DispatchArgs a, Exchange x) {
   DispatchMemory& memory = Shared<DispatchMemory>();
-  if (HasFailed(x.status)) return;
+  if (HasFailed(&x.state->status)) return;
   DispatchRows(a, x, WholeGrid(), memory.targets);
   EndDispatch(a, x, WholeGrid(), memory.ticket);
 }
 
 __global__ void __launch_bounds__(kThreads) ExpandKernel(ExpandArgs a, Exchange x) {
-  if (HasFailed(x.status) || !AwaitFlags(x, Flag::kRows, ExchangeCode::kRowsLate)) return;
+  if (HasFailed(&x.state->status) || !AwaitFlags(x, Flag::kRows, ExchangeCode::kRowsLate)) return;
   ExpandRows(a, x, WholeGrid(), Shared<RowTargets>());
 }
 
@@ -224,7 +223,7 @@ __global__ void __launch_bounds__(kThreads)
   DispatchMemory& memory = Shared<DispatchMemory>();
   const VirtualRank& v = ranks[static_cast<int>(blockIdx.x) / blocks_per_rank];
   const Part part = {static_cast<int>(blockIdx.x) % blocks_per_rank, blocks_per_rank};
-  if (HasFailed(v.exchange.status)) return;
+  if (HasFailed(&v.exchange.state->status)) return;
   DispatchRows(v.dispatch, v.exchange, part, memory.targets);
   EndDispatch(v.dispatch, v.exchange, part, memory.ticket);
   if (!AwaitFlags(v.exchange, Flag::kRows, ExchangeCode::kRowsLate)) return;
@@ -239,10 +238,22 @@ struct CombineMemory {
 template <typename T>
 __global__ void __launch_bounds__(kThreads) CombineKernel(PullCombineArgs a, Exchange x) {
   CombineMemory& memory = Shared<CombineMemory>();
-  if (HasFailed(x.status)) return;
-  AnnounceResults(a, x, memory.ticket);
+  if (HasFailed(&x.state->status)) return;
+  AnnounceResults(x, memory.ticket);
   if (!AwaitFlags(x, Flag::kResults, ExchangeCode::kResultsLate)) return;
   CombineRows<T>(a, x, WholeGrid(), memory.results);
+}
+
+__global__ void AdvanceKernel(const VirtualRank* ranks) {
+  ++ranks[threadIdx.x].exchange.state->number;
+}
+
+absl::Status CheckExchange(const Exchange& x, int32_t num_tokens) {
+  BALLAST_RETURN_IF_ERROR(CheckArenaShape(x.shape));
+  if (x.max_blocks < 1) return absl::InvalidArgumentError("exchange: no block is allowed");
+  if (num_tokens >= 0 && num_tokens <= x.shape.max_tokens) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat("exchange: ", num_tokens, " tokens, allowed: 0 to ", x.shape.max_tokens));
 }
 
 }  // namespace
@@ -250,16 +261,36 @@ __global__ void __launch_bounds__(kThreads) CombineKernel(PullCombineArgs a, Exc
 // ---- launchers --------------------------------------------------------------------------------
 
 absl::Status Dispatch(const DispatchArgs& a, const Exchange& x, Stream stream) {
-  const int blocks = std::min(std::max(a.num_tokens, 1), kMostBlocks);
+  BALLAST_RETURN_IF_ERROR(CheckExchange(x, a.num_tokens));
+  const int blocks = std::min(std::max(a.num_tokens, 1), x.max_blocks);
   return Launch({static_cast<unsigned>(blocks), kThreads, sizeof(DispatchMemory)}, stream,
                 DispatchKernel, a, x);
 }
 
 absl::Status Expand(const ExpandArgs& a, const Exchange& x, Stream stream) {
+  BALLAST_RETURN_IF_ERROR(CheckExchange(x, 0));
   // How many tokens come is known on the device only.
-  const int blocks = std::min(x.shape.max_tokens, kMostBlocks);
+  const int blocks = std::min(x.shape.num_ranks * x.shape.max_tokens, x.max_blocks);
   return Launch({static_cast<unsigned>(blocks), kThreads, sizeof(RowTargets)}, stream, ExpandKernel,
                 a, x);
+}
+
+absl::StatusOr<int32_t> MostResidentBlocks() {
+  int device = 0, multiprocessors = 0, blocks = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  }
+  if (error == cudaSuccess) {
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, VirtualRanksKernel, kThreads,
+                                                          sizeof(DispatchMemory));
+  }
+  if (error == cudaSuccess) return blocks * multiprocessors;
+  return absl::InternalError(absl::StrCat("exchange: no device: ", cudaGetErrorString(error)));
+}
+
+absl::Status AdvanceNumbers(const VirtualRank* ranks, int32_t num_ranks, Stream stream) {
+  return Launch({1, static_cast<unsigned>(num_ranks)}, stream, AdvanceKernel, ranks);
 }
 
 absl::Status DispatchAndExpand(const VirtualRank* ranks, int32_t num_ranks, int32_t blocks_per_rank,
@@ -272,7 +303,8 @@ absl::Status DispatchAndExpand(const VirtualRank* ranks, int32_t num_ranks, int3
 }
 
 absl::Status PullCombine(const PullCombineArgs& a, const Exchange& x, Stream stream) {
-  const int blocks = std::min(std::max(a.num_tokens, 1), kMostBlocks);
+  BALLAST_RETURN_IF_ERROR(CheckExchange(x, a.num_tokens));
+  const int blocks = std::min(std::max(a.num_tokens, 1), x.max_blocks);
   const LaunchShape shape = {static_cast<unsigned>(blocks), kThreads, sizeof(CombineMemory)};
   if (a.type == DType::kF32) return Launch(shape, stream, CombineKernel<float>, a, x);
   return Launch(shape, stream, CombineKernel<__nv_bfloat16>, a, x);

@@ -38,24 +38,24 @@ __device__ inline bool HasFailed(const uint32_t* status) {
 // stored before, and what they saw others store, the ranks see when they see the flag.
 __device__ inline void RaiseFlag(const Exchange& x, Flag flag) {
   __syncthreads();
-  const uint32_t number = *x.number;
+  const uint32_t number = x.state->number;
   for (int r = static_cast<int>(threadIdx.x); r < x.shape.num_ranks; r += blockDim.x) {
     StoreRelease(FlagOf(x, r, flag, x.rank), number);
   }
 }
 
-// By all threads of a block: waits until every rank has raised the flag. Returns whether all have
-// and nothing has failed; else the status says what was missed.
+// By all threads of a block: waits until every rank has raised the flag. Returns whether all have;
+// else the status says what was missed, or what had failed before.
 __device__ inline bool AwaitFlags(const Exchange& x, Flag flag, ExchangeCode late) {
   const uint64_t begin = NanosecondsNow();
-  const uint32_t number = *x.number;
+  const uint32_t number = x.state->number;
   bool missed = false;
   for (int r = static_cast<int>(threadIdx.x); r < x.shape.num_ranks; r += blockDim.x) {
     const uint32_t* at = FlagOf(x, x.rank, flag, r);
     // Numbers go round; the difference tells before from after.
     while (static_cast<int32_t>(LoadAcquire(at) - number) < 0 && !missed) {
-      if (NanosecondsNow() - begin < x.deadline_ns && LoadAcquire(x.status) == 0) continue;
-      Report(x.status, late, r);
+      if (NanosecondsNow() - begin < x.deadline_ns && LoadAcquire(&x.state->status) == 0) continue;
+      Report(&x.state->status, late, r);
       missed = true;
     }
   }

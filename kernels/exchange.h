@@ -8,6 +8,13 @@
 // A flag is raised with the number of the exchange, so nothing is ever cleared. A peer's memory of
 // exchange n is not touched by n + 1 before its owner is through with it: who raises the counts of
 // n + 1 has combined n, for which it has waited for everyone's results.
+//
+// Every exchange is under one epoch of the placement: a rank that has another one in its tables is
+// named before anything is sent.
+//
+// A failure ends a generation of exchanges. The next one begins when all kernels of the old one
+// have ended on all ranks, with a status of 0 and a number that is the same on all and above any
+// that one of them had: what a slow rank raised in the end is then long past.
 #ifndef BALLAST_KERNELS_EXCHANGE_H_
 #define BALLAST_KERNELS_EXCHANGE_H_
 
@@ -15,7 +22,7 @@
 #include <cstdint>
 #include <span>
 
-#include "absl/status/status.h"
+#include "absl/status/statusor.h"
 #include "base/dtype.h"
 #include "kernels/stream.h"
 
@@ -30,11 +37,13 @@ inline constexpr int32_t kNumFlags = 3;
 // What ended an exchange. The word in device memory is code << 16 | rank; the first one stays.
 enum class ExchangeCode : uint32_t {
   kOk = 0,
-  kCountsLate = 1,    // the rank's counts did not come before the deadline
-  kRowsLate = 2,      // nor its rows
-  kResultsLate = 3,   // nor its results
-  kRowsExceeded = 4,  // the rank would get more rows than it has room for
-  kSharesWrong = 5,   // the shares of an expert are fewer than its copies (a bug)
+  kCountsLate = 1,     // the rank's counts did not come before the deadline
+  kRowsLate = 2,       // nor its rows
+  kResultsLate = 3,    // nor its results
+  kRowsExceeded = 4,   // the rank would get more rows than it has room for
+  kSharesWrong = 5,    // the shares of an expert are fewer than its copies (a bug)
+  kEpochDiffers = 6,   // the rank's tables are of another epoch
+  kLayerTooLarge = 7,  // the rank's tables have more hosts or groups than was said, or other counts
 };
 // OK, or what the word says. `rank` in the message is one of this exchange's ranks.
 absl::Status ToStatus(uint32_t status_word);
@@ -60,8 +69,10 @@ struct ArenaShape {
   constexpr size_t tokens_offset() const {
     return End(flags_offset(), size_t{kFlagBytes} * kNumFlags * num_ranks);
   }
+  // epochs [R] of the sources' tables
+  constexpr size_t epochs_offset() const { return End(tokens_offset(), 4ull * num_ranks); }
   // row_of_copy [R, max_tokens, K]: of each copy of a source, its row here, or -1
-  constexpr size_t row_of_copy_offset() const { return End(tokens_offset(), 4ull * num_ranks); }
+  constexpr size_t row_of_copy_offset() const { return End(epochs_offset(), 4ull * num_ranks); }
   // rows [R, max_tokens, row_bytes]: token t of source s at [s, t], where a copy of it comes here;
   // not of this rank itself
   constexpr size_t rows_offset() const {
@@ -86,16 +97,24 @@ struct ArenaShape {
 // ERRORS kInvalidArgument names what is out of range
 absl::Status CheckArenaShape(const ArenaShape& shape);
 
-// What one rank needs to take part in exchanges. What changes from one to the next is in device
-// memory, so a captured graph serves all of them.
+// What changes from one exchange to the next, in device memory: a captured graph serves all of
+// them.
+struct ExchangeState {
+  uint32_t status = 0;  // stays what it first became; kernels that find it set do nothing
+  uint32_t number = 0;  // of the exchange: flags begin as the same; the counts add one
+  int32_t blocks_done = 0, blocks_begun = 0;  // of a kernel; the counts clear them
+};
+
+// What one rank needs to take part in exchanges.
+// REQUIRES arenas and rows are aligned to 16 bytes
 struct Exchange {
   ArenaShape shape;
   std::byte* arena[kMaxPeers] = {};  // [R]; arena[rank] is this rank's own
   int32_t rank = 0;
-  uint32_t* number = nullptr;  // of the exchange: begins as 0, as flags do; the counts add one
-  uint64_t deadline_ns = 0;    // of every wait
-  uint32_t* status =
-      nullptr;  // stays what it first became; a kernel that finds it set does nothing
+  uint64_t deadline_ns = 0;  // of every wait
+  // Of a kernel. Ranks that share a device must fit it together: who waits keeps his place.
+  int32_t max_blocks = 1056;  // 8 on each of 132 multiprocessors
+  ExchangeState* state = nullptr;
 };
 
 // Sends each token's row once to every other rank that needs it, and to all ranks where its copies
@@ -106,7 +125,6 @@ struct DispatchArgs {
   const std::byte* x = nullptr;
   const int32_t* copy_rank = nullptr;
   const int32_t* copy_row = nullptr;
-  int32_t* blocks_done = nullptr;  // zero before the first call, left zero
 };
 
 // Waits for the rows of all sources and copies each to the rows of its copies.
@@ -128,7 +146,6 @@ struct PullCombineArgs {
   const float* weights = nullptr;
   const float* base = nullptr;
   float* out = nullptr;
-  int32_t* blocks_begun = nullptr;  // zero before the first call, left zero
 };
 
 // Ranks that share one device, for tests and measurements there: dispatch and expand of all of them
@@ -139,14 +156,22 @@ struct VirtualRank {
   Exchange exchange;
 };
 
-// STREAM asynchronous: in this order on one stream of the rank. Every wait has the deadline of the
-// exchange; what it missed is in *status then, and all later kernels of the exchange do nothing.
+// COLLECTIVE all ranks launch all of them, with zero tokens if they have none.
+// STREAM asynchronous: in this order on one stream of the rank, where flips of its tables come too,
+//        between exchanges. Every wait has the deadline of the exchange; what it missed is in the
+//        status then, and all later kernels of the exchange do nothing (the experts, which know of
+//        no status, find empty groups).
+// ERRORS kInvalidArgument: a shape that CheckArenaShape refuses, or more tokens than max_tokens;
+//        nothing is launched
 namespace cuda {
 absl::Status Dispatch(const DispatchArgs& args, const Exchange& exchange, Stream stream);
 absl::Status Expand(const ExpandArgs& args, const Exchange& exchange, Stream stream);
 absl::Status PullCombine(const PullCombineArgs& args, const Exchange& exchange, Stream stream);
-// SHAPES ranks [num_ranks] in device memory. REQUIRES num_ranks * blocks_per_rank blocks of 256
-// threads fit the device at once
+// SHAPES ranks [num_ranks] in device memory. REQUIRES num_ranks * blocks_per_rank <=
+// MostResidentBlocks
+absl::StatusOr<int32_t> MostResidentBlocks();
+// Adds one to the number of every rank: begins an exchange in which the counts are left out.
+absl::Status AdvanceNumbers(const VirtualRank* ranks, int32_t num_ranks, Stream stream);
 absl::Status DispatchAndExpand(const VirtualRank* ranks, int32_t num_ranks, int32_t blocks_per_rank,
                                Stream stream);
 }  // namespace cuda

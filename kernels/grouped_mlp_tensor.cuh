@@ -225,7 +225,7 @@ absl::Status LaunchTensor(const DeviceTraits& traits, const Operands& o, const V
       .shared_bytes =
           sizeof(typename Shape::Ring) + static_cast<size_t>(v.groups.num_groups) * sizeof(int)};
   const cudaError_t error = cudaFuncSetAttribute(
-      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes));
+      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kMostShared));
   if (error != cudaSuccess) {
     return absl::InternalError(
         absl::StrCat("grouped mlp: ", shape.shared_bytes,

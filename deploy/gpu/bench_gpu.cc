@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <memory>
 
 #include "base/random.h"
@@ -112,15 +113,15 @@ LayerHosts RandomHosts(int32_t experts, int32_t ranks, int32_t slots,
 struct RankMemory {
   OnDevice<int32_t> words, quota, load, send, row_begin, group_begin, group_rows;
   OnDevice<DeviceHosts> layer;
-  OnDevice<int32_t> ids, copy_rank, copy_row, tile_counts, blocks_done, blocks_begun, histogram;
+  OnDevice<int32_t> ids, copy_rank, copy_row, tile_counts, histogram;
   OnDevice<float> weights, base;
   OnDevice<std::byte> x, expanded;
-  OnDevice<uint32_t> status, number;
+  OnDevice<ExchangeState> state;
   CompiledHosts compiled;
   DeviceSplitArgs split;
   CopyRouteArgs route;
 
-  explicit RankMemory(const LayerHosts& hosts) : compiled(hosts) {}
+  explicit RankMemory(const LayerHosts& hosts) : compiled(hosts, 0) {}
 
   absl::Status Make(const LayerHosts& hosts, int32_t rank, const int32_t* counts, int kinds) {
     BALLAST_RETURN_IF_ERROR(words.Set(compiled.words()));
@@ -131,10 +132,7 @@ struct RankMemory {
     }
     BALLAST_RETURN_IF_ERROR(group_begin.Allocate(num_hosts + 1));
     BALLAST_RETURN_IF_ERROR(load.Allocate(static_cast<size_t>(hosts.num_ranks)));
-    BALLAST_RETURN_IF_ERROR(status.Set({0}));
-    BALLAST_RETURN_IF_ERROR(number.Set({0}));
-    BALLAST_RETURN_IF_ERROR(blocks_done.Set({0}));
-    BALLAST_RETURN_IF_ERROR(blocks_begun.Set({0}));
+    BALLAST_RETURN_IF_ERROR(state.Set({{}}));
     int32_t max_groups = 0;
     for (int32_t r = 0; r < hosts.num_ranks; ++r) {
       max_groups = std::max(max_groups, compiled.num_groups(r));
@@ -155,7 +153,7 @@ struct RankMemory {
              .row_begin = row_begin.data(),
              .group_begin = group_begin.data(),
              .group_rows = group_rows.data(),
-             .status = status.data()};
+             .status = &state.data()->status};
     return absl::OkStatus();
   }
 
@@ -189,16 +187,16 @@ struct RankMemory {
              .copy_rank = copy_rank.data(),
              .copy_row = copy_row.data(),
              .tile_counts = tile_counts.data(),
-             .status = status.data()};
+             .status = &state.data()->status};
     return absl::OkStatus();
   }
 };
 
-absl::Status CheckWord(const OnDevice<uint32_t>& word) {
-  uint32_t host = 0;
+absl::Status StatusOf(const RankMemory& memory) {
+  ExchangeState host;
   BALLAST_CUDA(cudaDeviceSynchronize());
-  BALLAST_CUDA(cudaMemcpy(&host, word.data(), sizeof host, cudaMemcpyDeviceToHost));
-  return ToStatus(host);
+  BALLAST_CUDA(cudaMemcpy(&host, memory.state.data(), sizeof host, cudaMemcpyDeviceToHost));
+  return ToStatus(host.status);
 }
 
 absl::Status BenchSplit(Bench* bench, int32_t experts, int32_t ranks, int32_t slots) {
@@ -221,7 +219,7 @@ absl::Status BenchSplit(Bench* bench, int32_t experts, int32_t ranks, int32_t sl
       bench->Add("split", absl::StrCat(experts, " experts ", slots, " slots ", ranks, " ranks"),
                  4.0 * static_cast<double>(counts.size()),
                  [&](cudaStream_t stream) { return cuda::SplitOnDevice(memory.split, stream); }));
-  return CheckWord(memory.status);
+  return StatusOf(memory);
 }
 
 // The whole exchange of `ranks` ranks on this device but for the experts; every step measured alone
@@ -260,14 +258,12 @@ class ExchangeBench {
       exchange.shape = shape_;
       for (int32_t peer = 0; peer < shape_.num_ranks; ++peer) exchange.arena[peer] = ArenaOf(peer);
       exchange.rank = r;
-      exchange.number = m.number.data();
       exchange.deadline_ns = 2'000'000'000;
-      exchange.status = m.status.data();
+      exchange.state = m.state.data();
       virtual_.push_back({{.num_tokens = shape_.max_tokens,
                            .x = m.x.data(),
                            .copy_rank = m.copy_rank.data(),
-                           .copy_row = m.copy_row.data(),
-                           .blocks_done = m.blocks_done.data()},
+                           .copy_row = m.copy_row.data()},
                           {.own = m.x.data(), .x = m.expanded.data()},
                           exchange});
     }
@@ -285,7 +281,7 @@ class ExchangeBench {
     }
     BALLAST_CUDA(cudaDeviceSynchronize());
     for (cudaStream_t stream : streams) BALLAST_CUDA(cudaStreamDestroy(stream));
-    return CheckWord(ranks_[0]->status);
+    return StatusOfAll();
   }
 
   absl::Status Run(Bench* bench) {
@@ -302,17 +298,24 @@ class ExchangeBench {
           [&](cudaStream_t stream) { return cuda::RouteCopies(ranks_[0]->route, stream); }));
       BALLAST_RETURN_IF_ERROR(BenchCombine(bench, shape));
     }
-    // Rows read once and written once per copy. A multiprocessor holds 8 blocks of 256 threads.
-    const int blocks = std::min(bench->small() ? 2 : 132 * 8 / shape_.num_ranks, shape_.max_tokens);
-    BALLAST_RETURN_IF_ERROR(bench->Add(
-        shape_.num_ranks == 1 ? "permute" : "dispatch and expand", shape,
-        rows * row_bytes * (1 + shape_.top_k), [&](cudaStream_t stream) {
-          return cuda::DispatchAndExpand(device_virtual_.data(), shape_.num_ranks, blocks, stream);
-        }));
-    return CheckWord(ranks_[0]->status);
+    // Rows read once and written once per copy.
+    BALLAST_ASSIGN_OR_RETURN(const int32_t resident, cuda::MostResidentBlocks());
+    const int blocks = std::min(std::max(resident / shape_.num_ranks, 1), shape_.max_tokens);
+    const auto launch = [&](cudaStream_t stream) -> absl::Status {
+      BALLAST_RETURN_IF_ERROR(
+          cuda::AdvanceNumbers(device_virtual_.data(), shape_.num_ranks, stream));
+      return cuda::DispatchAndExpand(device_virtual_.data(), shape_.num_ranks, blocks, stream);
+    };
+    BALLAST_RETURN_IF_ERROR(bench->Add(shape_.num_ranks == 1 ? "permute" : "dispatch and expand",
+                                       shape, rows * row_bytes * (1 + shape_.top_k), launch));
+    return StatusOfAll();
   }
 
  private:
+  absl::Status StatusOfAll() const {
+    for (const auto& rank : ranks_) BALLAST_RETURN_IF_ERROR(StatusOf(*rank));
+    return absl::OkStatus();
+  }
   std::byte* ArenaOf(int32_t rank) const {
     return arena_.data() + shape_.bytes() * static_cast<size_t>(rank);
   }
@@ -325,8 +328,7 @@ class ExchangeBench {
                                   .copy_row = m.copy_row.data(),
                                   .weights = m.weights.data(),
                                   .base = m.base.data(),
-                                  .out = m.base.data(),
-                                  .blocks_begun = m.blocks_begun.data()};
+                                  .out = m.base.data()};
     const double rows = shape_.max_tokens, row_bytes = shape_.row_bytes;
     // The copies' rows, and the sums in fp32, read and written.
     return bench->Add(
@@ -346,6 +348,10 @@ class ExchangeBench {
 }  // namespace
 
 absl::StatusOr<GpuBenchResult> RunGpuBench(bool small) {
+  // Ranks that share the device wait for each other's kernels: each needs a queue of its own, and
+  // no kernel may be loaded while others spin.
+  setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 0);
+  setenv("CUDA_MODULE_LOADING", "EAGER", 0);
   Bench bench(small);
   cudaDeviceProp properties;
   BALLAST_CUDA(cudaGetDeviceProperties(&properties, 0));

@@ -30,15 +30,20 @@ class DeviceArray {
   DeviceArray(const DeviceArray&) = delete;
   DeviceArray& operator=(const DeviceArray&) = delete;
 
-  void Fill(int byte) { RequireCuda(cudaMemset(data_, byte, bytes())); }
+  void Fill(int byte) {
+    RequireCuda(cudaMemset(data_, byte, bytes()));
+    Settle();
+  }
   void Write(const std::vector<T>& host) {
     REQUIRE(host.size() == size_);
     RequireCuda(cudaMemcpy(data_, host.data(), bytes(), cudaMemcpyHostToDevice));
+    Settle();
   }
   // The elements after those keep what they had.
   void WriteFirst(const std::vector<T>& host) {
     REQUIRE(host.size() <= size_);
     RequireCuda(cudaMemcpy(data_, host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice));
+    Settle();
   }
   // Waits for everything first.
   std::vector<T> Read() const {
@@ -54,6 +59,8 @@ class DeviceArray {
 
  private:
   size_t bytes() const { return size_ * sizeof(T); }
+  // Copies from the heap, and what sets memory, may return before they are done.
+  static void Settle() { RequireCuda(cudaStreamSynchronize(nullptr)); }
 
   T* data_ = nullptr;
   size_t size_;

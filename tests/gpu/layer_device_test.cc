@@ -66,7 +66,7 @@ std::vector<float> LayerOf(const Batch& batch, int32_t top_k, const Experts& exp
   return out;
 }
 
-TEST_CASE("a layer of any number of ranks has the bits of one", "[device][layer]") {
+TEST_CASE("a layer of any number of ranks has the bits of one", "[device][layer][streams]") {
   testing::ForEachSchedule([](int round) {
     Random random(static_cast<uint64_t>(round) + 31);
     const Experts experts(&random);
@@ -103,6 +103,59 @@ TEST_CASE("a layer of any number of ranks has the bits of one", "[device][layer]
         REQUIRE(ranks.rank(r).out() == LayerOf(batches[r], shape.top_k, experts));
       }
     }
+  });
+}
+
+// What changes between steps is in device memory: a graph that was captured once goes on over
+// flips.
+TEST_CASE("a captured layer replays across a flip", "[device][layer][streams]") {
+  testing::ForEachSchedule([](int round) {
+    Random random(static_cast<uint64_t>(round) + 460);
+    const Experts experts(&random);
+    const DeviceArray<std::byte> arena(experts.packed());
+    const Topology topology = Topology::Uniform(3, 3);
+    const auto make = [&](int64_t epoch) {
+      return *Placement::Create(1, kExperts, topology, testing::RandomRow(&random, 9, kExperts),
+                                epoch);
+    };
+    const ArenaShape shape = ShapeFor(make(0), 6, 2, kHidden);
+    TestRanks ranks(make(0), shape);
+    const auto batches = [&] {
+      std::vector<Batch> all;
+      for (int32_t r = 0; r < 3; ++r) all.push_back(RandomBatch(shape, 6 - 2 * r, &random));
+      return all;
+    };
+    ranks.Begin(batches(), 0);
+    std::vector<cudaGraphExec_t> graphs(3);
+    for (int32_t r = 0; r < 3; ++r) {
+      testing::TestRank& rank = ranks.rank(r);
+      cudaGraph_t graph;
+      RequireCuda(cudaStreamBeginCapture(rank.stream(), cudaStreamCaptureModeThreadLocal));
+      rank.LaunchFirstHalf();
+      rank.LaunchExperts(Experts::shape(), arena.data());
+      rank.LaunchSecondHalf();
+      RequireCuda(cudaStreamEndCapture(rank.stream(), &graph));
+      RequireCuda(cudaGraphInstantiate(&graphs[r], graph, 0));
+      RequireCuda(cudaGraphDestroy(graph));
+    }
+    for (int64_t step = 0; step < 4; ++step) {
+      const std::vector<Batch> now = batches();
+      const Placement placement = make(step);
+      for (int32_t r = 0; r < 3; ++r) {
+        ranks.rank(r).SetBatch(now[r]);
+        if (step % 2 == 1) ranks.rank(r).Flip(placement);
+      }
+      for (int32_t r = 0; r < 3; ++r) {
+        RequireCuda(cudaGraphLaunch(graphs[r], ranks.rank(r).stream()));
+      }
+      RequireCuda(cudaDeviceSynchronize());
+      for (int32_t r = 0; r < 3; ++r) {
+        CAPTURE(round, step, r);
+        REQUIRE(ranks.rank(r).status().ok());
+        REQUIRE(ranks.rank(r).out() == LayerOf(now[r], shape.top_k, experts));
+      }
+    }
+    for (cudaGraphExec_t graph : graphs) RequireCuda(cudaGraphExecDestroy(graph));
   });
 }
 

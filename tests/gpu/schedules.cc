@@ -3,7 +3,7 @@
 namespace ballast::testing {
 
 void ForEachSchedule(const std::function<void(int round)>& body) {
-  constexpr int kRounds = 3;  // of fresh data
+  constexpr int kRounds = 20;  // of fresh data, as many as the emulator has schedules
   for (int round = 0; round < kRounds; ++round) body(round);
 }
 

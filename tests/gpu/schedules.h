@@ -1,4 +1,4 @@
-// Where a test of kernels runs: on a device once, in the emulator under several schedules.
+// Where a test of kernels runs: on a device, or in the emulator under a schedule per round.
 #ifndef BALLAST_TESTS_GPU_SCHEDULES_H_
 #define BALLAST_TESTS_GPU_SCHEDULES_H_
 

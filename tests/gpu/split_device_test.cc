@@ -97,7 +97,7 @@ struct OnDevice {
 
 void RequireSplit(const LayerHosts& hosts, const std::vector<int32_t>& counts, int32_t rank) {
   const Expected want = ExpectedFor(hosts, counts, rank);
-  const CompiledHosts compiled(hosts);
+  const CompiledHosts compiled(hosts, 0);
   const DeviceArray<int32_t> device_counts(counts);
   const OnDevice device(compiled, hosts, rank);
   const absl::Status status =
@@ -170,7 +170,7 @@ TEST_CASE("an expert on more ranks than a warp has lanes is split", "[device][sp
 TEST_CASE("more rows than a rank has room for are reported with the rank", "[device][split]") {
   const Placement placement = *Placement::Contiguous(1, 4, Topology::Uniform(2, 2), false);
   const LayerHosts& hosts = placement.hosts(0);
-  const CompiledHosts compiled(hosts);
+  const CompiledHosts compiled(hosts, 0);
   const DeviceArray<int32_t> counts(std::vector<int32_t>{1, 1, 5, 20, 0, 0, 8, 20});
   const OnDevice device(compiled, hosts, 0);
   DeviceSplitArgs args = device.Args(compiled, 0, counts.data());
@@ -186,6 +186,25 @@ TEST_CASE("more rows than a rank has room for are reported with the rank", "[dev
   REQUIRE(cuda::SplitOnDevice(args, nullptr).ok());
   REQUIRE(ToStatus(other.status.Read()[0]).message() == status.message());  // all ranks say so
   REQUIRE(other.group_rows.Read() == std::vector<int32_t>(2 + kSpareGroups, 0));
+}
+
+TEST_CASE("tables that are larger than was said are refused on the device", "[device][split]") {
+  const Placement placement = *Placement::Contiguous(1, 4, Topology::Uniform(2, 2), false);
+  const LayerHosts& hosts = placement.hosts(0);
+  const CompiledHosts compiled(hosts, 0);
+  const DeviceArray<int32_t> counts(std::vector<int32_t>(8, 1));
+  const auto refused = [&](auto change) {
+    const OnDevice device(compiled, hosts, 0);
+    DeviceSplitArgs args = device.Args(compiled, 0, counts.data());
+    change(args);
+    REQUIRE(cuda::SplitOnDevice(args, nullptr).ok());
+    const bool empty = device.group_rows.Read()[0] == 0;
+    return empty &&
+           device.status.Read()[0] >> 16 == static_cast<uint32_t>(ExchangeCode::kLayerTooLarge);
+  };
+  REQUIRE(refused([](DeviceSplitArgs& a) { a.max_hosts = 3; }));
+  REQUIRE(refused([](DeviceSplitArgs& a) { a.max_groups = 1; }));
+  REQUIRE(refused([](DeviceSplitArgs& a) { a.num_experts = 5; }));
 }
 
 // The hosts by AssignCopies, the rows by counting what goes to the same host before.
@@ -207,7 +226,7 @@ void RequireRoutes(const LayerHosts& hosts, const std::vector<int32_t>& ids, int
     while (hosts.host_rank[h] != route.copy_rank[i]) ++h;
     rows[i] = next[h]++;
   }
-  const CompiledHosts compiled(hosts);
+  const CompiledHosts compiled(hosts, 0);
   const DeviceArray<int32_t> words(compiled.words()), device_ids(ids), device_send(send);
   const DeviceArray<DeviceHosts> layer(std::vector<DeviceHosts>{compiled.At(words.data())});
   const DeviceArray<int32_t> device_begin(row_begin), copy_rank(ids.size()), copy_row(ids.size());

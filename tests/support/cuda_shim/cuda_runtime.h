@@ -390,8 +390,14 @@ cudaError_t cudaGraphDestroy(cudaGraph_t graph);
 cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec);
 
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+cudaError_t SetSharedLimit(const void* kernel, int bytes);
 template <typename T>
-cudaError_t cudaFuncSetAttribute(T*, cudaFuncAttribute, int) {
+cudaError_t cudaFuncSetAttribute(T* kernel, cudaFuncAttribute, int bytes) {
+  return SetSharedLimit(reinterpret_cast<const void*>(kernel), bytes);
+}
+template <typename T>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, T*, int, size_t) {
+  *blocks = 4;
   return cudaSuccess;
 }
 
@@ -410,13 +416,14 @@ struct cudaLaunchConfig_t {
   cudaLaunchAttribute* attrs = nullptr;
   unsigned numAttrs = 0;
 };
-cudaError_t LaunchInShim(const cudaLaunchConfig_t& config, std::function<void()> body);
+cudaError_t LaunchInShim(const cudaLaunchConfig_t& config, const void* kernel,
+                         std::function<void()> body);
 
 // The arguments are copied at the launch, as a kernel's are.
 template <typename... Params, typename... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...),
                                Args&&... args) {
-  return LaunchInShim(*config,
+  return LaunchInShim(*config, reinterpret_cast<const void*>(kernel),
                       [kernel, copies = std::tuple<Params...>(std::forward<Args>(args)...)] {
                         std::apply(kernel, copies);
                       });

@@ -1,4 +1,5 @@
 // The functions of the CUDA runtime, over the emulator.
+#include <map>
 #include <memory>
 
 #include "tests/support/cuda_shim/cuda_runtime.h"
@@ -177,16 +178,33 @@ cudaError_t cudaEventSynchronize(cudaEvent_t event) {
   return cudaEventQuery(event) == cudaSuccess ? Sound() : Settle(nullptr, true);
 }
 
-cudaError_t LaunchInShim(const cudaLaunchConfig_t& config, std::function<void()> body) {
+namespace {
+
+// How much shared memory each kernel may have, where that has been asked for.
+std::map<const void*, size_t>& SharedLimits() {
+  static std::map<const void*, size_t> limits;
+  return limits;
+}
+
+}  // namespace
+
+cudaError_t SetSharedLimit(const void* kernel, int bytes) {
+  SharedLimits()[kernel] = static_cast<size_t>(bytes);
+  return cudaSuccess;
+}
+
+cudaError_t LaunchInShim(const cudaLaunchConfig_t& config, const void* kernel,
+                         std::function<void()> body) {
   const auto shape = [](dim3 d) { return cuda_shim::Shape{d.x, d.y, d.z}; };
   cuda_shim::Launch launch;
   launch.grid = shape(config.gridDim);
   launch.block = shape(config.blockDim);
   launch.shared_bytes = config.dynamicSmemBytes;
   launch.body = std::move(body);
-  constexpr size_t kMostShared = 227 << 10;  // of a block, on Hopper
+  const auto limit = SharedLimits().find(kernel);
+  const size_t most_shared = limit == SharedLimits().end() ? 48 << 10 : limit->second;
   if (launch.grid.count() == 0 || launch.block.count() == 0 || launch.block.count() > 1024 ||
-      launch.shared_bytes > kMostShared) {
+      launch.shared_bytes > most_shared) {
     return Note(cudaErrorInvalidConfiguration);
   }
   for (unsigned i = 0; i < config.numAttrs; ++i) {
