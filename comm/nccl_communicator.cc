@@ -268,6 +268,11 @@ absl::Status NcclCommunicator::ShrinkTo(std::span<const int32_t> excluded, bool 
   const int64_t end = NowNs() + options_.deadline_ms * 1'000'000;
   const auto left_ms = [end] { return std::max<int64_t>(0, (end - NowNs()) / 1'000'000); };
   absl::Status shrunk = CallWithin(left_ms(), "ncclCommShrink", call);
+  if (absl::IsDeadlineExceeded(shrunk)) {
+    // NCCL is still in there: neither this communicator may be touched, nor what it will write.
+    comm_ = nullptr;
+    return Fail(shrunk);
+  }
   shrunk = shrunk.ok() ? Settle(left_ms(), "for all survivors to shrink NCCL's communicator")
                        : Fail(shrunk);
   // Once aborted it is written no more; if even that does not return, it is given up for good.

@@ -2,6 +2,7 @@
 #include <nccl.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cstring>
 #include <vector>
 
@@ -67,6 +68,7 @@ class Library : public NcclApi {
   absl::StatusOr<GpuIdentity> CurrentDevice() override {
     int device = 0;
     BALLAST_RETURN_IF_ERROR(BALLAST_CUDA(cudaGetDevice(&device)));
+    device_ = device;
     cudaDeviceProp properties;
     BALLAST_RETURN_IF_ERROR(BALLAST_CUDA(cudaGetDeviceProperties(&properties, device)));
     char bus_id[32] = {};
@@ -114,11 +116,18 @@ class Library : public NcclApi {
   }
 
   absl::Status Finalize(NcclComm comm) override { return BALLAST_NCCL(ncclCommFinalize(comm)); }
-  absl::Status Destroy(NcclComm comm) override { return BALLAST_NCCL(ncclCommDestroy(comm)); }
-  absl::Status Abort(NcclComm comm) override { return BALLAST_NCCL(ncclCommAbort(comm)); }
+  absl::Status Destroy(NcclComm comm) override {
+    BALLAST_RETURN_IF_ERROR(UseDevice());
+    return BALLAST_NCCL(ncclCommDestroy(comm));
+  }
+  absl::Status Abort(NcclComm comm) override {
+    BALLAST_RETURN_IF_ERROR(UseDevice());
+    return BALLAST_NCCL(ncclCommAbort(comm));
+  }
 
   absl::Status Shrink(NcclComm comm, std::span<const int32_t> excluded, bool abort,
                       const NcclConfig& config, NcclComm* child) override {
+    BALLAST_RETURN_IF_ERROR(UseDevice());
     std::vector<int> sorted(excluded.begin(), excluded.end());  // NCCL sorts it in place
     ncclConfig_t settings = ToConfig(config);
     return BALLAST_NCCL(ncclCommShrink(comm, sorted.data(), static_cast<int>(sorted.size()), child,
@@ -150,6 +159,13 @@ class Library : public NcclApi {
     BALLAST_RETURN_IF_ERROR(FromCuda(state, BALLAST_SITE(cudaEventQuery(event))));
     return true;
   }
+
+ private:
+  // Calls that run on a thread of their own find its device there: NCCL would come back to that one
+  // and so make it a context on a device that is another rank's.
+  absl::Status UseDevice() { return BALLAST_CUDA(cudaSetDevice(device_)); }
+
+  std::atomic<int> device_ = 0;  // the rank's
 };
 
 }  // namespace

@@ -297,6 +297,25 @@ TEST_CASE("survivors shrink after a loss and rows go on", "[comm][nccl][errors]"
   RequireAllFreed(fake);
 }
 
+TEST_CASE("a shrink that does not return is left alone with its communicator",
+          "[comm][nccl][errors]") {
+  FakeNccl fake(3);
+  fake.faults(1).shrink_hangs = true;
+  const auto statuses = RunNcclRanks(&fake, [](const NcclRank& at) -> absl::Status {
+    BALLAST_ASSIGN_OR_RETURN(const auto comm, CreateOn(at, kShortMs));
+    if (at.rank == 0) return comm->Abort();
+    Members members(at, {1, 2});
+    return Expect(comm->Shrink(&members.world, 1, members.ranks).status(),
+                  absl::StatusCode::kDeadlineExceeded, "ncclCommShrink has not returned in");
+  });
+  fake.Release();
+  while (fake.hanging_shrinks() > 0) std::this_thread::yield();
+  REQUIRE(FirstError(statuses) == "");
+  REQUIRE(fake.seen(1).aborts == 0);  // NCCL was still in there
+  REQUIRE(fake.seen(2).aborts == 2);  // of the old one and of the one that was begun
+  REQUIRE(fake.uses_after_free() == 0);
+}
+
 TEST_CASE("a rank that leaves is shrunk away without an abort", "[comm][nccl]") {
   FakeNccl fake(3);
   const auto statuses = RunNcclRanks(&fake, [](const NcclRank& at) -> absl::Status {

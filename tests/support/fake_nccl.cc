@@ -31,6 +31,7 @@ struct FakeNccl::Impl : fake_nccl::FakeMachine {
   mutable std::mutex mutex;
   std::condition_variable released;
   bool release = false;
+  int hanging = 0;  // shrinks
   std::vector<Faults> faults;
   std::vector<Seen> seen;
   std::vector<std::unique_ptr<NcclApi>> apis;
@@ -155,7 +156,12 @@ class FakeNccl::Api : public NcclApi {
 
   absl::Status Shrink(NcclComm handle, std::span<const int32_t> excluded, bool abort,
                       const NcclConfig& config, NcclComm* child) override {
-    const std::lock_guard lock(world_.mutex);
+    std::unique_lock lock(world_.mutex);
+    if (faults().shrink_hangs) {
+      ++world_.hanging;
+      world_.released.wait(lock, [this] { return world_.release; });
+      --world_.hanging;
+    }
     Comm* const comm = reinterpret_cast<Comm*>(handle);
     ++(abort ? seen().shrinks_with_abort : seen().plain_shrinks);
     seen().max_ctas.push_back(config.max_ctas);
@@ -288,6 +294,10 @@ void FakeNccl::Release() {
   impl_->released.notify_all();
 }
 
+int FakeNccl::hanging_shrinks() const {
+  const std::lock_guard lock(impl_->mutex);
+  return impl_->hanging;
+}
 int FakeNccl::live_communicators() const {
   const std::lock_guard lock(impl_->mutex);
   return static_cast<int>(

@@ -31,7 +31,8 @@ class FakeNccl {
     NcclResult init = NcclResult::kSuccess;
     int lost_after_groups = -1;  // then a remote error is in the background, once; -1: never
     NcclResult shrink = NcclResult::kSuccess;
-    bool abort_hangs = false;  // until Release
+    bool abort_hangs = false;   // until Release
+    bool shrink_hangs = false;  // the same, before it has done anything
   };
   // What a rank's process has asked for.
   struct Seen {
@@ -58,6 +59,7 @@ class FakeNccl {
   NcclApi* api(int rank);            // the process of `rank`
   GpuStream stream(int rank);        // one of that process
   void Release();                    // ends what hangs
+  int hanging_shrinks() const;       // 0: those that hung have returned
 
   // Communicators and events that nobody has freed.
   int live_communicators() const;
