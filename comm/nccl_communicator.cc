@@ -258,11 +258,12 @@ absl::StatusOr<std::unique_ptr<NcclCommunicator>> NcclCommunicator::Shrink(
 
 absl::Status NcclCommunicator::ShrinkTo(std::span<const int32_t> excluded, bool abort,
                                         NcclCommunicator* child) {
-  // On the heap, because NCCL writes it at some time before this communicator settles.
-  auto* const made = new NcclComm(nullptr);
+  // NCCL writes it at some time before this communicator settles; the call keeps it as long as it
+  // runs.
+  const auto made = std::make_shared<NcclComm>(nullptr);
   const auto call = [api = api_, comm = comm_, abort, made, max_ctas = options_.max_ctas,
                      list = std::vector<int32_t>(excluded.begin(), excluded.end())] {
-    return api->Shrink(comm, list, abort, {.max_ctas = max_ctas}, made);
+    return api->Shrink(comm, list, abort, {.max_ctas = max_ctas}, made.get());
   };
   // Three waits, one deadline: the others count on it.
   const int64_t end = NowNs() + options_.deadline_ms * 1'000'000;
@@ -276,9 +277,11 @@ absl::Status NcclCommunicator::ShrinkTo(std::span<const int32_t> excluded, bool 
   shrunk = shrunk.ok() ? Settle(left_ms(), "for all survivors to shrink NCCL's communicator")
                        : Fail(shrunk);
   // Once aborted it is written no more; if even that does not return, it is given up for good.
-  if (!shrunk.ok() && !Abort().ok()) return shrunk;
+  if (!shrunk.ok() && !Abort().ok()) {
+    static_cast<void>(new std::shared_ptr<NcclComm>(made));  // never freed
+    return shrunk;
+  }
   child->comm_ = *made;
-  delete made;
   if (!shrunk.ok()) return shrunk;
   if (child->comm_ == nullptr) return absl::InternalError("NCCL has made no communicator");
   return child->Settle(left_ms(), "for all survivors to join NCCL's communicator");
