@@ -5,11 +5,7 @@
 namespace ballast::testing {
 
 void ForEachSchedule(const std::function<void(int round)>& body) {
-#if defined(__SANITIZE_ADDRESS__)
-  constexpr int kSchedules = 10;  // each takes five times as long; the preset cpu has all
-#else
   constexpr int kSchedules = 20;
-#endif
   for (int round = 0; round < kSchedules; ++round) {
     cuda_shim::Reseed(static_cast<uint64_t>(round) + 1);
     body(round);
