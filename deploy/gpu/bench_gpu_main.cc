@@ -13,6 +13,13 @@ int main(int argc, char** argv) {
     std::fprintf(stderr, "usage: ballast-bench-gpu [--json FILE]\n");
     return 2;
   }
+  if (json != nullptr) {
+    const absl::Status writable = ballast::CheckWritable(json);
+    if (!writable.ok()) {
+      std::fprintf(stderr, "ballast-bench-gpu: %s\n", std::string(writable.message()).c_str());
+      return 2;
+    }
+  }
   const auto result = ballast::RunGpuBench(false);
   if (!result.ok()) {
     std::fprintf(stderr, "ballast-bench-gpu: %s\n", std::string(result.status().message()).c_str());

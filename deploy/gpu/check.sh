@@ -9,10 +9,20 @@ cd "$(dirname "$0")/../.."
 prefix="" out=build/gpu-kernels
 while [ $# -gt 0 ]; do
   case "$1" in
-    --prefix) prefix=$(cd "$2" && pwd); shift 2 ;;
-    --out) out=$2; shift 2 ;;
+    --prefix | --out) [ $# -ge 2 ] || { echo "deploy/gpu/check.sh: $1 wants a folder" >&2; exit 2; } ;;
     *) echo "usage: deploy/gpu/check.sh [--prefix FOLDER] [--out FOLDER]" >&2; exit 2 ;;
   esac
+  case "$1" in
+    --prefix)
+      [ -d "$2/include/absl" ] || {
+        echo "deploy/gpu/check.sh: --prefix: $2 is no folder that deploy/gpu/prefix.sh has made" >&2
+        exit 2
+      }
+      prefix=$(cd "$2" && pwd)
+      ;;
+    --out) out=$2 ;;
+  esac
+  shift 2
 done
 mkdir -p "$out"
 echo "== build"

@@ -6,6 +6,12 @@
 set -euo pipefail
 [ $# -eq 1 ] || { echo "usage: deploy/gpu/prefix.sh FOLDER" >&2; exit 2; }
 to=$1
+for folder in absl catch2 nlohmann; do
+  [ -d "/usr/include/$folder" ] || {
+    echo "deploy/gpu/prefix.sh: /usr/include/$folder is not there: run deploy/setup.sh first" >&2
+    exit 1
+  }
+done
 lib=lib/$(gcc -print-multiarch)
 mkdir -p "$to/include" "$to/$lib/cmake" "$to/lib/cmake" "$to/share"
 cp -r /usr/include/absl /usr/include/catch2 /usr/include/nlohmann "$to/include/"
