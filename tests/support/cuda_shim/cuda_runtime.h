@@ -50,12 +50,6 @@ struct alignas(8) uint2 {
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
-inline float4 make_float4(float x, float y, float z, float w) {
-  return {x, y, z, w};
-}
-inline int4 make_int4(int x, int y, int z, int w) {
-  return {x, y, z, w};
-}
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) {
   return {x, y, z, w};
 }
@@ -80,12 +74,6 @@ inline void __threadfence_block() {
 }
 inline void __threadfence_system() {
   cuda_shim::Fence();
-}
-inline void __nanosleep(unsigned) {
-  cuda_shim::Yield();
-}
-[[noreturn]] inline void __trap() {
-  cuda_shim::Trap("__trap()");
 }
 
 namespace cuda_shim {
@@ -189,12 +177,6 @@ inline void __syncwarp(unsigned mask = 0xffffffffu) {
 inline unsigned __ballot_sync(unsigned mask, int predicate) {
   return static_cast<unsigned>(cuda_shim::InWarp(cuda_shim::kBallot, mask, predicate != 0, 0));
 }
-inline int __any_sync(unsigned mask, int predicate) {
-  return __ballot_sync(mask, predicate) != 0;
-}
-inline int __all_sync(unsigned mask, int predicate) {
-  return __ballot_sync(mask, !predicate) == 0;
-}
 template <typename T>
 unsigned __match_any_sync(unsigned mask, T value) {
   return static_cast<unsigned>(
@@ -212,14 +194,6 @@ T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32) {
   const unsigned own = cuda_shim::Lane();
   unsigned from = own ^ static_cast<unsigned>(lanes);
   if ((from & ~(width - 1u)) > (own & ~(width - 1u))) from = own;  // later segments are not read
-  return cuda_shim::FromBits<T>(
-      cuda_shim::InWarp(cuda_shim::kShuffle, mask, cuda_shim::Bits(value), from));
-}
-template <typename T>
-T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32) {
-  const unsigned own = cuda_shim::Lane();
-  const unsigned from =
-      (own & (width - 1u)) + delta < static_cast<unsigned>(width) ? own + delta : own;
   return cuda_shim::FromBits<T>(
       cuda_shim::InWarp(cuda_shim::kShuffle, mask, cuda_shim::Bits(value), from));
 }
@@ -261,24 +235,12 @@ T atomicAdd(T* at, std::type_identity_t<T> value) {
   return cuda_shim::Atomically(at, [&](T before) { return static_cast<T>(before + value); });
 }
 template <typename T>
-T atomicMax(T* at, std::type_identity_t<T> value) {
-  return cuda_shim::Atomically(at, [&](T before) { return std::max(before, value); });
-}
-template <typename T>
-T atomicMin(T* at, std::type_identity_t<T> value) {
-  return cuda_shim::Atomically(at, [&](T before) { return std::min(before, value); });
-}
-template <typename T>
 T atomicExch(T* at, std::type_identity_t<T> value) {
   return cuda_shim::Atomically(at, [&](T) { return value; });
 }
 template <typename T>
 T atomicCAS(T* at, std::type_identity_t<T> compare, std::type_identity_t<T> value) {
   return cuda_shim::Atomically(at, [&](T before) { return before == compare ? value : before; });
-}
-template <typename T>
-T __ldg(const T* at) {
-  return *at;
 }
 
 // ---- numbers ----------------------------------------------------------------------------------
@@ -305,9 +267,6 @@ inline float __int_as_float(int x) {
 inline float __uint_as_float(unsigned x) {
   return std::bit_cast<float>(x);
 }
-inline unsigned __umulhi(unsigned a, unsigned b) {
-  return static_cast<unsigned>(uint64_t{a} * b >> 32);
-}
 
 // ---- the runtime ------------------------------------------------------------------------------
 enum cudaError_t {
@@ -331,7 +290,6 @@ enum cudaMemcpyKind {
 };
 inline constexpr unsigned cudaStreamNonBlocking = 1;
 inline constexpr unsigned cudaEventDisableTiming = 2;
-inline constexpr unsigned cudaHostAllocMapped = 2;
 
 const char* cudaGetErrorString(cudaError_t error);
 const char* cudaGetErrorName(cudaError_t error);
@@ -349,8 +307,6 @@ enum cudaDeviceAttr {
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 cudaError_t cudaMalloc(void** block, size_t bytes);
 cudaError_t cudaFree(void* block);
-cudaError_t cudaHostAlloc(void** block, size_t bytes, unsigned flags);
-cudaError_t cudaFreeHost(void* block);
 struct cudaIpcMemHandle_t {
   char reserved[64];
 };

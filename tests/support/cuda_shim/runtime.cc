@@ -88,12 +88,6 @@ cudaError_t cudaFree(void* block) {
   const cudaError_t settled = Settle(nullptr, true);
   return cuda_shim::FreeDevice(block) ? settled : Note(cudaErrorInvalidValue);
 }
-cudaError_t cudaHostAlloc(void** block, size_t bytes, unsigned) {
-  return cudaMalloc(block, bytes);
-}
-cudaError_t cudaFreeHost(void* block) {
-  return cudaFree(block);
-}
 
 cudaError_t cudaIpcGetMemHandle(cudaIpcMemHandle_t* handle, void* block) {
   cuda_shim::SharedBlock shared;
