@@ -64,6 +64,7 @@ ballast_library(kernels
     kernels/grouped_mlp.cc
     kernels/grouped_mlp_fp8.cc
     kernels/kernel_set.cc
+    kernels/memory.cc
     kernels/matmul_plain.cc
     ${BALLAST_MATMUL_SOURCE}
   PUBLIC ballast_base

@@ -14,7 +14,7 @@ set(BALLAST_DEVICE_SOURCES
 if(BALLAST_WITH_CUDA)
   enable_language(CUDA)
   find_package(CUDAToolkit REQUIRED)
-  ballast_library(kernels_cuda SOURCES ${BALLAST_DEVICE_SOURCES} PUBLIC ballast_kernels CUDA::cudart)
+  ballast_library(kernels_cuda SOURCES ${BALLAST_DEVICE_SOURCES} kernels/device_memory.cc PUBLIC ballast_kernels CUDA::cudart)
   # CMake 3.25 does not know C++20 for CUDA.
   target_compile_options(ballast_kernels_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-std=c++20 -fmad=false --expt-relaxed-constexpr>)
   if(BALLAST_WERROR)
@@ -62,6 +62,7 @@ function(ballast_add_shim)
   endforeach()
   add_library(ballast_kernels_shim STATIC
     ${wrappers}
+    kernels/device_memory.cc
     tests/support/cuda_shim/device_memory.cc
     tests/support/cuda_shim/emulator.cc
     tests/support/cuda_shim/fiber.cc
@@ -89,6 +90,7 @@ function(ballast_add_device_tests)
       tests/gpu/attention_device_test.cc
       tests/gpu/bench_gpu_test.cc
       tests/gpu/decoder_ops_device_test.cc
+      tests/gpu/device_memory_test.cc
       tests/gpu/device_matmul_test.cc
       tests/gpu/exchange_device_test.cc
       tests/gpu/gate_device_test.cc

@@ -27,19 +27,23 @@ class GatedMlp {
                     std::byte* packed);
 
   // SHAPES x [rows, hidden] dtype, y [rows, hidden] fp32; room for RoundUp(rows, kRowBlock) rows
-  absl::Status Run(const void* x, int rows, const std::byte* packed, float* y);
+  absl::Status Run(const void* x, int rows, const std::byte* packed, float* y, Stream stream);
 
   int hidden() const { return gate_up_->k(); }
   int inter() const { return down_->k(); }
 
  private:
-  GatedMlp(const KernelSet& kernels, DType dtype) : kernels_(kernels), dtype_(dtype) {}
+  GatedMlp(const KernelSet& kernels, DType dtype)
+      : kernels_(kernels),
+        dtype_(dtype),
+        gate_up_out_(kernels.memory),
+        activated_(kernels.memory) {}
 
   const KernelSet& kernels_;
   DType dtype_;
   std::unique_ptr<Matmul> gate_up_, down_;
   size_t down_offset_ = 0;
-  AlignedBuffer gate_up_out_, activated_;
+  Buffer gate_up_out_, activated_;
 };
 
 }  // namespace ballast

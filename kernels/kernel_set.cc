@@ -3,8 +3,9 @@
 namespace ballast {
 namespace {
 
-constexpr KernelSet MakeCpuSet(const char* name, decltype(KernelSet::make_matmul) make_matmul) {
+KernelSet MakeCpuSet(const char* name, decltype(KernelSet::make_matmul) make_matmul) {
   return {.name = name,
+          .memory = &HostMemory(),
           .make_matmul = make_matmul,
           .gate = cpu::Gate,
           .embed = cpu::Embed,
@@ -23,21 +24,22 @@ constexpr KernelSet MakeCpuSet(const char* name, decltype(KernelSet::make_matmul
           .combine = cpu::Combine};
 }
 
-constexpr KernelSet kPlain = MakeCpuSet("plain", cpu::MakePlainMatmul);
-constexpr KernelSet kOneDnn = MakeCpuSet("onednn", cpu::MakeOneDnnMatmul);
-
 }  // namespace
 
-const KernelSet& PlainKernels() { return kPlain; }
+const KernelSet& PlainKernels() {
+  static const KernelSet plain = MakeCpuSet("plain", cpu::MakePlainMatmul);
+  return plain;
+}
 
 const KernelSet* OneDnnKernels() {
   static const bool available = cpu::MakeOneDnnMatmul(64, 64, DType::kF32).ok();
-  return available ? &kOneDnn : nullptr;
+  static const KernelSet onednn = MakeCpuSet("onednn", cpu::MakeOneDnnMatmul);
+  return available ? &onednn : nullptr;
 }
 
 const KernelSet& DefaultCpuKernels() {
   const KernelSet* fast = OneDnnKernels();
-  return fast != nullptr ? *fast : kPlain;
+  return fast != nullptr ? *fast : PlainKernels();
 }
 
 }  // namespace ballast

@@ -8,12 +8,14 @@
 #include "kernels/dispatch.h"
 #include "kernels/gate.h"
 #include "kernels/matmul.h"
+#include "kernels/memory.h"
 
 namespace ballast {
 
 // One backend: the same operations, with the same signatures, chosen at start.
 struct KernelSet {
   const char* name;
+  Memory* memory;  // of all arrays that the operations are given
   absl::StatusOr<std::unique_ptr<Matmul>> (*make_matmul)(int n, int k, DType dtype);
   absl::Status (*gate)(const GateArgs&, Stream);
   absl::Status (*embed)(const EmbedArgs&, Stream);
@@ -32,9 +34,9 @@ struct KernelSet {
   void (*combine)(const CombineArgs&, Stream);
 };
 
-const KernelSet& PlainKernels();          // loops only: the specification
-const KernelSet* OneDnnKernels();         // products through oneDNN; nullptr where not built in
-const KernelSet& DefaultCpuKernels();     // the faster of the two
+const KernelSet& PlainKernels();       // loops only: the specification
+const KernelSet* OneDnnKernels();      // products through oneDNN; nullptr where not built in
+const KernelSet& DefaultCpuKernels();  // the faster of the two
 
 }  // namespace ballast
 

@@ -29,7 +29,7 @@ class PlainMatmul : public Matmul {
     return absl::OkStatus();
   }
 
-  absl::Status Run(const void* x, int m, const std::byte* packed, float* y) override {
+  absl::Status Run(const void* x, int m, const std::byte* packed, float* y, Stream) override {
     if (dtype() == DType::kF32) {
       Multiply(static_cast<const float*>(x), m, reinterpret_cast<const float*>(packed), y);
     } else {

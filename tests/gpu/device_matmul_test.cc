@@ -48,8 +48,9 @@ std::vector<uint32_t> OnCpu(const Shape& s, DType type, const Bytes& x, const By
   std::vector<float> y(static_cast<size_t>(s.m) * static_cast<size_t>(s.n));
   auto matmul = cpu::MakePlainMatmul(s.n, s.k, type);
   REQUIRE(matmul.ok());
-  REQUIRE(
-      (*matmul)->Run(x.data(), s.m, reinterpret_cast<const std::byte*>(w.data()), y.data()).ok());
+  REQUIRE((*matmul)
+              ->Run(x.data(), s.m, reinterpret_cast<const std::byte*>(w.data()), y.data(), nullptr)
+              .ok());
   return Bits(y);
 }
 

@@ -21,7 +21,7 @@ set(folders base kernels placement comm monitor runtime deploy tests)
 set(owners
   "mpi\\.h|comm/mpi_[^/]*\\.cc|tests/mpi/[^/]*\\.cc"
   "nccl(_device)?\\.h|comm/nccl_[^/]*\\.cc|tests/gpu/[^/]*"
-  "cuda_runtime\\.h|[^ ]*\\.cuh?|base/buffer[^/]*\\.cc|base/cuda_status\\.h|comm/(cuda|nccl)_[^/]*\\.cc|deploy/gpu/[^/]*|tests/(gpu|mpi)/[^/]*"
+  "cuda_runtime\\.h|[^ ]*\\.cuh?|kernels/device_memory\\.cc|comm/(cuda|nccl)_[^/]*\\.cc|deploy/gpu/[^/]*|tests/(gpu|mpi)/[^/]*"
   "prometheus/[^>]*|monitor/[^/]*\\.cc|tests/monitor/[^/]*\\.cc")
 
 set(breaches "")

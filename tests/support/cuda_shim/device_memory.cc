@@ -21,6 +21,16 @@ std::vector<std::unique_ptr<Guarded>>& DeviceBlocks() {
   return blocks;
 }
 
+std::map<const void*, std::unique_ptr<Guarded>>& PinnedBlocks() {
+  static std::map<const void*, std::unique_ptr<Guarded>> blocks;
+  return blocks;
+}
+
+bool Holds(const Guarded& block, const void* at) {
+  const auto* byte = static_cast<const std::byte*>(at);
+  return byte >= block.data() && byte < block.data() + block.size();
+}
+
 // Bytes of the blocks of other processes, by where they are here.
 std::map<void*, size_t>& OpenedBlocks() {
   static std::map<void*, size_t> blocks;
@@ -51,6 +61,35 @@ bool CheckDeviceBlocks() {
     return false;
   }
   return true;
+}
+
+std::byte* AllocatePinned(size_t bytes) {
+  auto block = std::make_unique<Guarded>(bytes, Noise());
+  std::byte* const data = block->data();
+  PinnedBlocks()[data] = std::move(block);
+  return data;
+}
+
+bool FreePinned(void* block) {
+  const auto it = PinnedBlocks().find(block);
+  if (it == PinnedBlocks().end()) return false;
+  const bool intact = it->second->IntactGuards();
+  PinnedBlocks().erase(it);
+  return intact;
+}
+
+bool IsReadLate(const void* from) {
+  for (const auto& block : DeviceBlocks()) {
+    if (Holds(*block, from)) return true;
+  }
+  for (const auto& [data, block] : PinnedBlocks()) {
+    if (Holds(*block, from)) return true;
+  }
+  for (const auto& [data, bytes] : OpenedBlocks()) {
+    const auto* byte = static_cast<const std::byte*>(from);
+    if (byte >= data && byte < static_cast<const std::byte*>(data) + bytes) return true;
+  }
+  return false;
 }
 
 bool ExportDevice(void* block, SharedBlock* shared) {

@@ -41,9 +41,11 @@ class Emulator {
     return std::all_of(streams_.begin(), streams_.end(), [&](auto* s) { return Idle(s); });
   }
 
-  bool Run(CUstream_st* stream, bool all) {
+  // 0 turns: as many as it takes.
+  bool Run(CUstream_st* stream, bool all, unsigned most_turns) {
     const auto done = [&] { return all ? AllIdle() : Idle(stream); };
-    for (unsigned turn = 0; failure_.empty() && !done(); ++turn) {
+    for (unsigned turn = 0; failure_.empty() && !done() && (most_turns == 0 || turn < most_turns);
+         ++turn) {
       if (turn % 1024 == 0) FeedStarved();  // whoever spins may wait for them
       if (ready_.empty() || turn % 32 == 0) {
         const bool began = BeginWork();
@@ -433,7 +435,11 @@ bool IsIdle(CUstream_st* stream) {
   return TheEmulator().Idle(stream);
 }
 bool RunUntilIdle(CUstream_st* stream, bool all) {
-  return TheEmulator().Run(stream, all);
+  return TheEmulator().Run(stream, all, /*most_turns=*/0);
+}
+void RunAWhile() {
+  constexpr unsigned kTurns = 4096;
+  static_cast<void>(TheEmulator().Run(nullptr, true, kTurns));
 }
 const char* LastFailure() {
   return TheEmulator().failure_.c_str();
@@ -466,6 +472,9 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
   *stream = new CUstream_st;
   cuda_shim::TheEmulator().Add(*stream);
   return cudaSuccess;
+}
+cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned flags, int) {
+  return cudaStreamCreateWithFlags(stream, flags);
 }
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
   const bool ok = cuda_shim::RunUntilIdle(stream, false);

@@ -65,6 +65,8 @@ bool IsIdle(CUstream_st* stream);
 // Runs until the stream (nullptr of `all`: every stream) has nothing left. False: a kernel failed
 // or nothing can go on; the reason is LastFailure().
 bool RunUntilIdle(CUstream_st* stream, bool all);
+// Who asks how far the device is finds it a little further.
+void RunAWhile();
 const char* LastFailure();  // empty: none
 
 uint64_t Noise();  // what fresh memory holds
@@ -73,6 +75,11 @@ std::byte* AllocateDevice(size_t bytes);
 bool FreeDevice(void* block);
 // Names a block that something wrote outside of, or returns true.
 bool CheckDeviceBlocks();
+std::byte* AllocatePinned(size_t bytes);
+bool FreePinned(void* block);
+// Whether it is in a block of the device or a pinned one: copies from there are made when the
+// stream comes to them. Others are read at once, as by the driver.
+bool IsReadLate(const void* from);
 
 // Blocks that processes lend each other.
 struct SharedBlock {
@@ -83,9 +90,9 @@ bool ExportDevice(void* block, SharedBlock* shared);
 std::byte* OpenDevice(const SharedBlock& shared);  // null: it cannot be
 bool CloseDevice(void* opened);
 
-// ---- called by tests
-// ----------------------------------------------------------------------------- Begins a schedule:
-// every choice, and what fresh memory holds, follows from the seed. REQUIRES all streams are idle
+// ---- called by tests --------------------------------------------------------------------------
+// Begins a schedule: every choice, and what fresh memory holds, follows from the seed.
+// REQUIRES all streams are idle
 void Reseed(uint64_t seed);
 
 }  // namespace cuda_shim

@@ -1,6 +1,7 @@
 // The functions of the CUDA runtime, over the emulator.
 #include <map>
 #include <memory>
+#include <vector>
 
 #include "tests/support/cuda_shim/cuda_runtime.h"
 #include "tests/support/cuda_shim/stream.h"
@@ -73,6 +74,14 @@ cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
 }
+cudaError_t cudaSetDevice(int) {
+  return cudaSuccess;
+}
+cudaError_t cudaDeviceGetStreamPriorityRange(int* lowest, int* highest) {
+  *lowest = 0;
+  *highest = -5;
+  return cudaSuccess;
+}
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   // A small Hopper: grids that are sized by it have more to do than blocks.
   *value = attribute == cudaDevAttrComputeCapabilityMajor ? 9 : 2;
@@ -87,6 +96,15 @@ cudaError_t cudaFree(void* block) {
   if (block == nullptr) return cudaSuccess;
   const cudaError_t settled = Settle(nullptr, true);
   return cuda_shim::FreeDevice(block) ? settled : Note(cudaErrorInvalidValue);
+}
+
+cudaError_t cudaHostAlloc(void** block, size_t bytes, unsigned) {
+  *block = cuda_shim::AllocatePinned(bytes);
+  return cudaSuccess;
+}
+cudaError_t cudaFreeHost(void* block) {
+  if (block == nullptr) return cudaSuccess;
+  return cuda_shim::FreePinned(block) ? Sound() : Note(cudaErrorInvalidValue);
 }
 
 cudaError_t cudaIpcGetMemHandle(cudaIpcMemHandle_t* handle, void* block) {
@@ -109,9 +127,15 @@ cudaError_t cudaIpcCloseMemHandle(void* opened) {
 
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind,
                             cudaStream_t stream) {
-  cuda_shim::Enqueue(stream, [=] {
-    if (bytes > 0) std::memcpy(to, from, bytes);
-  });
+  if (bytes == 0) return Sound();
+  if (cuda_shim::IsReadLate(from)) {
+    cuda_shim::Enqueue(stream, [=] { std::memcpy(to, from, bytes); });
+  } else {
+    const auto* first = static_cast<const std::byte*>(from);
+    cuda_shim::Enqueue(stream, [to, read = std::vector<std::byte>(first, first + bytes)] {
+      std::memcpy(to, read.data(), read.size());
+    });
+  }
   return Sound();
 }
 cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
@@ -134,6 +158,7 @@ cudaError_t cudaDeviceSynchronize() {
   return Settle(nullptr, true);
 }
 cudaError_t cudaStreamQuery(cudaStream_t stream) {
+  cuda_shim::RunAWhile();
   const cudaError_t sound = Sound();
   if (sound != cudaSuccess) return sound;
   return cuda_shim::IsIdle(stream) ? cudaSuccess : cudaErrorNotReady;
@@ -161,6 +186,9 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned
   return Sound();
 }
 cudaError_t cudaEventQuery(cudaEvent_t event) {
+  if (*event->recorded < event->wanted) cuda_shim::RunAWhile();
+  const cudaError_t sound = Sound();
+  if (sound != cudaSuccess) return sound;
   return *event->recorded >= event->wanted ? cudaSuccess : cudaErrorNotReady;
 }
 cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t begin, cudaEvent_t end) {
