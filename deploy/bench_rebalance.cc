@@ -215,7 +215,7 @@ absl::StatusOr<int64_t> BenchRank::Step() {
                                                           .num_tokens = flags_.tokens,
                                                           .x_f32 = inputs_[input].data(),
                                                           .x_act = inputs_act_[input].data(),
-                                                          .router = &routers_[layer],
+                                                          .router = routers_[layer].view(),
                                                           .while_waiting = {},
                                                           .base = inputs_[input].data(),
                                                           .y = y_.data(),

@@ -100,7 +100,7 @@ absl::Status Server::CheckMemory() const {
     if (topology.node_of_rank[r] != mpi_->node()) continue;
     BALLAST_ASSIGN_OR_RETURN(
         const MemoryPlan plan,
-        PlanMemory(MakeEngineOptions(), checkpoint_->config(), *kernels_, topology, r));
+        PlanMemory(MakeEngineOptions(), checkpoint_->config(), *backend_, topology, r));
     needed += plan.total();
     ++ranks;
   }
@@ -113,7 +113,7 @@ absl::Status Server::CheckMemory() const {
 
 absl::StatusOr<std::string> Server::DescribeMemory() const {
   BALLAST_ASSIGN_OR_RETURN(const MemoryPlan plan,
-                           PlanMemory(MakeEngineOptions(), checkpoint_->config(), *kernels_,
+                           PlanMemory(MakeEngineOptions(), checkpoint_->config(), *backend_,
                                       placement_->topology(), mpi_->rank()));
   std::vector<std::vector<std::string>> rows = {{"a rank, before the buffers of steps", "bytes"}};
   const auto add = [&](const char* what, int64_t bytes) {
@@ -134,9 +134,9 @@ absl::Status Server::ChooseTypes() {
         "--split is cost, allowed in serve: exact, price, even, roundrobin, hash; all ranks would "
         "need the same constants, so cost is for replay and bench");
   }
-  kernels_ = &DefaultCpuKernels();
   dtype_ = DTypeOfFlag(flags_.dtype);
-  if (dtype_ == DType::kBF16 && !cpu::OneDnnHasBFloat16()) kernels_ = &PlainKernels();
+  backend_ = std::make_unique<HostBackend>(
+      dtype_ == DType::kBF16 && !cpu::OneDnnHasBFloat16() ? PlainKernels() : DefaultCpuKernels());
   return absl::OkStatus();
 }
 
@@ -202,7 +202,7 @@ absl::Status Server::StartMetrics() {
   gethostname(host, sizeof host - 1);
   BALLAST_ASSIGN_OR_RETURN(metrics_, RankMetrics::Create({.rank = mpi_->rank(),
                                                           .node = host,
-                                                          .backend = kernels_->name,
+                                                          .backend = backend_->kernels().name,
                                                           .version = BALLAST_VERSION,
                                                           .commit = BALLAST_COMMIT,
                                                           .model = config.name,

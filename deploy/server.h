@@ -84,7 +84,7 @@ class Server {
   MpiRuntime* mpi_;
   std::unique_ptr<Checkpoint> checkpoint_;
   std::optional<Tokenizer> tokenizer_;
-  const KernelSet* kernels_ = nullptr;
+  std::unique_ptr<Backend> backend_;
   DType dtype_ = DType::kF32;
   SplitMode split_ = SplitMode::kExact;
   std::optional<Placement> placement_;

@@ -17,7 +17,6 @@
 #include "base/status.h"
 #include "deploy/commands.h"
 #include "deploy/server.h"
-#include "kernels/gated_mlp.h"
 #include "placement/placement_check.h"
 #include "placement/policy.h"
 #include "runtime/ranks_api.h"
@@ -233,9 +232,9 @@ absl::Status Server::StartLeader() {
   controller.max_incoming_per_rank =
       flags_.staging_experts > 0 ? flags_.staging_experts : std::ranges::max(SlotsOfRanks());
   controller.retry_from_file = true;
-  BALLAST_ASSIGN_OR_RETURN(const auto expert,
-                           GatedMlp::Create(*kernels_, config.hidden, config.expert_inter, dtype_));
-  options.loop.copy_bytes = static_cast<int64_t>(expert->packed_bytes());
+  BALLAST_ASSIGN_OR_RETURN(const ExpertForm expert,
+                           backend_->MakeExpertForm(config.hidden, config.expert_inter, dtype_));
+  options.loop.copy_bytes = static_cast<int64_t>(expert.packed_bytes);
   options.loop.copy_bytes_per_second = flags_.copy_budget_mb * 1e6;
   const double most_ms = static_cast<double>(controller.max_incoming_per_rank) *
                          static_cast<double>(options.loop.copy_bytes) /
@@ -301,8 +300,9 @@ absl::Status Server::StartEngine() {
                                                metrics_.get());
     observer = observer_.get();
   }
-  BALLAST_ASSIGN_OR_RETURN(engine_, Engine::Create(options, *checkpoint_, *kernels_, *placement_,
-                                                   transport_.get(), channel_.get(), observer));
+  BALLAST_ASSIGN_OR_RETURN(
+      engine_, Engine::Create(options, *checkpoint_, backend_.get(), *placement_, transport_.get(),
+                              channel_.get(), observer));
   return absl::OkStatus();
 }
 
@@ -368,9 +368,9 @@ absl::Status Server::Announce() {
   if (!is_leader()) return absl::OkStatus();
   LogInfo("serve",
           absl::StrCat("model ", checkpoint_->config().name, " in ", NameOf(dtype_), " on ",
-                       mpi_->size(), " ranks (", kernels_->name, ", ", mpi_->library_version(),
-                       "), ", placement_->topology().slots_on(0), " slots per rank, policy ",
-                       flags_.policy, ", split ", flags_.split));
+                       mpi_->size(), " ranks (", backend_->kernels().name, ", ",
+                       mpi_->library_version(), "), ", placement_->topology().slots_on(0),
+                       " slots per rank, policy ", flags_.policy, ", split ", flags_.split));
   LogInfo("serve", absl::StrCat("ready: http://", flags_.host, ":", http_->port()));
   ready_ = true;
   if (flags_.ready_file.empty()) return absl::OkStatus();

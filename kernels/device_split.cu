@@ -16,10 +16,7 @@ __device__ void SumDemand(const Problem& a, const Work& w) {
   for (int e = static_cast<int>(threadIdx.x); e < experts; e += kThreads) {
     int sum = 0, before = 0, own = 0;
     for (int s = 0; s < a.hosts.num_ranks; ++s) {
-      int count = 0;
-      for (int kind = 0; kind < a.num_kinds; ++kind) {
-        count += LoadPeer(&a.counts[(static_cast<size_t>(s) * a.num_kinds + kind) * experts + e]);
-      }
+      const int count = CountOf(a, s, e);
       if (s == a.rank) {
         before = sum;
         own = count;
@@ -269,11 +266,11 @@ __device__ void PublishCounts(const Exchange& x, uint32_t epoch, const int32_t* 
   const int size = x.shape.num_kinds * x.shape.num_experts;
   for (int i = static_cast<int>(threadIdx.x); i < x.shape.num_ranks * size; i += kThreads) {
     int32_t* counts = InArena<int32_t>(x, i / size, x.shape.counts_offset());
-    StorePeer(&counts[x.rank * size + i % size], own_counts[i % size]);
+    StorePeer(&counts[PlaceOf(x.place, x.rank) * size + i % size], own_counts[i % size]);
   }
   for (int r = static_cast<int>(threadIdx.x); r < x.shape.num_ranks; r += kThreads) {
     int32_t* epochs = InArena<int32_t>(x, r, x.shape.epochs_offset());
-    StorePeer(&epochs[x.rank], static_cast<int32_t>(epoch));
+    StorePeer(&epochs[PlaceOf(x.place, x.rank)], static_cast<int32_t>(epoch));
   }
 }
 
@@ -282,7 +279,7 @@ __device__ bool EpochsAgree(const Exchange& x, uint32_t epoch) {
   const int32_t* epochs = InArena<int32_t>(x, x.rank, x.shape.epochs_offset());
   bool differs = false;
   for (int r = static_cast<int>(threadIdx.x); r < x.shape.num_ranks; r += kThreads) {
-    if (LoadPeer(&epochs[r]) == static_cast<int32_t>(epoch)) continue;
+    if (LoadPeer(&epochs[PlaceOf(x.place, r)]) == static_cast<int32_t>(epoch)) continue;
     Report(&x.state->status, ExchangeCode::kEpochDiffers, r);
     differs = true;
   }
@@ -344,7 +341,7 @@ absl::Status CheckFits(const DeviceSplitArgs& a, const Exchange& x) {
   const auto* counts = reinterpret_cast<const int32_t*>(x.arena[x.rank] + x.shape.counts_offset());
   if (a.num_experts == x.shape.num_experts && a.num_ranks == x.shape.num_ranks &&
       a.num_kinds == x.shape.num_kinds && a.rank == x.rank &&
-      a.row_capacity == x.shape.row_capacity && a.counts == counts &&
+      a.row_capacity == x.shape.row_capacity && a.counts == counts && a.place == x.place &&
       a.status == &x.state->status) {
     return absl::OkStatus();
   }

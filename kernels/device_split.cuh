@@ -16,6 +16,16 @@ struct Problem : DeviceSplitArgs {
   DeviceHosts hosts;
 };
 
+// Copies of source s for expert e, of all kinds.
+__device__ inline int CountOf(const Problem& a, int s, int e) {
+  const size_t first = static_cast<size_t>(PlaceOf(a.place, s)) * a.num_kinds;
+  int count = 0;
+  for (int kind = 0; kind < a.num_kinds; ++kind) {
+    count += LoadPeer(&a.counts[(first + kind) * a.hosts.num_experts + e]);
+  }
+  return count;
+}
+
 // Shared memory. Every pointer is to so many words as its comment says.
 struct Work {
   int* demand;   // [E] copies of the batch

@@ -17,7 +17,7 @@ namespace ballast {
 // groups in the order of rank_hosts, each from a multiple of row_align on; in a group by source
 // rank, then in the order of the source's copies.
 //
-// SHAPES counts [R, kinds, E], what is split is the sum over the kinds; quota, send, row_begin
+// SHAPES counts [P, kinds, E], what is split is the sum over the kinds; quota, send, row_begin
 //        [max_hosts], of which the layer's hosts are written; rank_load [R]; group_begin
 //        [max_groups+1], group_rows [max_groups] of this rank: groups that it has not got are empty
 // REQUIRES all counts together are below 2^31; the layer has at most max_hosts hosts, and at most
@@ -34,6 +34,7 @@ struct DeviceSplitArgs {
   int32_t row_capacity = 0;  // of every rank
   int32_t num_kinds = 1;
   const int32_t* counts = nullptr;
+  const int32_t* place = nullptr;  // [R] of the ranks in `counts`; as in Exchange
   int32_t* quota = nullptr;
   int32_t* rank_load = nullptr;
   int32_t* send = nullptr;       // copies of this rank that go to the host
@@ -49,7 +50,8 @@ namespace cuda {
 absl::Status SplitOnDevice(const DeviceSplitArgs& args, Stream stream);
 // First tells all ranks this rank's counts, own_counts [kinds, E], and waits for theirs.
 // Where it fails, this rank's groups are empty.
-// REQUIRES args.counts and args.status are the arena's counts and the exchange's status
+// REQUIRES args.counts and args.status are the arena's counts and the exchange's places and
+//          status
 // ERRORS also kInvalidArgument: other numbers than the exchange's
 absl::Status ExchangeCountsAndSplit(const DeviceSplitArgs& args, const Exchange& exchange,
                                     const int32_t* own_counts, Stream stream);

@@ -16,11 +16,7 @@ __device__ inline void KeepOwn(const Problem& a, const Work& w, int first, int n
   const DeviceHosts& hosts = a.hosts;
   const int e = hosts.expert_of_host[first];
   for (int s = static_cast<int>(lane); s < hosts.num_ranks; s += kWarp) {
-    count[s] = 0;
-    for (int kind = 0; kind < a.num_kinds; ++kind) {
-      const size_t row = static_cast<size_t>(s) * a.num_kinds + kind;
-      count[s] += LoadPeer(&a.counts[row * hosts.num_experts + e]);
-    }
+    count[s] = CountOf(a, s, e);
   }
   __syncwarp();
   for (int i = static_cast<int>(lane); i < n; i += kWarp) {

@@ -33,8 +33,17 @@ absl::Status ToStatus(uint32_t status_word) {
     case ExchangeCode::kLayerTooLarge:
       return absl::InternalError(absl::StrCat("exchange: the tables of rank ", rank,
                                               " are not of the size that was said"));
+    case ExchangeCode::kAborted:
+      return absl::AbortedError(absl::StrCat("exchange: given up by rank ", rank));
   }
   return absl::InternalError(absl::StrCat("exchange: status word ", status_word));
+}
+
+int32_t MissingRank(uint32_t status_word) {
+  const auto code = static_cast<ExchangeCode>(status_word >> 16);
+  const bool late = code == ExchangeCode::kCountsLate || code == ExchangeCode::kRowsLate ||
+                    code == ExchangeCode::kResultsLate;
+  return late ? static_cast<int32_t>(status_word & 0xffffu) : -1;
 }
 
 absl::Status CheckArenaShape(const ArenaShape& s) {
@@ -46,17 +55,19 @@ absl::Status CheckArenaShape(const ArenaShape& s) {
   if (s.num_ranks < 1 || s.num_ranks > kMaxPeers) {
     return refuse("the number of ranks", s.num_ranks, 1, kMaxPeers);
   }
+  if (s.places() < s.num_ranks || s.places() > kMaxPeers) {
+    return refuse("the number of places", s.places(), s.num_ranks, kMaxPeers);
+  }
   if (s.num_experts < 1) return refuse("the number of experts", s.num_experts, 1, kInt);
   if (s.num_kinds < 1 || s.num_kinds > 8) {
     return refuse("the number of kinds", s.num_kinds, 1, 8);
   }
-  const int64_t counts = int64_t{s.num_ranks} * s.num_kinds * s.num_experts;
+  const int64_t counts = int64_t{s.places()} * s.num_kinds * s.num_experts;
   if (counts > kInt) return refuse("ranks x kinds x experts", counts, 1, kInt);
   if (s.top_k < 1 || s.top_k > 32) return refuse("top-k", s.top_k, 1, 32);
   if (s.max_tokens < 1) return refuse("the tokens of a rank", s.max_tokens, 1, kInt);
-  if (int64_t{s.max_tokens} * s.num_ranks * s.top_k > kInt) {
-    return refuse("tokens x ranks x top-k", int64_t{s.max_tokens} * s.num_ranks * s.top_k, 1, kInt);
-  }
+  const int64_t copies = int64_t{s.max_tokens} * s.places() * s.top_k;
+  if (copies > kInt) return refuse("tokens x ranks x top-k", copies, 1, kInt);
   if (s.row_bytes < 16 || s.row_bytes % 16 != 0) {
     return absl::InvalidArgumentError(
         absl::StrCat("exchange: a row of ", s.row_bytes, " bytes, allowed: multiples of 16"));

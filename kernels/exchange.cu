@@ -51,7 +51,8 @@ struct RowTargets {
 __device__ void PublishRows(const DispatchArgs& a, const Exchange& x, int t) {
   const ArenaShape& shape = x.shape;
   const size_t first = static_cast<size_t>(t) * shape.top_k;
-  const size_t slot = (static_cast<size_t>(x.rank) * shape.max_tokens + t) * shape.top_k;
+  const size_t own = static_cast<size_t>(PlaceOf(x.place, x.rank));
+  const size_t slot = (own * shape.max_tokens + t) * shape.top_k;
   const int entries = shape.num_ranks * shape.top_k;
   for (int i = static_cast<int>(threadIdx.x); i < entries; i += kThreads) {
     const int rank = i / shape.top_k, k = i % shape.top_k;
@@ -73,7 +74,8 @@ __device__ void DispatchRows(const DispatchArgs& a, const Exchange& x, Part part
       const bool first = rank >= 0 && rank != x.rank && __ffs(static_cast<int>(same)) - 1 == k;
       const unsigned firsts = __ballot_sync(kFullWarp, first);
       if (first) {
-        const size_t slot = static_cast<size_t>(x.rank) * shape.max_tokens + t;
+        const size_t own = static_cast<size_t>(PlaceOf(x.place, x.rank));
+        const size_t slot = own * shape.max_tokens + t;
         targets.to[__popc(firsts & ((1u << k) - 1))] = InArena<std::byte>(
             x, rank, shape.rows_offset() + slot * static_cast<size_t>(shape.row_bytes));
       }
@@ -98,7 +100,8 @@ __device__ void EndDispatch(const DispatchArgs& a, const Exchange& x, Part part,
   if (ticket != part.count - 1) return;
   if (threadIdx.x == 0) x.state->blocks_done = 0;
   for (int r = static_cast<int>(threadIdx.x); r < x.shape.num_ranks; r += kThreads) {
-    StorePeer(&InArena<int32_t>(x, r, x.shape.tokens_offset())[x.rank], a.num_tokens);
+    int32_t* num_tokens = InArena<int32_t>(x, r, x.shape.tokens_offset());
+    StorePeer(&num_tokens[PlaceOf(x.place, x.rank)], a.num_tokens);
   }
   RaiseFlag(x, Flag::kRows);
 }
@@ -109,15 +112,16 @@ __device__ void ExpandRows(const ExpandArgs& a, const Exchange& x, Part part, Ro
   const int32_t* num_tokens = InArena<int32_t>(x, x.rank, shape.tokens_offset());
   int before = 0;  // tokens of earlier sources: the blocks take turns over all of them
   for (int source = 0; source < shape.num_ranks; ++source) {
-    const int tokens = LoadPeer(&num_tokens[source]);
+    const int place = PlaceOf(x.place, source);
+    const int tokens = LoadPeer(&num_tokens[place]);
     const std::byte* rows =
         source == x.rank ? a.own
                          : InArena<std::byte>(x, x.rank, shape.rows_offset()) +
-                               static_cast<size_t>(source) * shape.max_tokens * shape.row_bytes;
+                               static_cast<size_t>(place) * shape.max_tokens * shape.row_bytes;
     const int begin = (part.index - before % part.count + part.count) % part.count;
     before += tokens;
     for (int t = begin; t < tokens; t += part.count) {
-      const size_t slot = static_cast<size_t>(source) * shape.max_tokens + t;
+      const size_t slot = static_cast<size_t>(place) * shape.max_tokens + t;
       __syncthreads();  // the targets of the token before are read
       if (threadIdx.x < kWarp) {
         const int k = static_cast<int>(threadIdx.x);

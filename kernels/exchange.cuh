@@ -20,14 +20,18 @@ __device__ T* InArena(const Exchange& x, int rank, size_t offset) {
   return reinterpret_cast<T*>(x.arena[rank] + offset);
 }
 
+__device__ inline int PlaceOf(const int32_t* place, int rank) {
+  return place == nullptr ? rank : place[rank];
+}
+
 // The flag that says about `source` what it says, in the arena of `rank`.
 __device__ inline uint32_t* FlagOf(const Exchange& x, int rank, Flag flag, int source) {
-  const size_t line = static_cast<size_t>(flag) * x.shape.num_ranks + source;
+  const size_t line = static_cast<size_t>(flag) * x.shape.places() + PlaceOf(x.place, source);
   return InArena<uint32_t>(x, rank, x.shape.flags_offset() + line * ArenaShape::kFlagBytes);
 }
 
 __device__ inline void Report(uint32_t* status, ExchangeCode code, int rank) {
-  atomicCAS(status, 0u, static_cast<uint32_t>(code) << 16 | static_cast<uint32_t>(rank));
+  atomicCAS(status, 0u, StatusWord(code, rank));
 }
 // By all threads of a block, which get one answer.
 __device__ inline bool HasFailed(const uint32_t* status) {

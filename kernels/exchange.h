@@ -13,8 +13,10 @@
 // named before anything is sent.
 //
 // A failure ends a generation of exchanges. The next one begins when all kernels of the old one
-// have ended on all ranks, with a status of 0 and a number that is the same on all and above any
-// that one of them had: what a slow rank raised in the end is then long past.
+// have ended on all its ranks, with a status of 0 and a number that is the same on all and above
+// any that one of them had: what a slow rank raised in the end is then long past. Ranks may have
+// been lost in between. Such a one may go on writing for a while, and only to its place in the
+// arenas of others; so a rank keeps its place for ever, and nobody reads that of one that is gone.
 #ifndef BALLAST_KERNELS_EXCHANGE_H_
 #define BALLAST_KERNELS_EXCHANGE_H_
 
@@ -44,14 +46,21 @@ enum class ExchangeCode : uint32_t {
   kSharesWrong = 5,    // the shares of an expert are fewer than its copies (a bug)
   kEpochDiffers = 6,   // the rank's tables are of another epoch
   kLayerTooLarge = 7,  // the rank's tables have more hosts or groups than was said, or other counts
+  kAborted = 8,        // by the rank's own host
 };
 // OK, or what the word says. `rank` in the message is one of this exchange's ranks.
 absl::Status ToStatus(uint32_t status_word);
+constexpr uint32_t StatusWord(ExchangeCode code, int32_t rank) {
+  return static_cast<uint32_t>(code) << 16 | static_cast<uint32_t>(rank);
+}
+// The rank that was waited for in vain, or -1.
+int32_t MissingRank(uint32_t status_word);
 
 // Where things are in an arena, the same on all ranks; every part begins at a multiple of 128
 // bytes.
 struct ArenaShape {
-  int32_t num_ranks = 0;
+  int32_t num_ranks = 0;   // that take part
+  int32_t num_places = 0;  // of ranks, with those that have been lost; 0: num_ranks
   int32_t num_experts = 0;
   int32_t num_kinds = 2;   // of tokens, counted apart: prefill and decode
   int32_t max_tokens = 0;  // of one rank in one exchange
@@ -59,28 +68,29 @@ struct ArenaShape {
   int32_t row_bytes = 0;     // a multiple of 16
   int32_t row_capacity = 0;  // rows that a rank may get for its experts
 
-  // counts [R, kinds, E]: of the sources, as they come
+  constexpr int32_t places() const { return num_places > 0 ? num_places : num_ranks; }
+  // P = places(). counts [P, kinds, E]: of the sources, as they come
   constexpr size_t counts_offset() const { return 0; }
-  // flags [kNumFlags, R], each in a line of its own
+  // flags [kNumFlags, P], each in a line of its own
   constexpr size_t flags_offset() const {
-    return End(counts_offset(), 4ull * num_ranks * num_kinds * num_experts);
+    return End(counts_offset(), 4ull * places() * num_kinds * num_experts);
   }
-  // num_tokens [R] of the sources
+  // num_tokens [P] of the sources
   constexpr size_t tokens_offset() const {
-    return End(flags_offset(), size_t{kFlagBytes} * kNumFlags * num_ranks);
+    return End(flags_offset(), size_t{kFlagBytes} * kNumFlags * places());
   }
-  // epochs [R] of the sources' tables
-  constexpr size_t epochs_offset() const { return End(tokens_offset(), 4ull * num_ranks); }
-  // row_of_copy [R, max_tokens, K]: of each copy of a source, its row here, or -1
-  constexpr size_t row_of_copy_offset() const { return End(epochs_offset(), 4ull * num_ranks); }
-  // rows [R, max_tokens, row_bytes]: token t of source s at [s, t], where a copy of it comes here;
+  // epochs [P] of the sources' tables
+  constexpr size_t epochs_offset() const { return End(tokens_offset(), 4ull * places()); }
+  // row_of_copy [P, max_tokens, K]: of each copy of a source, its row here, or -1
+  constexpr size_t row_of_copy_offset() const { return End(epochs_offset(), 4ull * places()); }
+  // rows [P, max_tokens, row_bytes]: token t of source s at [s, t], where a copy of it comes here;
   // not of this rank itself
   constexpr size_t rows_offset() const {
-    return End(row_of_copy_offset(), 4ull * num_ranks * max_tokens * top_k);
+    return End(row_of_copy_offset(), 4ull * places() * max_tokens * top_k);
   }
   // results [row_capacity, row_bytes]
   constexpr size_t results_offset() const {
-    return End(rows_offset(), size_t{1} * num_ranks * max_tokens * row_bytes);
+    return End(rows_offset(), size_t{1} * places() * max_tokens * row_bytes);
   }
   constexpr size_t bytes() const {
     return End(results_offset(), size_t{1} * row_capacity * row_bytes);
@@ -110,6 +120,7 @@ struct ExchangeState {
 struct Exchange {
   ArenaShape shape;
   std::byte* arena[kMaxPeers] = {};  // [R]; arena[rank] is this rank's own
+  const int32_t* place = nullptr;    // [R] in all arenas, in device memory; null: 0, 1, 2, ...
   int32_t rank = 0;
   uint64_t deadline_ns = 0;  // of every wait
   // Of a kernel. Ranks that share a device must fit it together: who waits keeps his place.

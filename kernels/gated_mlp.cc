@@ -25,13 +25,16 @@ absl::Status GatedMlp::Pack(const void* gate, const void* up, const void* down, 
   return down_->Pack(down, type, packed + down_offset_);
 }
 
-absl::Status GatedMlp::Run(const void* x, int rows, const std::byte* packed, float* y,
-                           Stream stream) {
+absl::Status GatedMlp::Reserve(int rows) {
   const size_t padded = RoundUp(static_cast<size_t>(rows), kRowBlock);
   BALLAST_RETURN_IF_ERROR(
       gate_up_out_.EnsureSize(padded * 2 * static_cast<size_t>(inter()) * sizeof(float)));
-  BALLAST_RETURN_IF_ERROR(
-      activated_.EnsureSize(padded * static_cast<size_t>(inter()) * SizeOf(dtype_)));
+  return activated_.EnsureSize(padded * static_cast<size_t>(inter()) * SizeOf(dtype_));
+}
+
+absl::Status GatedMlp::Run(const void* x, int rows, const std::byte* packed, float* y,
+                           Stream stream) {
+  BALLAST_RETURN_IF_ERROR(Reserve(rows));
   BALLAST_RETURN_IF_ERROR(gate_up_->Run(x, rows, packed, gate_up_out_.as<float>(), stream));
   BALLAST_RETURN_IF_ERROR(kernels_.silu_mul({.num_rows = rows,
                                              .width = inter(),

@@ -26,6 +26,8 @@ class GatedMlp {
   absl::Status Pack(const void* gate, const void* up, const void* down, DType type,
                     std::byte* packed);
 
+  // Takes the scratch for so many rows; else Run does when it needs it.
+  absl::Status Reserve(int rows);
   // SHAPES x [rows, hidden] dtype, y [rows, hidden] fp32; room for RoundUp(rows, kRowBlock) rows
   absl::Status Run(const void* x, int rows, const std::byte* packed, float* y, Stream stream);
 

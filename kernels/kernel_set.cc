@@ -16,12 +16,7 @@ KernelSet MakeCpuSet(const char* name, decltype(KernelSet::make_matmul) make_mat
           .rotary = cpu::Rotary,
           .kv_write = cpu::KvWrite,
           .attention = cpu::Attention,
-          .argmax = cpu::Argmax,
-          .assign_copies = cpu::AssignCopies,
-          .pack = cpu::Pack,
-          .group = cpu::Group,
-          .pack_results = cpu::PackResults,
-          .combine = cpu::Combine};
+          .argmax = cpu::Argmax};
 }
 
 }  // namespace

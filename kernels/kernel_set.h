@@ -5,7 +5,6 @@
 
 #include "absl/status/statusor.h"
 #include "kernels/decoder_ops.h"
-#include "kernels/dispatch.h"
 #include "kernels/gate.h"
 #include "kernels/matmul.h"
 #include "kernels/memory.h"
@@ -27,11 +26,6 @@ struct KernelSet {
   absl::Status (*kv_write)(const KvWriteArgs&, Stream);
   absl::Status (*attention)(const AttentionArgs&, Stream);
   absl::Status (*argmax)(const ArgmaxArgs&, Stream);
-  absl::Status (*assign_copies)(const RouteArgs&, Stream);
-  void (*pack)(const PackArgs&, Stream);
-  absl::Status (*group)(const GroupArgs&, Stream);
-  void (*pack_results)(const ReturnArgs&, Stream);
-  void (*combine)(const CombineArgs&, Stream);
 };
 
 const KernelSet& PlainKernels();       // loops only: the specification

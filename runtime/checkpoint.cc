@@ -188,9 +188,8 @@ absl::StatusOr<Checkpoint::Loaded> Checkpoint::Load(const std::string& name) con
   Loaded loaded{tensor.dtype, AlignedBuffer(tensor.bytes.size())};
   BALLAST_RETURN_IF_ERROR(tensor.file->Read(tensor, loaded.bytes.bytes()));
   const size_t count = static_cast<size_t>(tensor.num_elements());
-  const bool finite = tensor.dtype == DType::kF32
-                          ? AllFinite(loaded.bytes.as<float>(), count)
-                          : AllFinite(loaded.bytes.as<BFloat16>(), count);
+  const bool finite = tensor.dtype == DType::kF32 ? AllFinite(loaded.bytes.as<float>(), count)
+                                                  : AllFinite(loaded.bytes.as<BFloat16>(), count);
   if (!finite) {
     return absl::InvalidArgumentError(
         absl::StrCat(folder_, ": tensor ", name, " has a NaN or an infinity"));
@@ -221,7 +220,7 @@ absl::Status Checkpoint::LoadMatrix(const std::vector<std::string>& names, const
   return matmul.Pack(stacked.data(), DType::kF32, packed->data());
 }
 
-absl::Status Checkpoint::LoadMlp(const std::string& prefix, GatedMlp* mlp,
+absl::Status Checkpoint::LoadMlp(const std::string& prefix, const PackMlp& pack,
                                  std::byte* packed) const {
   BALLAST_ASSIGN_OR_RETURN(const Loaded gate, Load(prefix + "gate_proj.weight"));
   BALLAST_ASSIGN_OR_RETURN(const Loaded up, Load(prefix + "up_proj.weight"));
@@ -230,7 +229,7 @@ absl::Status Checkpoint::LoadMlp(const std::string& prefix, GatedMlp* mlp,
     return absl::InvalidArgumentError(
         absl::StrCat(folder_, ": the matrices of ", prefix, " have different dtypes"));
   }
-  return mlp->Pack(gate.bytes.data(), up.bytes.data(), down.bytes.data(), gate.dtype, packed);
+  return pack(gate.bytes.data(), up.bytes.data(), down.bytes.data(), gate.dtype, packed);
 }
 
 }  // namespace ballast

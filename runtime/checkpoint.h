@@ -1,6 +1,7 @@
 #ifndef BALLAST_RUNTIME_CHECKPOINT_H_
 #define BALLAST_RUNTIME_CHECKPOINT_H_
 
+#include <functional>
 #include <map>
 #include <memory>
 #include <string>
@@ -8,7 +9,6 @@
 
 #include "absl/status/statusor.h"
 #include "base/aligned_buffer.h"
-#include "kernels/gated_mlp.h"
 #include "kernels/matmul.h"
 #include "runtime/model_config.h"
 #include "runtime/safetensors.h"
@@ -17,6 +17,10 @@ namespace ballast {
 
 // Reads a whole file. ERRORS kNotFound, kInvalidArgument (larger than `max_bytes`)
 absl::StatusOr<std::string> ReadFile(const std::string& path, size_t max_bytes);
+
+// Packs the three matrices of a gated MLP, of `type`, in some form.
+using PackMlp = std::function<absl::Status(const void* gate, const void* up, const void* down,
+                                           DType type, std::byte* packed)>;
 
 // A Hugging Face checkpoint folder: config.json, and model.safetensors or the files that
 // model.safetensors.index.json names. Tensors stay on disk until they are asked for.
@@ -39,7 +43,7 @@ class Checkpoint {
   absl::Status LoadMatrix(const std::vector<std::string>& names, const Matmul& matmul,
                           AlignedBuffer* packed) const;
   // Packs `<prefix>gate_proj.weight`, up_proj and down_proj into `packed`.
-  absl::Status LoadMlp(const std::string& prefix, GatedMlp* mlp, std::byte* packed) const;
+  absl::Status LoadMlp(const std::string& prefix, const PackMlp& pack, std::byte* packed) const;
 
  private:
   Checkpoint() = default;

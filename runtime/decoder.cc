@@ -1,19 +1,47 @@
 #include "runtime/decoder.h"
 
+#include <algorithm>
+#include <array>
 #include <cmath>
+#include <utility>
 
+#include "absl/strings/str_cat.h"
 #include "base/status.h"
 
 namespace ballast {
 
 // Parameters of one decoder layer that every rank holds.
 struct Decoder::Layer {
-  std::vector<float> attention_norm, mlp_norm;
-  std::vector<float> qkv_bias, q_norm, k_norm;  // empty where the model has none
-  AlignedBuffer qkv, out;
-  AlignedBuffer mlp;     // of a dense layer
-  AlignedBuffer shared;  // shared experts of an MoE layer
-  RouterParameters router;
+  explicit Layer(Memory* m)
+      : attention_norm(m),
+        mlp_norm(m),
+        qkv_bias(m),
+        q_norm(m),
+        k_norm(m),
+        qkv(m),
+        out(m),
+        mlp(m),
+        shared(m),
+        router(m),
+        router_bias(m) {}
+  std::array<const Buffer*, 11> all() const {
+    return {&attention_norm, &mlp_norm, &qkv_bias,   &q_norm, &k_norm, &qkv, &out, &mlp,
+            &shared,         &router,   &router_bias};
+  }
+
+  Buffer attention_norm, mlp_norm;  // fp32
+  Buffer qkv_bias, q_norm, k_norm;  // fp32; empty where the model has none
+  Buffer qkv, out;                  // packed
+  Buffer mlp;                       // of a dense layer
+  Buffer shared;                    // shared experts of an MoE layer
+  Buffer router, router_bias;
+};
+
+// The batch's indices, one after the other in one block.
+struct Decoder::Inputs {
+  const int32_t* token = nullptr;
+  KvIndex index;
+  const int32_t* logit_rows = nullptr;
 };
 
 void Batch::Clear() {
@@ -25,61 +53,92 @@ void Batch::Clear() {
   num_prefill = 0;
 }
 
-Decoder::Decoder(const ModelConfig& config, const Options& options, const KernelSet& kernels)
-    : config_(config), options_(options), kernels_(kernels) {
-  const int half = config.rotary_dim / 2;
-  for (int position = 0; position < config.context_tokens; ++position) {
-    for (int i = 0; i < half; ++i) {
-      const double angle = position / std::pow(config.rope_theta, 2.0 * i / config.rotary_dim);
-      rotary_cos_.push_back(static_cast<float>(std::cos(angle)));
-      rotary_sin_.push_back(static_cast<float>(std::sin(angle)));
-    }
-  }
-}
+Decoder::Decoder(const ModelConfig& config, const Options& options, Backend* backend)
+    : config_(config),
+      options_(options),
+      kernels_(backend->kernels()),
+      stream_(backend->stream()),
+      embedding_(kernels_.memory),
+      final_norm_(kernels_.memory),
+      rotary_cos_(kernels_.memory),
+      rotary_sin_(kernels_.memory),
+      head_(kernels_.memory),
+      inputs_(kernels_.memory),
+      residual_(kernels_.memory),
+      normed_(kernels_.memory),
+      normed_act_(kernels_.memory),
+      qkv_out_(kernels_.memory),
+      attended_(kernels_.memory),
+      branch_(kernels_.memory),
+      logits_in_(kernels_.memory),
+      logits_(kernels_.memory) {}
 
 Decoder::~Decoder() = default;
 
 absl::StatusOr<std::unique_ptr<Decoder>> Decoder::Create(const Checkpoint& checkpoint,
-                                                         const Options& options,
-                                                         const KernelSet& kernels) {
+                                                         const Options& options, Backend* backend) {
   const ModelConfig& config = checkpoint.config();
-  std::unique_ptr<Decoder> decoder(new Decoder(config, options, kernels));
+  std::unique_ptr<Decoder> decoder(new Decoder(config, options, backend));
   BALLAST_RETURN_IF_ERROR(decoder->MakeProducts());
-  BALLAST_ASSIGN_OR_RETURN(decoder->moe_, MoeExecutor::Create({.gate = config.gate,
-                                                               .hidden = config.hidden,
-                                                               .expert_inter = config.expert_inter,
-                                                               .dtype = options.dtype,
-                                                               .split = options.split},
-                                                              kernels));
-  BALLAST_ASSIGN_OR_RETURN(decoder->embedding_, checkpoint.LoadFloats("model.embed_tokens.weight"));
-  BALLAST_ASSIGN_OR_RETURN(decoder->final_norm_, checkpoint.LoadFloats("model.norm.weight"));
-  BALLAST_RETURN_IF_ERROR(checkpoint.LoadMatrix(
-      {config.tied_embeddings ? "model.embed_tokens.weight" : "lm_head.weight"},
+  BALLAST_ASSIGN_OR_RETURN(
+      decoder->expert_form_,
+      backend->MakeExpertForm(config.hidden, config.expert_inter, options.dtype));
+  BALLAST_ASSIGN_OR_RETURN(decoder->moe_,
+                           backend->MakeMoeLayers({.gate = config.gate,
+                                                   .num_layers = config.num_moe_layers(),
+                                                   .hidden = config.hidden,
+                                                   .expert_inter = config.expert_inter,
+                                                   .max_tokens = options.max_tokens,
+                                                   .dtype = options.dtype,
+                                                   .split = options.split,
+                                                   .timeout_ms = options.timeout_ms}));
+  BALLAST_RETURN_IF_ERROR(decoder->MakeRotary());
+  BALLAST_RETURN_IF_ERROR(
+      decoder->LoadFloats(checkpoint, {"model.embed_tokens.weight"}, &decoder->embedding_));
+  BALLAST_RETURN_IF_ERROR(
+      decoder->LoadFloats(checkpoint, {"model.norm.weight"}, &decoder->final_norm_));
+  BALLAST_RETURN_IF_ERROR(decoder->LoadMatrix(
+      checkpoint, {config.tied_embeddings ? "model.embed_tokens.weight" : "lm_head.weight"},
       *decoder->head_matmul_, &decoder->head_));
-  decoder->layers_.resize(static_cast<size_t>(config.num_layers));
   for (int32_t i = 0; i < config.num_layers; ++i) {
-    BALLAST_RETURN_IF_ERROR(decoder->LoadLayer(checkpoint, i, &decoder->layers_[i]));
+    decoder->layers_.emplace_back(decoder->kernels_.memory);
+    BALLAST_RETURN_IF_ERROR(decoder->LoadLayer(checkpoint, i, &decoder->layers_.back()));
+  }
+  // A device takes its memory before it serves: to take more would hold everything up.
+  if (decoder->kernels_.memory != &HostMemory()) {
+    BALLAST_RETURN_IF_ERROR(decoder->Reserve(options.max_tokens, options.max_logits));
+    const int32_t blocks = (config.context_tokens + kKvBlockTokens - 1) / kKvBlockTokens;
+    const size_t words = 3 * static_cast<size_t>(options.max_tokens) +
+                         static_cast<size_t>(options.max_logits) * (1 + blocks) +
+                         5 * kCacheLineBytes;
+    BALLAST_RETURN_IF_ERROR(decoder->inputs_.EnsureSize(words * sizeof(int32_t)));
   }
   return decoder;
 }
 
 size_t Decoder::parameter_bytes() const {
-  size_t bytes = head_.size();
-  const auto add = [&](const std::vector<float>& floats) {
-    bytes += floats.size() * sizeof(float);
-  };
-  for (const auto* floats : {&embedding_, &final_norm_, &rotary_cos_, &rotary_sin_}) add(*floats);
+  size_t bytes = 0;
+  for (const Buffer* b : {&embedding_, &final_norm_, &rotary_cos_, &rotary_sin_, &head_}) {
+    bytes += b->size();
+  }
   for (const Layer& layer : layers_) {
-    for (const auto* floats : {&layer.attention_norm, &layer.mlp_norm, &layer.qkv_bias,
-                               &layer.q_norm, &layer.k_norm, &layer.router.bias}) {
-      add(*floats);
-    }
-    for (const auto* packed :
-         {&layer.qkv, &layer.out, &layer.mlp, &layer.shared, &layer.router.packed}) {
-      bytes += packed->size();
-    }
+    for (const Buffer* b : layer.all()) bytes += b->size();
   }
   return bytes;
+}
+
+absl::Status Decoder::MakeRotary() {
+  std::vector<float> cos, sin;
+  const int half = config_.rotary_dim / 2;
+  for (int position = 0; position < config_.context_tokens; ++position) {
+    for (int i = 0; i < half; ++i) {
+      const double angle = position / std::pow(config_.rope_theta, 2.0 * i / config_.rotary_dim);
+      cos.push_back(static_cast<float>(std::cos(angle)));
+      sin.push_back(static_cast<float>(std::sin(angle)));
+    }
+  }
+  BALLAST_RETURN_IF_ERROR(rotary_cos_.Assign(std::as_bytes(std::span(cos)), stream_));
+  return rotary_sin_.Assign(std::as_bytes(std::span(sin)), stream_);
 }
 
 absl::Status Decoder::MakeProducts() {
@@ -97,68 +156,123 @@ absl::Status Decoder::MakeProducts() {
   return absl::OkStatus();
 }
 
+// The vectors one after the other.
+absl::Status Decoder::LoadFloats(const Checkpoint& checkpoint,
+                                 const std::vector<std::string>& names, Buffer* to) {
+  std::vector<float> all;
+  for (const std::string& name : names) {
+    BALLAST_ASSIGN_OR_RETURN(const std::vector<float> part, checkpoint.LoadFloats(name));
+    all.insert(all.end(), part.begin(), part.end());
+  }
+  return to->Assign(std::as_bytes(std::span(all)), stream_);
+}
+
+absl::Status Decoder::LoadMatrix(const Checkpoint& checkpoint,
+                                 const std::vector<std::string>& names, const Matmul& matmul,
+                                 Buffer* to) {
+  AlignedBuffer packed;
+  BALLAST_RETURN_IF_ERROR(checkpoint.LoadMatrix(names, matmul, &packed));
+  return to->Assign(packed.bytes(), stream_);
+}
+
+absl::Status Decoder::LoadMlp(const Checkpoint& checkpoint, const std::string& prefix,
+                              GatedMlp* mlp, Buffer* to) {
+  AlignedBuffer packed(mlp->packed_bytes());
+  BALLAST_RETURN_IF_ERROR(checkpoint.LoadMlp(
+      prefix,
+      [mlp](const void* gate, const void* up, const void* down, DType type, std::byte* block) {
+        return mlp->Pack(gate, up, down, type, block);
+      },
+      packed.data()));
+  return to->Assign(packed.bytes(), stream_);
+}
+
 absl::Status Decoder::LoadLayer(const Checkpoint& checkpoint, int32_t index, Layer* layer) {
   const std::string p = absl::StrCat("model.layers.", index, ".");
   const std::string a = p + "self_attn.";
-  BALLAST_ASSIGN_OR_RETURN(layer->attention_norm,
-                           checkpoint.LoadFloats(p + "input_layernorm.weight"));
-  BALLAST_ASSIGN_OR_RETURN(layer->mlp_norm,
-                           checkpoint.LoadFloats(p + "post_attention_layernorm.weight"));
-  BALLAST_RETURN_IF_ERROR(checkpoint.LoadMatrix(
-      {a + "q_proj.weight", a + "k_proj.weight", a + "v_proj.weight"}, *qkv_, &layer->qkv));
-  BALLAST_RETURN_IF_ERROR(checkpoint.LoadMatrix({a + "o_proj.weight"}, *out_, &layer->out));
+  BALLAST_RETURN_IF_ERROR(
+      LoadFloats(checkpoint, {p + "input_layernorm.weight"}, &layer->attention_norm));
+  BALLAST_RETURN_IF_ERROR(
+      LoadFloats(checkpoint, {p + "post_attention_layernorm.weight"}, &layer->mlp_norm));
+  BALLAST_RETURN_IF_ERROR(
+      LoadMatrix(checkpoint, {a + "q_proj.weight", a + "k_proj.weight", a + "v_proj.weight"}, *qkv_,
+                 &layer->qkv));
+  BALLAST_RETURN_IF_ERROR(LoadMatrix(checkpoint, {a + "o_proj.weight"}, *out_, &layer->out));
   if (config_.attention_bias) {
-    for (const char* name : {"q_proj.bias", "k_proj.bias", "v_proj.bias"}) {
-      BALLAST_ASSIGN_OR_RETURN(const auto part, checkpoint.LoadFloats(a + name));
-      layer->qkv_bias.insert(layer->qkv_bias.end(), part.begin(), part.end());
-    }
+    BALLAST_RETURN_IF_ERROR(LoadFloats(
+        checkpoint, {a + "q_proj.bias", a + "k_proj.bias", a + "v_proj.bias"}, &layer->qkv_bias));
   }
   if (config_.qk_norm) {
-    BALLAST_ASSIGN_OR_RETURN(layer->q_norm, checkpoint.LoadFloats(a + "q_norm.weight"));
-    BALLAST_ASSIGN_OR_RETURN(layer->k_norm, checkpoint.LoadFloats(a + "k_norm.weight"));
+    BALLAST_RETURN_IF_ERROR(LoadFloats(checkpoint, {a + "q_norm.weight"}, &layer->q_norm));
+    BALLAST_RETURN_IF_ERROR(LoadFloats(checkpoint, {a + "k_norm.weight"}, &layer->k_norm));
   }
   if (index < config_.num_dense_layers) {
-    layer->mlp = AlignedBuffer(dense_mlp_->packed_bytes());
-    return checkpoint.LoadMlp(p + "mlp.", dense_mlp_.get(), layer->mlp.data());
+    return LoadMlp(checkpoint, p + "mlp.", dense_mlp_.get(), &layer->mlp);
   }
   if (shared_mlp_ != nullptr) {
-    layer->shared = AlignedBuffer(shared_mlp_->packed_bytes());
     BALLAST_RETURN_IF_ERROR(
-        checkpoint.LoadMlp(p + "mlp.shared_experts.", shared_mlp_.get(), layer->shared.data()));
+        LoadMlp(checkpoint, p + "mlp.shared_experts.", shared_mlp_.get(), &layer->shared));
   }
-  BALLAST_ASSIGN_OR_RETURN(layer->router.bias,
-                           checkpoint.LoadFloats(p + "mlp.gate.e_score_correction_bias"));
-  return checkpoint.LoadMatrix({p + "mlp.gate.weight"}, moe_->gate_matmul(), &layer->router.packed);
+  BALLAST_RETURN_IF_ERROR(
+      LoadFloats(checkpoint, {p + "mlp.gate.e_score_correction_bias"}, &layer->router_bias));
+  return LoadMatrix(checkpoint, {p + "mlp.gate.weight"}, moe_->gate_matmul(), &layer->router);
 }
 
 absl::Status Decoder::LoadExpert(const Checkpoint& checkpoint, int32_t moe_layer, int32_t expert,
                                  std::byte* packed) {
   return checkpoint.LoadMlp(ExpertPrefix(config_.num_dense_layers + moe_layer, expert),
-                            &moe_->expert_mlp(), packed);
+                            expert_form_.pack, packed);
 }
 
-void Decoder::Reserve(int32_t num_tokens, int32_t num_logits) {
+absl::Status Decoder::Reserve(int32_t num_tokens, int32_t num_logits) {
   const ModelConfig& c = config_;
   const size_t rows = RoundUp(static_cast<size_t>(num_tokens), kRowBlock);
-  const size_t hidden = static_cast<size_t>(c.hidden), act = SizeOf(options_.dtype);
-  residual_.EnsureSize(rows * hidden * sizeof(float));
-  normed_.EnsureSize(rows * hidden * sizeof(float));
-  normed_act_.EnsureSize(rows * hidden * act);
-  branch_.EnsureSize(rows * hidden * sizeof(float));
-  qkv_out_.EnsureSize(rows * static_cast<size_t>(qkv_->n()) * sizeof(float));
-  attended_.EnsureSize(rows * static_cast<size_t>(out_->k()) * act);
   const size_t wanted = RoundUp(static_cast<size_t>(num_logits), kRowBlock);
-  logits_in_.EnsureSize(wanted * hidden * act);
-  logits_.EnsureSize(wanted * static_cast<size_t>(c.vocab_size) * sizeof(float));
+  const size_t hidden = static_cast<size_t>(c.hidden), act = SizeOf(options_.dtype);
+  const std::pair<Buffer*, size_t> sizes[] = {
+      {&residual_, rows * hidden * sizeof(float)},
+      {&normed_, rows * hidden * sizeof(float)},
+      {&normed_act_, rows * hidden * act},
+      {&branch_, rows * hidden * sizeof(float)},
+      {&qkv_out_, rows * static_cast<size_t>(qkv_->n()) * sizeof(float)},
+      {&attended_, rows * static_cast<size_t>(out_->k()) * act},
+      {&logits_in_, wanted * hidden * act},
+      {&logits_, wanted * static_cast<size_t>(c.vocab_size) * sizeof(float)}};
+  for (const auto& [buffer, bytes] : sizes) BALLAST_RETURN_IF_ERROR(buffer->EnsureSize(bytes));
+  for (GatedMlp* mlp : {dense_mlp_.get(), shared_mlp_.get()}) {
+    if (mlp != nullptr) BALLAST_RETURN_IF_ERROR(mlp->Reserve(num_tokens));
+  }
+  return absl::OkStatus();
 }
 
-absl::Status Decoder::Embed(const Batch& batch) {
+// Puts the batch where the kernels read it.
+absl::StatusOr<Decoder::Inputs> Decoder::TakeIn(const Batch& batch) {
+  const std::vector<int32_t>* const parts[] = {&batch.token, &batch.position, &batch.table_offset,
+                                               &batch.block_table, &batch.logit_rows};
+  constexpr size_t kLine = kCacheLineBytes / sizeof(int32_t);
+  size_t begin[5], end = 0;
+  for (size_t i = 0; i < 5; ++i) {
+    begin[i] = end;
+    end = RoundUp(end + parts[i]->size(), kLine);
+  }
+  input_words_.resize(end);
+  for (size_t i = 0; i < 5; ++i) {
+    std::ranges::copy(*parts[i], input_words_.begin() + static_cast<std::ptrdiff_t>(begin[i]));
+  }
+  BALLAST_RETURN_IF_ERROR(inputs_.Assign(std::as_bytes(std::span(input_words_)), stream_));
+  const auto part = [&](size_t i) {
+    return std::span<const int32_t>(inputs_.as<int32_t>() + begin[i], parts[i]->size());
+  };
+  return Inputs{part(0).data(), {part(1), part(2), part(3)}, part(4).data()};
+}
+
+absl::Status Decoder::Embed(const Batch& batch, const Inputs& inputs) {
   return kernels_.embed({.num_rows = batch.num_tokens(),
                          .width = config_.hidden,
-                         .token = batch.token.data(),
-                         .table = embedding_.data(),
+                         .token = inputs.token,
+                         .table = embedding_.as<float>(),
                          .y = residual_.as<float>()},
-                        nullptr);
+                        stream_);
 }
 
 absl::Status Decoder::AddBranch(int rows) {
@@ -166,7 +280,7 @@ absl::Status Decoder::AddBranch(int rows) {
                        .width = config_.hidden,
                        .x = branch_.as<float>(),
                        .y = residual_.as<float>()},
-                      nullptr);
+                      stream_);
 }
 
 // Each head of the queries and keys by itself.
@@ -179,39 +293,39 @@ absl::Status Decoder::NormHeads(const Layer& layer, int rows) {
                                              .width = c.head_dim,
                                              .stride = qkv_->n(),
                                              .x = q,
-                                             .weight = layer.q_norm.data(),
+                                             .weight = layer.q_norm.as<float>(),
                                              .eps = c.norm_eps,
                                              .y_f32 = q},
-                                            nullptr));
+                                            stream_));
   return kernels_.rms_norm({.num_rows = rows,
                             .num_heads = c.num_kv_heads,
                             .width = c.head_dim,
                             .stride = qkv_->n(),
                             .x = k,
-                            .weight = layer.k_norm.data(),
+                            .weight = layer.k_norm.as<float>(),
                             .eps = c.norm_eps,
                             .y_f32 = k},
-                           nullptr);
+                           stream_);
 }
 
-absl::Status Decoder::Attend(const Layer& layer, const Batch& batch, KvLayerView cache) {
+absl::Status Decoder::Attend(const Layer& layer, const Inputs& inputs, KvLayerView cache) {
   const ModelConfig& c = config_;
-  const int rows = batch.num_tokens(), width = qkv_->n();
+  const int rows = static_cast<int>(inputs.index.position.size()), width = qkv_->n();
   const int q_width = c.num_heads * c.head_dim, kv_width = c.num_kv_heads * c.head_dim;
   BALLAST_RETURN_IF_ERROR(kernels_.rms_norm({.num_rows = rows,
                                              .width = c.hidden,
                                              .x = residual_.as<float>(),
-                                             .weight = layer.attention_norm.data(),
+                                             .weight = layer.attention_norm.as<float>(),
                                              .eps = c.norm_eps,
                                              .act_type = options_.dtype,
                                              .y_act = normed_act_.data()},
-                                            nullptr));
+                                            stream_));
   BALLAST_RETURN_IF_ERROR(
-      qkv_->Run(normed_act_.data(), rows, layer.qkv.data(), qkv_out_.as<float>(), nullptr));
+      qkv_->Run(normed_act_.data(), rows, layer.qkv.data(), qkv_out_.as<float>(), stream_));
   float* q = qkv_out_.as<float>();
-  if (!layer.qkv_bias.empty()) {
+  if (config_.attention_bias) {
     BALLAST_RETURN_IF_ERROR(kernels_.add_bias(
-        {.num_rows = rows, .width = width, .bias = layer.qkv_bias.data(), .y = q}, nullptr));
+        {.num_rows = rows, .width = width, .bias = layer.qkv_bias.as<float>(), .y = q}, stream_));
   }
   if (c.qk_norm) BALLAST_RETURN_IF_ERROR(NormHeads(layer, rows));
   // Queries and keys stand side by side in a row and turn by the same angles.
@@ -221,109 +335,114 @@ absl::Status Decoder::Attend(const Layer& layer, const Batch& batch, KvLayerView
                                            .rotary_dim = c.rotary_dim,
                                            .stride = width,
                                            .x = q,
-                                           .position = batch.position.data(),
-                                           .cos = rotary_cos_.data(),
-                                           .sin = rotary_sin_.data()},
-                                          nullptr));
-  const KvIndex index{batch.position, batch.table_offset, batch.block_table};
+                                           .position = inputs.index.position.data(),
+                                           .cos = rotary_cos_.as<float>(),
+                                           .sin = rotary_sin_.as<float>()},
+                                          stream_));
   BALLAST_RETURN_IF_ERROR(kernels_.kv_write({.num_rows = rows,
                                              .kv_heads = c.num_kv_heads,
                                              .head_dim = c.head_dim,
                                              .stride = width,
                                              .k = q + q_width,
                                              .v = q + q_width + kv_width,
-                                             .index = index,
+                                             .index = inputs.index,
                                              .cache = cache},
-                                            nullptr));
+                                            stream_));
   BALLAST_RETURN_IF_ERROR(kernels_.attention({.num_rows = rows,
                                               .num_heads = c.num_heads,
                                               .kv_heads = c.num_kv_heads,
                                               .head_dim = c.head_dim,
                                               .stride = width,
                                               .q = q,
-                                              .index = index,
+                                              .index = inputs.index,
                                               .cache = cache,
                                               .act_type = options_.dtype,
                                               .y = attended_.data()},
-                                             nullptr));
+                                             stream_));
   BALLAST_RETURN_IF_ERROR(
-      out_->Run(attended_.data(), rows, layer.out.data(), branch_.as<float>(), nullptr));
+      out_->Run(attended_.data(), rows, layer.out.data(), branch_.as<float>(), stream_));
   return AddBranch(rows);
 }
 
 absl::Status Decoder::RunDense(const Layer& layer, const Batch& batch) {
   BALLAST_RETURN_IF_ERROR(dense_mlp_->Run(normed_act_.data(), batch.num_tokens(), layer.mlp.data(),
-                                          branch_.as<float>(), nullptr));
+                                          branch_.as<float>(), stream_));
   return AddBranch(batch.num_tokens());
 }
 
-absl::Status Decoder::RunMoe(const Layer& layer, int32_t moe_layer, const Batch& batch,
-                             DispatchTable* table, LayerCounts* counts) {
+absl::Status Decoder::RunMoe(const Layer& layer, int32_t moe_layer, const Batch& batch) {
   const auto add_shared = [&]() -> absl::Status {
     if (shared_mlp_ == nullptr || batch.num_tokens() == 0) return absl::OkStatus();
     BALLAST_RETURN_IF_ERROR(shared_mlp_->Run(normed_act_.data(), batch.num_tokens(),
-                                             layer.shared.data(), branch_.as<float>(), nullptr));
+                                             layer.shared.data(), branch_.as<float>(), stream_));
     return AddBranch(batch.num_tokens());
   };
-  return moe_->Run(table, {.layer = moe_layer,
-                           .num_tokens = batch.num_tokens(),
-                           .num_prefill = batch.num_prefill,
-                           .x_f32 = normed_.as<float>(),
-                           .x_act = normed_act_.data(),
-                           .router = &layer.router,
-                           .while_waiting = add_shared,
-                           .base = residual_.as<float>(),
-                           .y = residual_.as<float>(),
-                           .counts = counts});
+  return moe_->Run(
+      {.layer = moe_layer,
+       .num_tokens = batch.num_tokens(),
+       .num_prefill = batch.num_prefill,
+       .x_f32 = normed_.as<float>(),
+       .x_act = normed_act_.data(),
+       .router = {layer.router.data(),
+                  {layer.router_bias.as<float>(), layer.router_bias.size() / sizeof(float)}},
+       .while_waiting = add_shared,
+       .base = residual_.as<float>(),
+       .y = residual_.as<float>()});
 }
 
-absl::StatusOr<std::span<const float>> Decoder::Logits(const Batch& batch) {
-  const int wanted = static_cast<int>(batch.logit_rows.size());
-  if (wanted > 0) {
-    BALLAST_RETURN_IF_ERROR(kernels_.rms_norm({.num_rows = wanted,
-                                               .width = config_.hidden,
-                                               .x = residual_.as<float>(),
-                                               .row = batch.logit_rows.data(),
-                                               .weight = final_norm_.data(),
-                                               .eps = config_.norm_eps,
-                                               .act_type = options_.dtype,
-                                               .y_act = logits_in_.data()},
-                                              nullptr));
-    BALLAST_RETURN_IF_ERROR(
-        head_matmul_->Run(logits_in_.data(), wanted, head_.data(), logits_.as<float>(), nullptr));
-  }
-  return std::span<const float>(
-      logits_.as<float>(), static_cast<size_t>(wanted) * static_cast<size_t>(config_.vocab_size));
+absl::Status Decoder::MakeLogits(const Batch& batch, const Inputs& inputs) {
+  num_logits_ = static_cast<int>(batch.logit_rows.size());
+  if (num_logits_ == 0) return absl::OkStatus();
+  BALLAST_RETURN_IF_ERROR(kernels_.rms_norm({.num_rows = num_logits_,
+                                             .width = config_.hidden,
+                                             .x = residual_.as<float>(),
+                                             .row = inputs.logit_rows,
+                                             .weight = final_norm_.as<float>(),
+                                             .eps = config_.norm_eps,
+                                             .act_type = options_.dtype,
+                                             .y_act = logits_in_.data()},
+                                            stream_));
+  return head_matmul_->Run(logits_in_.data(), num_logits_, head_.data(), logits_.as<float>(),
+                           stream_);
 }
 
-absl::StatusOr<std::span<const float>> Decoder::Forward(
-    const Batch& batch, KvCache* cache, DispatchTable* table,
-    const std::function<absl::Status()>& between_layers, std::vector<LayerCounts>* counts) {
-  counts->resize(static_cast<size_t>(config_.num_moe_layers()));
-  Reserve(batch.num_tokens(), static_cast<int32_t>(batch.logit_rows.size()));
-  BALLAST_RETURN_IF_ERROR(Embed(batch));
+absl::Status Decoder::Begin(const Batch& batch, const KvCache& cache,
+                            const std::function<absl::Status()>& between_layers) {
+  BALLAST_RETURN_IF_ERROR(
+      Reserve(batch.num_tokens(), static_cast<int32_t>(batch.logit_rows.size())));
+  BALLAST_ASSIGN_OR_RETURN(const Inputs inputs, TakeIn(batch));
+  if (batch.num_tokens() > 0) BALLAST_RETURN_IF_ERROR(Embed(batch, inputs));
   for (int32_t i = 0; i < config_.num_layers; ++i) {
     const Layer& layer = layers_[i];
     const bool dense = i < config_.num_dense_layers;
     if (batch.num_tokens() > 0) {
-      BALLAST_RETURN_IF_ERROR(Attend(layer, batch, cache->layer(i)));
+      BALLAST_RETURN_IF_ERROR(Attend(layer, inputs, cache.layer(i)));
       BALLAST_RETURN_IF_ERROR(kernels_.rms_norm({.num_rows = batch.num_tokens(),
                                                  .width = config_.hidden,
                                                  .x = residual_.as<float>(),
-                                                 .weight = layer.mlp_norm.data(),
+                                                 .weight = layer.mlp_norm.as<float>(),
                                                  .eps = config_.norm_eps,
                                                  .y_f32 = normed_.as<float>(),
                                                  .act_type = options_.dtype,
                                                  .y_act = normed_act_.data()},
-                                                nullptr));
+                                                stream_));
       if (dense) BALLAST_RETURN_IF_ERROR(RunDense(layer, batch));
     }
     if (dense) continue;
-    const int32_t moe_layer = i - config_.num_dense_layers;
-    BALLAST_RETURN_IF_ERROR(RunMoe(layer, moe_layer, batch, table, &(*counts)[moe_layer]));
+    BALLAST_RETURN_IF_ERROR(RunMoe(layer, i - config_.num_dense_layers, batch));
     BALLAST_RETURN_IF_ERROR(between_layers());
   }
-  return Logits(batch);
+  return MakeLogits(batch, inputs);
+}
+
+absl::StatusOr<std::span<const float>> Decoder::Finish(std::vector<LayerCounts>* counts) {
+  BALLAST_RETURN_IF_ERROR(moe_->Finish(counts));
+  const size_t size = static_cast<size_t>(num_logits_) * static_cast<size_t>(config_.vocab_size);
+  if (kernels_.memory == &HostMemory()) return std::span<const float>(logits_.as<float>(), size);
+  host_logits_.resize(size);
+  BALLAST_RETURN_IF_ERROR(kernels_.memory->Read(std::as_writable_bytes(std::span(host_logits_)),
+                                                logits_.data(), stream_));
+  return std::span<const float>(host_logits_);
 }
 
 }  // namespace ballast

@@ -5,15 +5,17 @@
 #include <functional>
 #include <memory>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "absl/status/statusor.h"
-#include "base/aligned_buffer.h"
 #include "kernels/gated_mlp.h"
 #include "kernels/kernel_set.h"
+#include "kernels/memory.h"
+#include "runtime/backend.h"
 #include "runtime/checkpoint.h"
 #include "runtime/kv_cache.h"
-#include "runtime/moe_layer.h"
+#include "runtime/moe_layers.h"
 
 namespace ballast {
 
@@ -31,69 +33,81 @@ struct Batch {
   void Clear();
 };
 
-// The model on one rank: everything but the routed experts, which the expert store holds.
+// The model on one rank: everything but the routed experts, which the expert store holds. It
+// computes where its backend does.
 // THREADS one (the step thread).
 class Decoder {
  public:
   struct Options {
     DType dtype = DType::kF32;
     SplitMode split = SplitMode::kExact;
+    int32_t max_tokens = 0, max_logits = 0;  // of one batch; a device takes the memory for them
+    int64_t timeout_ms = 60'000;             // of every wait for another rank
   };
+  // REQUIRES `backend` outlives it
   static absl::StatusOr<std::unique_ptr<Decoder>> Create(const Checkpoint& checkpoint,
-                                                         const Options& options,
-                                                         const KernelSet& kernels);
+                                                         const Options& options, Backend* backend);
   ~Decoder();
-
-  // The ranks that it works with from now on. REQUIRES before the first Forward
-  void Connect(Communicator* communicator) { moe_->Connect(communicator); }
 
   // Of all that it holds between steps.
   size_t parameter_bytes() const;
 
   // Bytes of one packed expert, and the filling of one.
-  size_t expert_bytes() const { return moe_->expert_mlp().packed_bytes(); }
+  size_t expert_bytes() const { return expert_form_.packed_bytes; }
   absl::Status LoadExpert(const Checkpoint& checkpoint, int32_t moe_layer, int32_t expert,
                           std::byte* packed);
 
-  // What the gate of the MoE layer that ran last chose. SHAPES [T, top-k]
-  std::span<const int32_t> last_ids() const { return moe_->ids(); }
+  MoeLayers& moe() { return *moe_; }
 
-  // Of all MoE layers since the last call (moe_layer.h).
-  uint64_t TakeChoiceHash() { return moe_->TakeChoiceHash(); }
-
-  // Runs the batch. `between_layers` is called after every MoE layer.
-  // SHAPES logits, valid until the next call: [N, vocab]; counts [num_moe_layers]
+  // Runs a batch: Begin, then Finish. On a device Begin puts the work on the backend's stream, and
+  // Finish waits for it. `between_layers` is called after every MoE layer has begun.
+  // SHAPES logits, valid until the next Begin: [N, vocab]; counts [num_moe_layers]
+  // REQUIRES moe() is connected and knows the placement
   // COLLECTIVE also with an empty batch
-  absl::StatusOr<std::span<const float>> Forward(
-      const Batch& batch, KvCache* cache, DispatchTable* table,
-      const std::function<absl::Status()>& between_layers, std::vector<LayerCounts>* counts);
+  absl::Status Begin(const Batch& batch, const KvCache& cache,
+                     const std::function<absl::Status()>& between_layers);
+  absl::StatusOr<std::span<const float>> Finish(std::vector<LayerCounts>* counts);
 
  private:
   struct Layer;
-  Decoder(const ModelConfig& config, const Options& options, const KernelSet& kernels);
+  struct Inputs;
+  Decoder(const ModelConfig& config, const Options& options, Backend* backend);
   absl::Status MakeProducts();
+  absl::Status MakeRotary();
+  absl::Status LoadFloats(const Checkpoint& checkpoint, const std::vector<std::string>& names,
+                          Buffer* to);
+  absl::Status LoadMatrix(const Checkpoint& checkpoint, const std::vector<std::string>& names,
+                          const Matmul& matmul, Buffer* to);
+  absl::Status LoadMlp(const Checkpoint& checkpoint, const std::string& prefix, GatedMlp* mlp,
+                       Buffer* to);
   absl::Status LoadLayer(const Checkpoint& checkpoint, int32_t index, Layer* layer);
-  void Reserve(int32_t num_tokens, int32_t num_logits);
-  absl::Status Embed(const Batch& batch);
+  absl::Status Reserve(int32_t num_tokens, int32_t num_logits);
+  absl::StatusOr<Inputs> TakeIn(const Batch& batch);
+  absl::Status Embed(const Batch& batch, const Inputs& inputs);
   absl::Status AddBranch(int rows);  // to the residual
   absl::Status NormHeads(const Layer& layer, int rows);
-  absl::Status Attend(const Layer& layer, const Batch& batch, KvLayerView cache);
+  absl::Status Attend(const Layer& layer, const Inputs& inputs, KvLayerView cache);
   absl::Status RunDense(const Layer& layer, const Batch& batch);
-  absl::Status RunMoe(const Layer& layer, int32_t moe_layer, const Batch& batch,
-                      DispatchTable* table, LayerCounts* counts);
-  absl::StatusOr<std::span<const float>> Logits(const Batch& batch);
+  absl::Status RunMoe(const Layer& layer, int32_t moe_layer, const Batch& batch);
+  absl::Status MakeLogits(const Batch& batch, const Inputs& inputs);
 
   ModelConfig config_;
   Options options_;
   const KernelSet& kernels_;
+  const Stream stream_;
+  ExpertForm expert_form_;
   std::vector<Layer> layers_;
-  std::vector<float> embedding_, final_norm_;
-  std::vector<float> rotary_cos_, rotary_sin_;
-  AlignedBuffer head_;
+  Buffer embedding_, final_norm_, rotary_cos_, rotary_sin_;  // fp32
+  Buffer head_;
   std::unique_ptr<Matmul> qkv_, out_, head_matmul_;
   std::unique_ptr<GatedMlp> dense_mlp_, shared_mlp_;
-  std::unique_ptr<MoeExecutor> moe_;
-  AlignedBuffer residual_, normed_, normed_act_, qkv_out_, attended_, branch_, logits_in_, logits_;
+  std::unique_ptr<MoeLayers> moe_;
+  // Of a step.
+  std::vector<int32_t> input_words_;
+  Buffer inputs_, residual_, normed_, normed_act_, qkv_out_, attended_, branch_, logits_in_,
+      logits_;
+  int num_logits_ = 0;
+  std::vector<float> host_logits_;
 };
 
 }  // namespace ballast

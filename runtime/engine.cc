@@ -47,46 +47,39 @@ absl::Status CheckSizes(const EngineOptions& options, const ModelConfig& config)
   return absl::OkStatus();
 }
 
-// Reads experts beside the step thread.
-ReadExpert ReaderOf(const Checkpoint& checkpoint, const KernelSet& kernels, DType dtype) {
-  // Made on the thread that reads, on which it also says that products use one thread.
-  std::shared_ptr<GatedMlp> mlp;
-  return [&checkpoint, &kernels, dtype, mlp](int32_t layer, int32_t expert,
-                                             std::span<std::byte> block) mutable -> absl::Status {
-    const ModelConfig& config = checkpoint.config();
-    if (mlp == nullptr) {
-      BALLAST_ASSIGN_OR_RETURN(
-          mlp, GatedMlp::Create(kernels, config.hidden, config.expert_inter, dtype));
-    }
-    return checkpoint.LoadMlp(ExpertPrefix(config.num_dense_layers + layer, expert), mlp.get(),
-                              block.data());
-  };
-}
-
 }  // namespace
 
-Engine::Engine(const EngineOptions& options, const Checkpoint& checkpoint, const KernelSet& kernels,
+Engine::Engine(const EngineOptions& options, const Checkpoint& checkpoint, Backend* backend,
                Transport* transport, ControlChannel* channel, EngineObserver* observer)
     : options_(options),
       checkpoint_(checkpoint),
-      kernels_(kernels),
+      backend_(backend),
       base_transport_(transport),
       channel_(channel),
       observer_(observer) {}
 
 Engine::~Engine() = default;
 
-absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(
-    const EngineOptions& options, const Checkpoint& checkpoint, const KernelSet& kernels,
-    const Placement& initial, Transport* transport, ControlChannel* channel,
-    EngineObserver* observer) {
+absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& options,
+                                                       const Checkpoint& checkpoint,
+                                                       Backend* backend, const Placement& initial,
+                                                       Transport* transport,
+                                                       ControlChannel* channel,
+                                                       EngineObserver* observer) {
   const ModelConfig& config = checkpoint.config();
   std::unique_ptr<Engine> engine(
-      new Engine(options, checkpoint, kernels, transport, channel, observer));
+      new Engine(options, checkpoint, backend, transport, channel, observer));
   BALLAST_RETURN_IF_ERROR(CheckSizes(options, config));
   BALLAST_ASSIGN_OR_RETURN(engine->decoder_,
-                           Decoder::Create(checkpoint, {options.dtype, options.split}, kernels));
+                           Decoder::Create(checkpoint,
+                                           {.dtype = options.dtype,
+                                            .split = options.split,
+                                            .max_tokens = options.scheduler.max_batch_tokens,
+                                            .max_logits = options.scheduler.max_seqs,
+                                            .timeout_ms = options.step_timeout_ms},
+                                           backend));
   engine->cache_ = std::make_unique<KvCache>(config, options.dtype, options.kv_bytes);
+  BALLAST_RETURN_IF_ERROR(engine->cache_->Allocate(backend->kernels().memory));
   Scheduler::Options scheduler = options.scheduler;
   scheduler.context_tokens = config.context_tokens;
   scheduler.eos_tokens = config.eos_tokens;
@@ -127,7 +120,7 @@ void Engine::MakeStore(const Placement& initial) {
           .resident_blocks = initial.topology().slots_on(rank) * config.num_moe_layers(),
           .staging_blocks = options_.staging_experts > 0 ? options_.staging_experts : most_slots,
           .chunk_bytes = options_.chunk_bytes,
-          .read = ReaderOf(checkpoint_, kernels_, options_.dtype)},
+          .read = ReaderOf(checkpoint_, *backend_, options_.dtype)},
       base_transport_);
   verifier_ = std::make_unique<Verifier>(
       Verifier::Options{.num_layers = config.num_moe_layers(),
@@ -137,9 +130,8 @@ void Engine::MakeStore(const Placement& initial) {
   Rebalancer::Options rebalancer = options_.rebalancer;
   rebalancer.rank = rank;
   rebalancer_ = std::make_unique<Rebalancer>(
-      rebalancer, store_.get(), initial, [this](const Placement& placement) {
-        table_ = std::make_unique<DispatchTable>(placement, group_.member, *store_, table_.get());
-      });
+      rebalancer, store_.get(), initial,
+      [this](const Placement& placement) { used_ = decoder_->moe().Use(placement, *store_); });
 }
 
 // Reads the experts that `placement` gives to this rank and that it has not got, or not whole.
@@ -200,7 +192,7 @@ absl::Status Engine::JoinGroup(Group group, int64_t last_step) {
                                                if (group_inbox_.empty()) return absl::OkStatus();
                                                return absl::AbortedError("told to halt");
                                              }});
-  decoder_->Connect(comm.get());
+  BALLAST_RETURN_IF_ERROR(decoder_->moe().Connect(comm.get(), placement.topology()));
   store_->Regroup(group.member, transport.get(), placement);
   comm_ = std::move(comm);
   CountSent();
@@ -217,10 +209,9 @@ absl::Status Engine::JoinGroup(Group group, int64_t last_step) {
   capture_ = std::make_unique<IdsCapture>(group_.member, config.num_moe_layers(), config.gate.top_k,
                                           TraceRecorder::IdBytes(config.gate.num_experts));
   record_open_ = false;
-  decoder_->TakeChoiceHash();  // of a step that not all have finished
+  decoder_->moe().TakeChoiceHash();  // of a step that not all have finished
   BALLAST_RETURN_IF_ERROR(LoadMissing(placement));
-  table_ = std::make_unique<DispatchTable>(placement, group_.member, *store_, nullptr);
-  return absl::OkStatus();
+  return decoder_->moe().Use(placement, *store_);
 }
 
 absl::Status Engine::Run() {
@@ -310,7 +301,7 @@ absl::Status Engine::Open(const Batch& batch) {
                           .num_prefill = batch.num_prefill,
                           .wake_seq = wake_seq_,
                           .last_cpu_us = last_cpu_us_,
-                          .choice_hash = decoder_->TakeChoiceHash(),
+                          .choice_hash = decoder_->moe().TakeChoiceHash(),
                           .stop = stop_};
   if (options_.recorder != nullptr) wish.record_ids = options_.recorder->ids_recording();
   const StepHeader mine = protocol_->Begin(wish);
@@ -320,6 +311,7 @@ absl::Status Engine::Open(const Batch& batch) {
   Report();
   BALLAST_ASSIGN_OR_RETURN(opening_, protocol_->Open(headers_, NowNs()));
   stopping_ = opening_.stop;
+  BALLAST_RETURN_IF_ERROR(used_);
   if (opening_.num_dissenters > 0) {
     LogError("engine", absl::StrCat(opening_.num_dissenters, " ranks chose other replicas in step ",
                                     protocol_->step() - 1, " than the others: they have to go"));
@@ -343,7 +335,6 @@ absl::Status Engine::RunStep(const Batch& batch) {
   for (size_t r = 0; r < headers_.size(); ++r) rank_tokens_[r] = headers_[r].num_tokens;
   capture_->Begin(headers_[kLeader].record_ids, rank_tokens_);
   const auto between_layers = [this]() -> absl::Status {
-    if (capture_->active()) capture_->TakeLayer(decoder_->last_ids());
     if (rebalancer_->busy()) {
       const int64_t slice_began = NowNs();
       rebalancer_->Slice(SliceOf::kStep);
@@ -351,8 +342,9 @@ absl::Status Engine::RunStep(const Batch& batch) {
     }
     return Verify();
   };
-  BALLAST_ASSIGN_OR_RETURN(const auto logits, decoder_->Forward(batch, cache_.get(), table_.get(),
-                                                                between_layers, &record_.layers));
+  BALLAST_RETURN_IF_ERROR(decoder_->Begin(batch, *cache_, between_layers));
+  BALLAST_ASSIGN_OR_RETURN(const auto logits, decoder_->Finish(&record_.layers));
+  if (capture_->active()) BALLAST_RETURN_IF_ERROR(CaptureIds());
   scheduler_->Finish(logits, &events_);
 
   last_cpu_us_ = (ThreadCpuNs() - cpu_began - (comm_->wait_cpu_ns() - waited)) / 1000;
@@ -379,6 +371,14 @@ absl::Status Engine::RunStep(const Batch& batch) {
   record_open_ = true;
   copies_committed_ = 0;
   stall_ns_ = 0;
+  return absl::OkStatus();
+}
+
+absl::Status Engine::CaptureIds() {
+  for (int32_t layer = 0; layer < checkpoint_.config().num_moe_layers(); ++layer) {
+    BALLAST_ASSIGN_OR_RETURN(const auto ids, decoder_->moe().Ids(layer));
+    capture_->TakeLayer(ids);
+  }
   return absl::OkStatus();
 }
 

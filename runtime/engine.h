@@ -15,6 +15,7 @@
 #include "comm/control_channel.h"
 #include "comm/member_transport.h"
 #include "monitor/trace_recorder.h"
+#include "runtime/backend.h"
 #include "runtime/checkpoint.h"
 #include "runtime/control_frames.h"
 #include "runtime/decoder.h"
@@ -31,8 +32,8 @@ namespace ballast {
 // How a group came to be.
 struct Regrouping {
   Group group;
-  int32_t reloads = 0;   // experts that were read from the checkpoint, over all members
-  int64_t pause_ns = 0;  // from the order to halt to the readiness of this rank
+  int32_t reloads = 0;            // experts that were read from the checkpoint, over all members
+  int64_t pause_ns = 0;           // from the order to halt to the readiness of this rank
   int64_t committed_plan_id = 0;  // of the last plan that a regrouping put in force; 0: none so far
 };
 
@@ -120,11 +121,13 @@ class Engine {
  public:
   // Loads the parameters that `initial` gives to this rank. All ranks of `transport` are members.
   // `channel` leads to the leader's front end; rank 0's own engine has one too. `checkpoint`,
-  // `kernels`, `transport`, `channel` and `observer` must live longer than the engine.
-  static absl::StatusOr<std::unique_ptr<Engine>> Create(
-      const EngineOptions& options, const Checkpoint& checkpoint, const KernelSet& kernels,
-      const Placement& initial, Transport* transport, ControlChannel* channel,
-      EngineObserver* observer);
+  // `backend`, `transport`, `channel` and `observer` must live longer than the engine.
+  static absl::StatusOr<std::unique_ptr<Engine>> Create(const EngineOptions& options,
+                                                        const Checkpoint& checkpoint,
+                                                        Backend* backend, const Placement& initial,
+                                                        Transport* transport,
+                                                        ControlChannel* channel,
+                                                        EngineObserver* observer);
   ~Engine();
 
   // The members tell each other what they know the experts by: from then on none of them takes in
@@ -144,7 +147,7 @@ class Engine {
   bool complete() const { return stopping_ == StopKind::kComplete; }
 
  private:
-  Engine(const EngineOptions& options, const Checkpoint& checkpoint, const KernelSet& kernels,
+  Engine(const EngineOptions& options, const Checkpoint& checkpoint, Backend* backend,
          Transport* transport, ControlChannel* channel, EngineObserver* observer);
   void MakeStore(const Placement& initial);
   absl::Status LoadMissing(const Placement& placement);
@@ -159,6 +162,7 @@ class Engine {
   absl::Status RunStep(const Batch& batch);
   absl::Status Rest();  // nobody has tokens
   absl::Status SendEvents();
+  absl::Status CaptureIds();
   absl::Status SendIds();  // of the step, where the leader records them
   void Report();           // the step before, now that all CPU times are known
   void CountSent();        // what this rank sent since it was last counted, into the record
@@ -180,7 +184,7 @@ class Engine {
 
   const EngineOptions options_;
   const Checkpoint& checkpoint_;
-  const KernelSet& kernels_;
+  Backend* const backend_;
   Transport* const base_transport_;
   ControlChannel* const channel_;
   EngineObserver* const observer_;
@@ -199,10 +203,10 @@ class Engine {
   std::unique_ptr<KvCache> cache_;
   std::unique_ptr<Scheduler> scheduler_;
   std::unique_ptr<ExpertStore> store_;
-  std::unique_ptr<DispatchTable> table_;
+  absl::Status used_;  // whether the placement in force could be put to use
   std::unique_ptr<Rebalancer> rebalancer_;
   std::unique_ptr<Verifier> verifier_;
-  uint64_t verify_id_ = 0;  // of the check that the leader asked for last
+  uint64_t verify_id_ = 0;           // of the check that the leader asked for last
   std::vector<VerifiedCopy> unfit_;  // copies that are wrong in memory; no step runs on them
 
   std::deque<LeaderFrame> inbox_;        // taken off the channel, not yet read
@@ -216,7 +220,7 @@ class Engine {
   StepRecord record_;
   int32_t copies_committed_ = 0;
   int64_t stall_ns_ = 0;
-  int64_t halted_ns_ = 0;  // when the regrouping under way began
+  int64_t halted_ns_ = 0;          // when the regrouping under way began
   int64_t committed_plan_id_ = 0;  // Regrouping
   std::atomic<bool> ended_ = false;
   std::atomic<int32_t> running_ = 0, waiting_ = 0;

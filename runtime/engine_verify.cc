@@ -18,28 +18,6 @@ namespace {
 // An idle rank looks up this often even if nobody speaks to it.
 constexpr int64_t kIdleWaitMs = 10'000;
 
-// What is wrong with the tables of a rank, if anything.
-absl::Status CheckTables(const Placement& placement, int32_t member, const ExpertStore& store,
-                         DispatchTable* table) {
-  BALLAST_RETURN_IF_ERROR(CheckPlacement(placement));
-  if (!(table->placement() == placement)) {
-    return absl::InternalError(absl::StrCat("steps run under epoch ", table->epoch(),
-                                            ", the placement in force is ", placement.epoch()));
-  }
-  for (int32_t layer = 0; layer < placement.num_layers(); ++layer) {
-    for (int32_t e = 0; e < placement.num_experts(); ++e) {
-      const std::byte* const parameters = store.Parameters(layer, e);
-      const int32_t group = table->layer(layer).group_of_expert[e];
-      const std::byte* const used = group < 0 ? nullptr : table->layer(layer).parameters[group];
-      if (placement.Hosts(layer, e, member) != (parameters != nullptr) || used != parameters) {
-        return absl::InternalError(absl::StrCat("layer ", layer, ", expert ", e,
-                                                ": placement, memory and tables do not agree"));
-      }
-    }
-  }
-  return absl::OkStatus();
-}
-
 }  // namespace
 
 absl::Status Engine::Verify() {
@@ -58,8 +36,8 @@ absl::Status Engine::Verify() {
                         .fingerprint = rebalancer_->placement().fingerprint(),
                         .fault = {},
                         .copies = *std::move(pass)};
-    const absl::Status tables =
-        CheckTables(rebalancer_->placement(), group_.member, *store_, table_.get());
+    absl::Status tables = CheckPlacement(rebalancer_->placement());
+    tables.Update(decoder_->moe().Check(rebalancer_->placement(), *store_));
     if (!tables.ok()) {
       verified.unsound = 1;
       LogError("engine", std::string(tables.message()));

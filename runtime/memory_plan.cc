@@ -53,13 +53,15 @@ absl::StatusOr<int64_t> ParameterBytes(const ModelConfig& c, const KernelSet& ke
 }  // namespace
 
 absl::StatusOr<MemoryPlan> PlanMemory(const EngineOptions& options, const ModelConfig& config,
-                                      const KernelSet& kernels, const Topology& topology,
+                                      const Backend& backend, const Topology& topology,
                                       int32_t rank) {
   MemoryPlan plan;
-  BALLAST_ASSIGN_OR_RETURN(plan.parameters, ParameterBytes(config, kernels, options.dtype));
-  BALLAST_ASSIGN_OR_RETURN(int64_t expert,
-                           MlpBytes(kernels, config.hidden, config.expert_inter, options.dtype));
-  expert = static_cast<int64_t>(RoundUp(static_cast<size_t>(expert), kCacheLineBytes));
+  BALLAST_ASSIGN_OR_RETURN(plan.parameters,
+                           ParameterBytes(config, backend.kernels(), options.dtype));
+  BALLAST_ASSIGN_OR_RETURN(
+      const ExpertForm form,
+      backend.MakeExpertForm(config.hidden, config.expert_inter, options.dtype));
+  const int64_t expert = static_cast<int64_t>(RoundUp(form.packed_bytes, kCacheLineBytes));
   int32_t most_slots = 0;
   for (int32_t r = 0; r < topology.num_ranks(); ++r) {
     most_slots = std::max(most_slots, topology.slots_on(r));

@@ -5,8 +5,8 @@
 #include <cstdint>
 
 #include "absl/status/statusor.h"
-#include "kernels/kernel_set.h"
 #include "placement/placement.h"
+#include "runtime/backend.h"
 #include "runtime/model_config.h"
 
 namespace ballast {
@@ -31,7 +31,7 @@ struct MemoryPlan {
 //   transfers = staging * expert + 2 * (ranks - 1) * (chunk + its header)
 // ERRORS of make_matmul
 absl::StatusOr<MemoryPlan> PlanMemory(const EngineOptions& options, const ModelConfig& config,
-                                      const KernelSet& kernels, const Topology& topology,
+                                      const Backend& backend, const Topology& topology,
                                       int32_t rank);
 
 // The memory that the processes of this machine, or of this container, may take together.

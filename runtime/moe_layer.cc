@@ -76,8 +76,8 @@ absl::Status MoeExecutor::RunGate(const Args& args) {
   const size_t experts = static_cast<size_t>(options_.gate.num_experts);
   logits_.EnsureSize(RoundUp(tokens, kRowBlock) * experts * sizeof(float));
   if (tokens > 0) {
-    BALLAST_RETURN_IF_ERROR(gate_matmul_->Run(
-        args.x_f32, args.num_tokens, args.router->packed.data(), logits_.as<float>(), nullptr));
+    BALLAST_RETURN_IF_ERROR(gate_matmul_->Run(args.x_f32, args.num_tokens, args.router.packed,
+                                              logits_.as<float>(), nullptr));
   }
   ids_.resize(tokens * options_.gate.top_k);
   weights_.resize(ids_.size());
@@ -85,24 +85,22 @@ absl::Status MoeExecutor::RunGate(const Args& args) {
                         .num_tokens = args.num_tokens,
                         .num_prefill = args.num_prefill,
                         .logits = {logits_.as<float>(), tokens * experts},
-                        .bias = args.router->bias,
+                        .bias = args.router.bias,
                         .ids = ids_,
                         .weights = weights_,
                         .histogram = histogram_},
                        nullptr);
 }
 
-// Adds the gathered counts up: over the kinds for the split, over the ranks for the load
-// statistics.
-void MoeExecutor::FoldCounts(LayerCounts* out) {
-  const size_t experts = histogram_.size() / kNumTokenKinds;
+void FoldCounts(std::span<const int32_t> gathered, size_t experts, std::span<int32_t> by_source,
+                LayerCounts* out) {
   for (auto& counts : out->counts) counts.assign(experts, 0);
   int32_t* __restrict all_prefill = out->counts[TokenKind::kPrefill].data();
   int32_t* __restrict all_decode = out->counts[TokenKind::kDecode].data();
-  for (size_t r = 0; r < static_cast<size_t>(comm_->size()); ++r) {
-    const int32_t* __restrict prefill = gathered_.data() + r * histogram_.size();
+  for (size_t r = 0; r < by_source.size() / experts; ++r) {
+    const int32_t* __restrict prefill = gathered.data() + r * kNumTokenKinds * experts;
     const int32_t* __restrict decode = prefill + experts;
-    int32_t* __restrict sum = by_source_.data() + r * experts;
+    int32_t* __restrict sum = by_source.data() + r * experts;
     for (size_t e = 0; e < experts; ++e) {
       all_prefill[e] += prefill[e];
       all_decode[e] += decode[e];
@@ -111,28 +109,33 @@ void MoeExecutor::FoldCounts(LayerCounts* out) {
   }
 }
 
+uint64_t ChoiceHash(std::span<const int32_t> by_source, std::span<const int32_t> quota,
+                    uint64_t before) {
+  return Hash64(std::as_bytes(quota), Hash64(std::as_bytes(by_source), before));
+}
+
 absl::Status MoeExecutor::SplitBatch(DispatchTable* table, const Args& args) {
   BALLAST_RETURN_IF_ERROR(comm_->AllGather(table->epoch(), std::as_bytes(std::span(histogram_)),
                                            std::as_writable_bytes(std::span(gathered_))));
-  FoldCounts(args.counts);
+  const size_t experts = static_cast<size_t>(options_.gate.num_experts);
+  FoldCounts(gathered_, experts, by_source_, args.counts);
   Splitter& splitter = *table->layer(args.layer).splitter;
   splitter.Run(options_.split, by_source_, &split_);
   splitter.Cut(options_.split, by_source_, split_, comm_->rank(), &part_);
-  choice_hash_ = Hash64(std::as_bytes(std::span(by_source_)), choice_hash_);
-  choice_hash_ = Hash64(std::as_bytes(std::span(split_.quota)), choice_hash_);
+  choice_hash_ = ChoiceHash(by_source_, split_.quota, choice_hash_);
   args.counts->rank_load.assign(split_.rank_load.begin(), split_.rank_load.end());
   return absl::OkStatus();
 }
 
 absl::Status MoeExecutor::Dispatch(const DispatchTable& table, const Args& args) {
   const LayerHosts& hosts = table.placement().hosts(args.layer);
-  BALLAST_RETURN_IF_ERROR(kernels_.assign_copies({.num_tokens = args.num_tokens,
-                                                  .top_k = options_.gate.top_k,
-                                                  .ids = ids_,
-                                                  .hosts = &hosts,
-                                                  .share = part_.send,
-                                                  .route = &route_},
-                                                 nullptr));
+  BALLAST_RETURN_IF_ERROR(cpu::AssignCopies({.num_tokens = args.num_tokens,
+                                             .top_k = options_.gate.top_k,
+                                             .ids = ids_,
+                                             .hosts = &hosts,
+                                             .share = part_.send,
+                                             .route = &route_},
+                                            nullptr));
   for (size_t r = 0; r < out_.size(); ++r) {
     send_bytes_[r] = route_.message[r].num_copies > 0 ? route_.message[r].bytes(row_bytes_) : 0;
     out_[r] = dispatch_->SendBuffer(static_cast<int>(r), send_bytes_[r]);
@@ -142,28 +145,28 @@ absl::Status MoeExecutor::Dispatch(const DispatchTable& table, const Args& args)
     most.num_rows = most.num_copies;
     recv_bytes_[r] = most.num_copies > 0 ? most.bytes(row_bytes_) : 0;
   }
-  kernels_.pack({.num_tokens = args.num_tokens,
-                 .top_k = options_.gate.top_k,
-                 .ids = ids_,
-                 .route = &route_,
-                 .rows = {static_cast<const std::byte*>(args.x_act),
-                          static_cast<size_t>(args.num_tokens) * row_bytes_},
-                 .row_bytes = row_bytes_,
-                 .out = out_},
-                nullptr);
+  cpu::Pack({.num_tokens = args.num_tokens,
+             .top_k = options_.gate.top_k,
+             .ids = ids_,
+             .route = &route_,
+             .rows = {static_cast<const std::byte*>(args.x_act),
+                      static_cast<size_t>(args.num_tokens) * row_bytes_},
+             .row_bytes = row_bytes_,
+             .out = out_},
+            nullptr);
   return dispatch_->Post(table.epoch(), send_bytes_, recv_bytes_);
 }
 
 absl::Status MoeExecutor::RunExperts(const DispatchTable::Layer& layer) {
   for (size_t r = 0; r < in_.size(); ++r) in_[r] = dispatch_->Received(static_cast<int>(r));
   const int32_t num_groups = static_cast<int32_t>(layer.parameters.size());
-  BALLAST_RETURN_IF_ERROR(kernels_.group({.received = in_,
-                                          .group_of_expert = layer.group_of_expert,
-                                          .num_groups = num_groups,
-                                          .row_bytes = row_bytes_,
-                                          .grouped = &grouped_,
-                                          .x = &grouped_x_},
-                                         nullptr));
+  BALLAST_RETURN_IF_ERROR(cpu::Group({.received = in_,
+                                      .group_of_expert = layer.group_of_expert,
+                                      .num_groups = num_groups,
+                                      .row_bytes = row_bytes_,
+                                      .grouped = &grouped_,
+                                      .x = &grouped_x_},
+                                     nullptr));
   const size_t width = static_cast<size_t>(options_.hidden);
   grouped_y_.EnsureSize(static_cast<size_t>(grouped_.group_begin[num_groups]) * width *
                         sizeof(float));
@@ -183,13 +186,13 @@ absl::Status MoeExecutor::Return(int64_t epoch, const Args& args) {
         static_cast<size_t>(grouped_.source_begin[r + 1] - grouped_.source_begin[r]);
     send_bytes_[r] = copies * row_bytes_;
     recv_bytes_[r] = route_.message[r].num_copies * row_bytes_;
-    kernels_.pack_results({.grouped = &grouped_,
-                           .source = static_cast<int32_t>(r),
-                           .y = grouped_y_.as<float>(),
-                           .width = options_.hidden,
-                           .type = options_.dtype,
-                           .out = return_->SendBuffer(static_cast<int>(r), send_bytes_[r])},
-                          nullptr);
+    cpu::PackResults({.grouped = &grouped_,
+                      .source = static_cast<int32_t>(r),
+                      .y = grouped_y_.as<float>(),
+                      .width = options_.hidden,
+                      .type = options_.dtype,
+                      .out = return_->SendBuffer(static_cast<int>(r), send_bytes_[r])},
+                     nullptr);
   }
   BALLAST_RETURN_IF_ERROR(return_->Post(epoch, send_bytes_, recv_bytes_));
   BALLAST_RETURN_IF_ERROR(return_->Wait());
@@ -200,16 +203,16 @@ absl::Status MoeExecutor::Return(int64_t epoch, const Args& args) {
                                               " bytes, expected ", recv_bytes_[r]));
     }
   }
-  kernels_.combine({.num_tokens = args.num_tokens,
-                    .top_k = options_.gate.top_k,
-                    .width = options_.hidden,
-                    .route = &route_,
-                    .weights = weights_,
-                    .returned = in_,
-                    .type = options_.dtype,
-                    .base = args.base,
-                    .out = args.y},
-                   nullptr);
+  cpu::Combine({.num_tokens = args.num_tokens,
+                .top_k = options_.gate.top_k,
+                .width = options_.hidden,
+                .route = &route_,
+                .weights = weights_,
+                .returned = in_,
+                .type = options_.dtype,
+                .base = args.base,
+                .out = args.y},
+               nullptr);
   return absl::OkStatus();
 }
 

@@ -12,6 +12,7 @@
 #include "absl/status/statusor.h"
 #include "base/aligned_buffer.h"
 #include "comm/communicator.h"
+#include "kernels/dispatch.h"
 #include "kernels/gated_mlp.h"
 #include "kernels/kernel_set.h"
 #include "placement/placement.h"
@@ -32,8 +33,8 @@ class DispatchTable {
 
   struct Layer {
     std::unique_ptr<Splitter> splitter;
-    std::vector<int32_t> group_of_expert;        // [E] index among this rank's experts, or -1
-    std::vector<const std::byte*> parameters;    // [G] of this rank's experts
+    std::vector<int32_t> group_of_expert;      // [E] index among this rank's experts, or -1
+    std::vector<const std::byte*> parameters;  // [G] of this rank's experts
   };
   const Placement& placement() const { return placement_; }
   int64_t epoch() const { return placement_.epoch(); }
@@ -51,16 +52,33 @@ struct LayerCounts {
   std::vector<int64_t> rank_load;  // [R] copies that each rank computed
 };
 
-// The parameters of an MoE layer that every rank holds.
-struct RouterParameters {
-  AlignedBuffer packed;       // of the gate's product
-  std::vector<float> bias;    // [E] correction bias: selection only
+// Adds gathered counts up: over the kinds for the split, over the ranks for the load statistics.
+// SHAPES gathered [R, 2, E]; by_source [R, E]
+void FoldCounts(std::span<const int32_t> gathered, size_t num_experts, std::span<int32_t> by_source,
+                LayerCounts* out);
+// What a rank knew and decided of the replicas in one layer, on top of the layers before: the
+// counts of all ranks and the quotas of all hosts. Ranks that do not agree on it do not agree on
+// where tokens go.
+uint64_t ChoiceHash(std::span<const int32_t> by_source, std::span<const int32_t> quota,
+                    uint64_t before);
+
+// The parameters of an MoE layer that every rank holds, where the backend computes.
+struct RouterView {
+  const std::byte* packed = nullptr;  // of the gate's product
+  std::span<const float> bias;        // [E] correction bias: selection only
 };
 
-// Carries out MoE layers on one rank: gate, count exchange, split, dispatch, experts, combine
-// (design section 2). The order of every sum is fixed by the token alone, so the result does not
-// depend on placement, split or number of ranks.
-// COLLECTIVE every rank runs every layer, with zero tokens if it has none.
+// The same in the host's memory.
+struct RouterParameters {
+  AlignedBuffer packed;
+  std::vector<float> bias;
+  RouterView view() const { return {packed.data(), bias}; }
+};
+
+// Carries out MoE layers on one rank's processor: gate, count exchange, split, dispatch, experts,
+// combine (design section 2). The order of every sum is fixed by the token alone, so the result
+// does not depend on placement, split or number of ranks. COLLECTIVE every rank runs every layer,
+// with zero tokens if it has none.
 class MoeExecutor {
  public:
   struct Options {
@@ -84,7 +102,7 @@ class MoeExecutor {
     int32_t num_prefill = 0;
     const float* x_f32 = nullptr;
     const void* x_act = nullptr;
-    const RouterParameters* router = nullptr;
+    RouterView router;
     std::function<absl::Status()> while_waiting;  // runs while the rows travel; may write `base`
     const float* base = nullptr;
     float* y = nullptr;
@@ -92,9 +110,7 @@ class MoeExecutor {
   };
   absl::Status Run(DispatchTable* table, const Args& args);
 
-  // Hash of what this rank knew and decided of the replicas in all layers since the last call: the
-  // counts of all ranks and the quotas of all hosts. Ranks that do not agree on it do not agree on
-  // where tokens go.
+  // ChoiceHash of all layers since the last call.
   uint64_t TakeChoiceHash() { return std::exchange(choice_hash_, 0); }
   // What the gate chose in the last Run. SHAPES [T, top-k]
   std::span<const int32_t> ids() const { return ids_; }
@@ -104,7 +120,6 @@ class MoeExecutor {
  private:
   MoeExecutor(const Options& options, const KernelSet& kernels);
   absl::Status RunGate(const Args& args);
-  void FoldCounts(LayerCounts* out);
   absl::Status SplitBatch(DispatchTable* table, const Args& args);
   absl::Status Dispatch(const DispatchTable& table, const Args& args);
   absl::Status RunExperts(const DispatchTable::Layer& layer);

@@ -159,6 +159,7 @@ class TestRank {
                                             .row_capacity = shape.row_capacity,
                                             .num_kinds = 2,
                                             .counts = counts,
+                                            .place = exchange_.place,
                                             .quota = quota_.data(),
                                             .rank_load = load_.data(),
                                             .send = send_.data(),
@@ -282,16 +283,22 @@ class TestRank {
   DeviceArray<ExchangeState> state_;
 };
 
-// All ranks of one placement over one block of memory.
+// All ranks of one placement over one block of memory. They have the last of the places.
 class TestRanks {
  public:
   TestRanks(const Placement& placement, const ArenaShape& shape)
-      : shape_(shape), arena_(shape.bytes() * static_cast<size_t>(shape.num_ranks)) {
+      : shape_(shape),
+        arena_(shape.bytes() * static_cast<size_t>(shape.num_ranks)),
+        place_(static_cast<size_t>(shape.num_ranks)) {
+    std::vector<int32_t> places(static_cast<size_t>(shape.num_ranks));
+    std::iota(places.begin(), places.end(), shape.places() - shape.num_ranks);
+    place_.Write(places);
     for (int32_t r = 0; r < shape.num_ranks; ++r) {
       ranks_.push_back(std::make_unique<TestRank>(placement, shape, r));
       for (int32_t peer = 0; peer < shape.num_ranks; ++peer) {
         ranks_[r]->exchange().arena[peer] = ArenaOf(peer);
       }
+      if (shape.num_places > 0) ranks_[r]->exchange().place = place_.data();
       RequireCuda(cudaMemset(ArenaOf(r) + shape.flags_offset(), 0,
                              shape.tokens_offset() - shape.flags_offset()));
     }
@@ -337,6 +344,7 @@ class TestRanks {
 
   ArenaShape shape_;
   DeviceArray<std::byte> arena_;
+  DeviceArray<int32_t> place_;
   std::vector<std::unique_ptr<TestRank>> ranks_;
 };
 

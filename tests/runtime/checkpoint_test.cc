@@ -8,6 +8,7 @@
 #include <nlohmann/json.hpp>
 
 #include "base/random.h"
+#include "kernels/gated_mlp.h"
 #include "kernels/kernel_set.h"
 #include "tests/support/tiny_checkpoint.h"
 
@@ -29,6 +30,12 @@ const std::string kExpert = "model.layers.2.mlp.experts.3.up_proj.weight";
 
 bool Names(const absl::Status& status, const std::string& what) {
   return std::string(status.message()).find(what) != std::string::npos;
+}
+
+PackMlp PackWith(GatedMlp* mlp) {
+  return [mlp](const void* gate, const void* up, const void* down, DType type, std::byte* packed) {
+    return mlp->Pack(gate, up, down, type, packed);
+  };
 }
 
 // A safetensors file with this header and so many bytes of data.
@@ -188,9 +195,10 @@ TEST_CASE("numbers that are none are found when a tensor is loaded",
     REQUIRE(Names(values.status(), kExpert));
     auto mlp = GatedMlp::Create(PlainKernels(), 32, 24, DType::kF32);
     REQUIRE(mlp.ok());
+    const PackMlp pack = PackWith(mlp->get());
     AlignedBuffer packed((*mlp)->packed_bytes());
-    REQUIRE(Names((*checkpoint)->LoadMlp(ExpertPrefix(2, 3), mlp->get(), packed.data()), kExpert));
-    REQUIRE((*checkpoint)->LoadMlp(ExpertPrefix(2, 4), mlp->get(), packed.data()).ok());
+    REQUIRE(Names((*checkpoint)->LoadMlp(ExpertPrefix(2, 3), pack, packed.data()), kExpert));
+    REQUIRE((*checkpoint)->LoadMlp(ExpertPrefix(2, 4), pack, packed.data()).ok());
   }
 }
 
@@ -201,13 +209,12 @@ TEST_CASE("a file that becomes shorter after it was opened is an error where it 
   const std::string path = folder.path() + "/model.safetensors";
   const auto checkpoint = Checkpoint::Open(folder.path());
   REQUIRE(checkpoint.ok());
-  auto mlp = GatedMlp::Create(PlainKernels(), TinyModel{}.hidden, TinyModel{}.expert_inter,
-                              DType::kF32);
+  auto mlp =
+      GatedMlp::Create(PlainKernels(), TinyModel{}.hidden, TinyModel{}.expert_inter, DType::kF32);
   REQUIRE(mlp.ok());
+  const PackMlp pack = PackWith(mlp->get());
   AlignedBuffer packed((*mlp)->packed_bytes());
-  const auto load = [&] {
-    return (*checkpoint)->LoadMlp(ExpertPrefix(2, 3), mlp->get(), packed.data());
-  };
+  const auto load = [&] { return (*checkpoint)->LoadMlp(ExpertPrefix(2, 3), pack, packed.data()); };
   REQUIRE(load().ok());
   std::filesystem::resize_file(path, 4096);
   const absl::Status status = load();
@@ -253,15 +260,15 @@ TEST_CASE("configurations that are not served are named by key", "[runtime][chec
   };
   for (const Case& c : cases) {
     TempFolder folder;
-    const auto checkpoint =
-        OpenChanged(folder, [&](Json* config) { (*config)[c.key] = c.value; }, nullptr);
+    const auto checkpoint = OpenChanged(
+        folder, [&](Json* config) { (*config)[c.key] = c.value; }, nullptr);
     CAPTURE(c.key, c.value.dump(), std::string(checkpoint.status().message()));
     REQUIRE(!checkpoint.ok());
     REQUIRE(Names(checkpoint.status(), c.named));
   }
   TempFolder folder;
-  const auto missing =
-      OpenChanged(folder, [](Json* config) { config->erase("vocab_size"); }, nullptr);
+  const auto missing = OpenChanged(
+      folder, [](Json* config) { config->erase("vocab_size"); }, nullptr);
   REQUIRE(Names(missing.status(), "vocab_size is missing"));
   for (const char* text : {"", "[]", "{", "{}"}) {
     WriteText(folder.path() + "/config.json", text);
@@ -299,9 +306,18 @@ TEST_CASE("a checkpoint in several files is one checkpoint", "[runtime][checkpoi
 }
 
 TEST_CASE("mutated checkpoints end in a status", "[runtime][checkpoint][property]") {
-  const TinyModel model{.vocab = 8, .hidden = 8, .num_layers = 1, .num_dense_layers = 0,
-                        .num_heads = 1, .num_kv_heads = 1, .head_dim = 2, .dense_inter = 2,
-                        .expert_inter = 2, .num_experts = 2, .top_k = 1, .num_shared = 0};
+  const TinyModel model{.vocab = 8,
+                        .hidden = 8,
+                        .num_layers = 1,
+                        .num_dense_layers = 0,
+                        .num_heads = 1,
+                        .num_kv_heads = 1,
+                        .head_dim = 2,
+                        .dense_inter = 2,
+                        .expert_inter = 2,
+                        .num_experts = 2,
+                        .top_k = 1,
+                        .num_shared = 0};
   TempFolder folder;
   WriteText(folder.path() + "/config.json", ConfigJson(model));
   const auto good = SafetensorsBytes(RandomTensors(model));
@@ -315,10 +331,18 @@ TEST_CASE("mutated checkpoints end in a status", "[runtime][checkpoint][property
     for (uint32_t i = 0; i < edits; ++i) {
       const uint32_t at = random.Below(static_cast<uint32_t>(8 + header_bytes));
       switch (random.Below(4)) {
-        case 0: bytes[at] = static_cast<std::byte>(random.Below(256)); break;
-        case 1: bytes[at] = static_cast<std::byte>('0' + random.Below(10)); break;
-        case 2: bytes.erase(bytes.begin() + at); break;
-        default: bytes.resize(random.Below(static_cast<uint32_t>(bytes.size())) + 8); break;
+        case 0:
+          bytes[at] = static_cast<std::byte>(random.Below(256));
+          break;
+        case 1:
+          bytes[at] = static_cast<std::byte>('0' + random.Below(10));
+          break;
+        case 2:
+          bytes.erase(bytes.begin() + at);
+          break;
+        default:
+          bytes.resize(random.Below(static_cast<uint32_t>(bytes.size())) + 8);
+          break;
       }
       if (bytes.size() < 8 + header_bytes) break;
     }

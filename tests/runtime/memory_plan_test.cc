@@ -32,7 +32,7 @@ MemoryPlan PlanOf(const ClusterOptions& options, const KernelSet& kernels) {
   engine.chunk_bytes = options.chunk_bytes;
   engine.staging_experts = options.staging_experts;
   const auto plan =
-      PlanMemory(engine, (*checkpoint)->config(), kernels,
+      PlanMemory(engine, (*checkpoint)->config(), HostBackend(kernels),
                  Topology::Uniform(options.num_ranks, options.slots_per_rank), /*rank=*/0);
   REQUIRE(plan.ok());
   return *plan;

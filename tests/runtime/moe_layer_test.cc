@@ -221,7 +221,7 @@ class RankRun {
                                                    .num_prefill = num_prefill_,
                                                    .x_f32 = x.as<float>(),
                                                    .x_act = act.data(),
-                                                   .router = &router_,
+                                                   .router = router_.view(),
                                                    .while_waiting = nullptr,
                                                    .base = base.data(),
                                                    .y = out.data(),

@@ -359,7 +359,7 @@ absl::Status LifeRank::Forward(int32_t layer, std::span<const int32_t> tokens,
                                        .num_prefill = num_prefill,
                                        .x_f32 = x_.as<float>(),
                                        .x_act = act_.data(),
-                                       .router = &data.router,
+                                       .router = data.router.view(),
                                        .while_waiting =
                                            [this] {
                                              rebalancer_->Slice(SliceOf::kStep);

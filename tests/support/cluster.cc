@@ -270,7 +270,8 @@ absl::Status Cluster::MakeEngines(const ClusterOptions& options, const Placement
   engine.staging_experts = options.staging_experts;
   engine.step_timeout_ms = options.step_timeout_ms;
   engine.verify_period_ms = options.verify_period_ms;
-  const KernelSet& kernels = options.kernels != nullptr ? *options.kernels : PlainKernels();
+  backend_ =
+      std::make_unique<HostBackend>(options.kernels != nullptr ? *options.kernels : PlainKernels());
   for (size_t r = 0; r < ranks_.size(); ++r) {
     Rank& rank = *ranks_[r];
     if (r == 0) {
@@ -281,8 +282,8 @@ absl::Status Cluster::MakeEngines(const ClusterOptions& options, const Placement
       rank.observer = std::make_unique<NoObserver>();
     }
     BALLAST_ASSIGN_OR_RETURN(
-        rank.engine, Engine::Create(engine, *checkpoint_, kernels, placement, rank.transport.get(),
-                                    rank.channel.get(), rank.observer.get()));
+        rank.engine, Engine::Create(engine, *checkpoint_, backend_.get(), placement,
+                                    rank.transport.get(), rank.channel.get(), rank.observer.get()));
   }
   return absl::OkStatus();
 }

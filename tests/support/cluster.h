@@ -113,6 +113,7 @@ class Cluster {
   absl::Status MakeEngines(const ClusterOptions& options, const Placement& placement);
 
   std::unique_ptr<Checkpoint> checkpoint_;
+  std::unique_ptr<Backend> backend_;
   std::unique_ptr<LocalFabric> fabric_;
   std::unique_ptr<RankMetrics> metrics_;
   std::unique_ptr<Verification> verification_;

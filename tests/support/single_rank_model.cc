@@ -15,13 +15,14 @@ absl::StatusOr<std::unique_ptr<SingleRankModel>> SingleRankModel::Load(const std
       std::make_unique<Communicator>(model->transport_.get(), Communicator::Options{});
   BALLAST_ASSIGN_OR_RETURN(model->checkpoint_, Checkpoint::Open(folder));
   const ModelConfig& config = model->checkpoint_->config();
-  BALLAST_ASSIGN_OR_RETURN(model->decoder_,
-                           Decoder::Create(*model->checkpoint_, {.dtype = dtype}, kernels));
-  model->decoder_->Connect(model->communicator_.get());
+  model->backend_ = std::make_unique<HostBackend>(kernels);
+  BALLAST_ASSIGN_OR_RETURN(model->decoder_, Decoder::Create(*model->checkpoint_, {.dtype = dtype},
+                                                            model->backend_.get()));
   const int32_t experts = config.gate.num_experts, layers = config.num_moe_layers();
   const int64_t blocks = (config.context_tokens + kKvBlockTokens - 1) / kKvBlockTokens;
   model->cache_ =
       std::make_unique<KvCache>(config, dtype, blocks * KvCache::BlockBytes(config, dtype));
+  BALLAST_RETURN_IF_ERROR(model->cache_->Allocate(kernels.memory));
   model->store_ = std::make_unique<ExpertStore>(
       ExpertStore::Options{.num_layers = layers,
                            .num_experts = experts,
@@ -38,7 +39,9 @@ absl::StatusOr<std::unique_ptr<SingleRankModel>> SingleRankModel::Load(const std
   BALLAST_ASSIGN_OR_RETURN(const Placement placement,
                            Placement::Contiguous(layers, experts, Topology::Uniform(1, experts),
                                                  /*fill_spare=*/false));
-  model->table_ = std::make_unique<DispatchTable>(placement, 0, *model->store_, nullptr);
+  MoeLayers& moe = model->decoder_->moe();
+  BALLAST_RETURN_IF_ERROR(moe.Connect(model->communicator_.get(), placement.topology()));
+  BALLAST_RETURN_IF_ERROR(moe.Use(placement, *model->store_));
   return model;
 }
 
@@ -57,9 +60,8 @@ absl::StatusOr<std::vector<float>> SingleRankModel::Logits(std::span<const int32
       batch.position.push_back(i);
       batch.table_offset.push_back(0);
     }
-    BALLAST_ASSIGN_OR_RETURN(const auto logits, decoder_->Forward(
-                                                    batch, cache_.get(), table_.get(),
-                                                    [] { return absl::OkStatus(); }, &counts));
+    BALLAST_RETURN_IF_ERROR(decoder_->Begin(batch, *cache_, [] { return absl::OkStatus(); }));
+    BALLAST_ASSIGN_OR_RETURN(const auto logits, decoder_->Finish(&counts));
     all.insert(all.end(), logits.begin(), logits.end());
   }
   cache_->Give(blocks);

@@ -34,10 +34,10 @@ class SingleRankModel {
   std::unique_ptr<Transport> transport_;
   std::unique_ptr<Communicator> communicator_;
   std::unique_ptr<Checkpoint> checkpoint_;
+  std::unique_ptr<Backend> backend_;
   std::unique_ptr<Decoder> decoder_;
   std::unique_ptr<KvCache> cache_;
   std::unique_ptr<ExpertStore> store_;
-  std::unique_ptr<DispatchTable> table_;
 };
 
 }  // namespace ballast::testing

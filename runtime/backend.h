@@ -1,0 +1,56 @@
+// What an engine computes with: the processor, or a device (device_backend.h).
+#ifndef BALLAST_RUNTIME_BACKEND_H_
+#define BALLAST_RUNTIME_BACKEND_H_
+
+#include <cstddef>
+#include <memory>
+
+#include "absl/status/statusor.h"
+#include "kernels/kernel_set.h"
+#include "kernels/stream.h"
+#include "runtime/checkpoint.h"
+#include "runtime/expert_reader.h"
+#include "runtime/moe_layers.h"
+
+namespace ballast {
+
+// How one routed expert is packed: what travels between ranks, and what its checksum covers.
+struct ExpertForm {
+  size_t packed_bytes = 0;
+  PackMlp pack;  // THREADS one at a time
+};
+
+// REQUIRES lives longer than what it made. THREADS one (the step thread), but for MakeExpertForm
+class Backend {
+ public:
+  virtual ~Backend() = default;
+  // Their operations go on `stream`, on arrays in the kernels' memory.
+  virtual const KernelSet& kernels() const = 0;
+  virtual Stream stream() const = 0;
+  virtual absl::StatusOr<std::unique_ptr<MoeLayers>> MakeMoeLayers(
+      const MoeLayers::Options& options) = 0;
+  // THREADS any
+  virtual absl::StatusOr<ExpertForm> MakeExpertForm(int hidden, int inter, DType dtype) const = 0;
+};
+
+// The processor. REQUIRES `kernels` are the host's
+class HostBackend : public Backend {
+ public:
+  explicit HostBackend(const KernelSet& kernels) : kernels_(kernels) {}
+  const KernelSet& kernels() const override { return kernels_; }
+  Stream stream() const override { return nullptr; }
+  absl::StatusOr<std::unique_ptr<MoeLayers>> MakeMoeLayers(
+      const MoeLayers::Options& options) override;
+  absl::StatusOr<ExpertForm> MakeExpertForm(int hidden, int inter, DType dtype) const override;
+
+ private:
+  const KernelSet& kernels_;
+};
+
+// Reads experts of the checkpoint in the backend's form; for an ExpertReader's thread.
+// REQUIRES both outlive it
+ReadExpert ReaderOf(const Checkpoint& checkpoint, const Backend& backend, DType dtype);
+
+}  // namespace ballast
+
+#endif  // BALLAST_RUNTIME_BACKEND_H_

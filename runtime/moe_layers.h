@@ -1,0 +1,78 @@
+#ifndef BALLAST_RUNTIME_MOE_LAYERS_H_
+#define BALLAST_RUNTIME_MOE_LAYERS_H_
+
+#include <cstdint>
+#include <functional>
+#include <span>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "comm/communicator.h"
+#include "kernels/gate.h"
+#include "placement/placement.h"
+#include "placement/split.h"
+#include "runtime/expert_store.h"
+#include "runtime/moe_layer.h"
+
+namespace ballast {
+
+// All MoE layers of one rank, wherever they compute: what a decoder runs.
+// THREADS one (the step thread). COLLECTIVE every rank runs every layer, with zero tokens if it has
+// none.
+class MoeLayers {
+ public:
+  struct Options {
+    GateRule gate;
+    int32_t num_layers = 0;
+    int32_t hidden = 0;
+    int32_t expert_inter = 0;
+    int32_t max_tokens = 0;  // of this rank in one step
+    DType dtype = DType::kF32;
+    SplitMode split = SplitMode::kExact;
+    int64_t timeout_ms = 60'000;  // of every wait for another rank
+  };
+  virtual ~MoeLayers() = default;
+
+  // The ranks that it works with from now on, under placements for them of up to so many slots: no
+  // step is under way on any of them. REQUIRES before the first Use
+  // COLLECTIVE. ERRORS those of the means by which they exchange rows
+  virtual absl::Status Connect(Communicator* communicator, const Topology& topology) = 0;
+  // From the next layer on, experts are where `placement` says; `store` has those that it gives to
+  // this rank. What is under way goes on as it was.
+  virtual absl::Status Use(const Placement& placement, const ExpertStore& store) = 0;
+  // Whether what the layers run under is `placement` and what `store` holds.
+  // ERRORS kInternal: with the first difference
+  virtual absl::Status Check(const Placement& placement, const ExpertStore& store) = 0;
+
+  // y = base + sum over k of weight[k] * expert(x). The last num_prefill rows are prefill, those
+  // before them decode: they are counted apart and else treated alike.
+  // SHAPES x_f32, x_act [T, H] (the same rows, fp32 and dtype); base, y [T, H] fp32
+  struct Args {
+    int32_t layer = 0;
+    int32_t num_tokens = 0;
+    int32_t num_prefill = 0;
+    const float* x_f32 = nullptr;
+    const void* x_act = nullptr;
+    RouterView router;
+    std::function<absl::Status()> while_waiting;  // runs while the rows travel; may write `base`
+    const float* base = nullptr;
+    float* y = nullptr;
+  };
+  virtual absl::Status Run(const Args& args) = 0;
+
+  // After all layers of a step: waits until they are done. SHAPES counts [num_layers]
+  // ERRORS what has gone wrong in any of them: kDeadlineExceeded, kUnavailable for want of others
+  virtual absl::Status Finish(std::vector<LayerCounts>* counts) = 0;
+  // What the gate of a layer chose in the step that was finished last. SHAPES [T, top-k]
+  // ERRORS those of the copy from a device
+  virtual absl::StatusOr<std::span<const int32_t>> Ids(int32_t layer) = 0;
+  // ChoiceHash of all layers since the last call.
+  virtual uint64_t TakeChoiceHash() = 0;
+
+  // The product that makes the gate's logits: RouterView::packed is in its form.
+  virtual const Matmul& gate_matmul() const = 0;
+};
+
+}  // namespace ballast
+
+#endif  // BALLAST_RUNTIME_MOE_LAYERS_H_
