@@ -25,7 +25,11 @@
 namespace ballast {
 namespace {
 
+constexpr int64_t kNsPerMs = 1'000'000;
 constexpr int kStartTimeoutMs = 60'000;
+// Those that wait because others wait begin a part of a step after each other, and look at the time
+// when they get a processor.
+constexpr int64_t kMostGraceMs = 500;
 // Under load a rank reads some megabytes per step.
 constexpr int64_t kVerifyTimeoutMs = 600'000;
 
@@ -198,7 +202,9 @@ absl::Status Server::MakeFrontend(std::vector<std::unique_ptr<ControlChannel>> c
                },
            .survive_losses = flags_.on_loss == "continue",
            .silence_ms = flags_.rank_timeout_ms,
-           .group = {.report_deadline_ns = flags_.step_timeout_ms * 1'000'000},
+           .group = {.report_deadline_ns = flags_.step_timeout_ms * kNsPerMs,
+                     .trouble_grace_ns =
+                         std::min(flags_.step_timeout_ms / 5, kMostGraceMs) * kNsPerMs},
            .slots = SlotsOfRanks(),
            .node = mpi_->node_of_rank(),
            .on_lost = [this](int rank, const absl::Status& why) { OnLost(rank, why); },

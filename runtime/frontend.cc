@@ -78,7 +78,6 @@ Frontend::State::State(FrontendOptions options,
       leaving_(channels_.size(), false),
       closed_(channels_.size(), false),
       heard_ns_(channels_.size(), 0),
-      why_lost_(channels_.size()),
       rank_status_(channels_.size()) {
   io_thread_ = std::thread([this] { RunIo(); });
 }

@@ -79,25 +79,23 @@ void Frontend::State::FailLocked(int rank, absl::Status status) {
   WakeIo();
 }
 
-void Frontend::State::LoseLocked(int rank, const absl::Status& status) {
+void Frontend::State::LoseLocked(int rank, absl::Status why) {
   closed_[rank] = true;
   // Once all are told to stop, ranks go as they end.
   if (group_.is_lost(rank) || stopped_) return;
-  if (why_lost_[rank].ok()) why_lost_[rank] = status;
-  group_.OnLost(rank, NowNs());
+  group_.OnLost(rank, std::move(why), NowNs());
   RegroupLocked();
 }
 
 // What the loss of a rank means here.
-void Frontend::State::DropLocked(int rank) {
-  if (why_lost_[rank].ok()) why_lost_[rank] = absl::DeadlineExceededError("it did not report");
+void Frontend::State::DropLocked(int rank, const absl::Status& why) {
   closed_[rank] = true;
   channels_[rank]->Shutdown();  // should it live, it must not believe that it still serves
   rank_status_[rank] = {};
-  if (rank == 0 || !options_.survive_losses) return FailLocked(rank, why_lost_[rank]);
+  if (rank == 0 || !options_.survive_losses) return FailLocked(rank, why);
   book_.SetOpen(rank, false);
   book_.Orphan(rank);
-  if (options_.on_lost) options_.on_lost(rank, why_lost_[rank]);
+  if (options_.on_lost) options_.on_lost(rank, why);
 }
 
 // The ranks are told to stop, and end without one more step together: some have ended already, or
@@ -109,9 +107,9 @@ void Frontend::State::DismissLocked() {
 }
 
 void Frontend::State::RegroupLocked() {
-  const std::vector<int32_t> lost = group_.TakeLost();
+  const std::vector<GroupLeader::Lost> lost = group_.TakeLost();
   bool changed = !lost.empty();
-  for (const int32_t r : lost) DropLocked(r);
+  for (const auto& [r, why] : lost) DropLocked(r, why);
   while (auto send = group_.Take()) {
     changed = true;
     const int rank = send->rank;
@@ -256,23 +254,13 @@ void Frontend::State::HandleLocked(int rank, const EventsFrame& frame) {
   }
 }
 
-// A rank waited in vain for others, or nobody is missing and still it cannot go on. The first to
-// run out of patience names the culprit: those that wait for it in turn began later. Rank 0 lives
-// as long as this thread does; should its steps hang, it will not report.
 void Frontend::State::HandleLocked(int rank, const TroubleFrame& frame) {
   if (stopped_) {
     // Somebody was lost over the stop, and did not tell all that it had heard of it.
     BroadcastLocked(-1, StopFrame{.complete = false}).IgnoreError();
     return DismissLocked();
   }
-  if (group_.halting() || frame.generation != group_.generation()) return;
-  for (const int32_t missing : frame.missing) {
-    if (missing == 0 || missing == rank || !group_.is_member(missing)) continue;
-    LoseLocked(missing,
-               absl::DeadlineExceededError(absl::StrCat("rank ", rank, " waited for it in vain")));
-  }
-  if (group_.halting() || failed_) return;
-  group_.Renew(NowNs());
+  group_.OnTrouble(rank, frame, NowNs());
   RegroupLocked();
 }
 

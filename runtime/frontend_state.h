@@ -49,8 +49,8 @@ class Frontend::State {
   void EndAllLocked(FinishReason reason);
   void FailLocked(int rank, absl::Status status);
   // The rank will not be heard of again.
-  void LoseLocked(int rank, const absl::Status& status);
-  void DropLocked(int rank);
+  void LoseLocked(int rank, absl::Status why);
+  void DropLocked(int rank, const absl::Status& why);
   void DismissLocked();
   // Sends what the group's leader has to say, and requests that wait once the group is complete.
   void RegroupLocked();
@@ -77,11 +77,10 @@ class Frontend::State {
   std::condition_variable changed_;  // the I/O thread did something
   RequestBook book_;
   GroupLeader group_;
-  std::vector<bool> leaving_;           // get no more requests, by rank
-  std::vector<bool> closed_;            // channels that broke or were given up, by rank
-  std::vector<int64_t> heard_ns_;       // when each rank was heard last; 0: never yet
-  int64_t looked_ns_ = 0;               // when silence was judged last; 0: never yet
-  std::vector<absl::Status> why_lost_;  // by rank, where it is known
+  std::vector<bool> leaving_;      // get no more requests, by rank
+  std::vector<bool> closed_;       // channels that broke or were given up, by rank
+  std::vector<int64_t> heard_ns_;  // when each rank was heard last; 0: never yet
+  int64_t looked_ns_ = 0;          // when silence was judged last; 0: never yet
   std::vector<RankStatusFrame> rank_status_;
   FrontendStats counts_;
   uint64_t wake_seq_ = 0;

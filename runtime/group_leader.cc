@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <utility>
 
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "base/check.h"
 
 namespace ballast {
@@ -23,13 +25,48 @@ bool GroupLeader::is_member(int32_t rank) const {
   return std::binary_search(members_.begin(), members_.end(), rank);
 }
 
-void GroupLeader::OnLost(int32_t rank, int64_t now_ns) {
+void GroupLeader::OnLost(int32_t rank, absl::Status why, int64_t now_ns) {
   if (lost_[rank]) return;
   lost_[rank] = true;
-  newly_lost_.push_back(rank);
+  newly_lost_.push_back({rank, std::move(why)});
   if (!is_member(rank)) return;
   std::erase(members_, rank);
   Halt(now_ns);
+}
+
+void GroupLeader::OnTrouble(int32_t rank, const TroubleFrame& trouble, int64_t now_ns) {
+  if (halting_ || trouble.generation != generation_ || !is_member(rank)) return;
+  std::set<int32_t> missing;
+  for (const int32_t r : trouble.missing) {
+    if (r != 0 && r != rank && is_member(r)) missing.insert(r);
+  }
+  if (complaints_.empty()) {
+    if (missing.empty()) return Halt(now_ns);
+    deadline_ns_ = now_ns + options_.trouble_grace_ns;
+  }
+  complaints_[rank] = std::move(missing);
+}
+
+// Whose fault the complaints are.
+std::vector<GroupLeader::Lost> GroupLeader::Culprits() const {
+  std::vector<Lost> silent;
+  std::optional<Lost> most_missed;
+  size_t most = 0;
+  for (const int32_t r : members_) {
+    std::vector<int32_t> waiting;
+    for (const auto& [other, missing] : complaints_) {
+      if (missing.contains(r)) waiting.push_back(other);
+    }
+    if (waiting.empty()) continue;
+    const Lost lost = {r, absl::DeadlineExceededError(absl::StrCat(
+                              waiting.size() > 1 ? "ranks " : "rank ", absl::StrJoin(waiting, ", "),
+                              " waited for it in vain"))};
+    if (!complaints_.contains(r)) silent.push_back(lost);
+    if (waiting.size() > most) most_missed = lost;
+    most = std::max(most, waiting.size());
+  }
+  if (silent.empty()) silent.push_back(*std::move(most_missed));
+  return silent;
 }
 
 bool GroupLeader::Leave(int32_t rank, int64_t now_ns) {
@@ -50,13 +87,10 @@ bool GroupLeader::Return(int32_t rank, int64_t now_ns) {
   return true;
 }
 
-void GroupLeader::Renew(int64_t now_ns) {
-  if (!halting_) Halt(now_ns);
-}
-
 void GroupLeader::Halt(int64_t now_ns) {
   ++generation_;
   halting_ = true;
+  complaints_.clear();
   deadline_ns_ = now_ns + options_.report_deadline_ns;
   std::fill(reports_.begin(), reports_.end(), std::nullopt);
   const bool any_comes =
@@ -75,13 +109,16 @@ void GroupLeader::OnHalted(int32_t rank, const HaltedFrame& report, int64_t now_
 }
 
 void GroupLeader::OnTick(int64_t now_ns) {
-  if (!halting_ || now_ns < deadline_ns_) return;
-  // All of them before any is lost: a loss begins a generation that nobody has reported in yet.
-  std::vector<int32_t> silent;
+  if (!wake_ns().has_value() || now_ns < deadline_ns_) return;
+  // All of them before any is lost: a loss begins a generation that nobody has complained and
+  // nobody has reported in yet.
+  std::vector<Lost> overdue;
+  if (!halting_) overdue = Culprits();
   for (const int32_t r : members_) {
-    if (!reports_[r].has_value()) silent.push_back(r);
+    if (!halting_ || reports_[r].has_value()) continue;
+    overdue.push_back({r, absl::DeadlineExceededError("it did not report")});
   }
-  for (const int32_t r : silent) OnLost(r, now_ns);
+  for (Lost& lost : overdue) OnLost(lost.rank, std::move(lost.why), now_ns);
 }
 
 void GroupLeader::Resume(int64_t now_ns) {
@@ -104,7 +141,9 @@ void GroupLeader::Resume(int64_t now_ns) {
     // A flip is commanded after every rank has staged the plan. One that has not cannot follow.
     const int64_t staged = reports_[member.rank]->staged_plan_id;
     if (staged == 0 || (resume.commit_plan_id != 0 && staged != resume.commit_plan_id)) {
-      OnLost(member.rank, now_ns);
+      OnLost(member.rank,
+             absl::FailedPreconditionError("it has not staged the plan that is in force elsewhere"),
+             now_ns);
       return;
     }
     resume.commit_plan_id = staged;
@@ -135,7 +174,7 @@ std::optional<GroupLeader::Send> GroupLeader::Take() {
 }
 
 std::optional<int64_t> GroupLeader::wake_ns() const {
-  if (!halting_) return std::nullopt;
+  if (!halting_ && complaints_.empty()) return std::nullopt;
   return deadline_ns_;
 }
 

@@ -429,6 +429,28 @@ TEST_CASE("a rank that waited for rank 0 in vain begins anew with it", "[runtime
   CHECK(failure.calls == 0);
 }
 
+// Rank 3 is kept waiting by the same rank as the others, and runs out of patience first.
+TEST_CASE("the rank that all wait for is lost and no other", "[runtime][unit]") {
+  Ends ends(4);
+  FrontendOptions options = Surviving();
+  options.group.trouble_grace_ns = 400'000'000;
+  std::mutex mutex;
+  std::vector<std::string> lost;
+  options.on_lost = [&](int rank, const absl::Status& why) {
+    const std::lock_guard lock(mutex);
+    lost.push_back(absl::StrCat(rank, ": ", std::string(why.message())));
+  };
+  auto frontend = Frontend::Create(options, std::move(ends.leader), {});
+  REQUIRE(frontend.ok());
+  REQUIRE(ends.Say(3, {TroubleFrame{.generation = 0, .missing = {0, 1, 2}}}));
+  for (const int r : {0, 1}) {
+    REQUIRE(ends.Say(r, {TroubleFrame{.generation = 0, .missing = {2}}}));
+  }
+  for (const int r : {0, 1, 3}) CHECK(std::holds_alternative<HaltFrame>(ends.Hear(r).body));
+  const std::lock_guard lock(mutex);
+  CHECK(lost == std::vector<std::string>{"2: ranks 0, 1, 3 waited for it in vain"});
+}
+
 // Rank 0 has ended and reports no more; rank 2 is gone.
 TEST_CASE("a rank in trouble over the stop is dismissed", "[runtime][unit]") {
   Ends ends(3);

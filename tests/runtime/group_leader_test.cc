@@ -43,15 +43,17 @@ HaltedFrame At(int64_t generation, int64_t step, int64_t epoch, int64_t staged =
   return frame;
 }
 
+const absl::Status kGone = absl::UnavailableError("gone");
+
 GroupLeader Leader(int32_t ranks) {
-  return GroupLeader({.report_deadline_ns = 100}, std::vector<int32_t>(ranks, 4),
-                     std::vector<int32_t>(ranks, 0));
+  return GroupLeader({.report_deadline_ns = 100, .trouble_grace_ns = 20},
+                     std::vector<int32_t>(ranks, 4), std::vector<int32_t>(ranks, 0));
 }
 
 TEST_CASE("the others halt and resume without a lost rank", "[runtime][group]") {
   GroupLeader leader = Leader(4);
-  leader.OnLost(2, 10);
-  CHECK(leader.TakeLost() == std::vector<int32_t>{2});
+  leader.OnLost(2, kGone, 10);
+  CHECK(RanksOf(leader.TakeLost()) == std::vector<int32_t>{2});
   CHECK(leader.halting());
   const Sent halt = TakeAll(leader);
   CHECK(RanksOf(halt.halts) == std::vector<int32_t>{0, 1, 3});
@@ -76,7 +78,7 @@ TEST_CASE("the others halt and resume without a lost rank", "[runtime][group]") 
 
 TEST_CASE("a plan that is in force anywhere counts for all", "[runtime][group]") {
   GroupLeader leader = Leader(3);
-  leader.OnLost(1, 0);
+  leader.OnLost(1, kGone, 0);
   TakeAll(leader);
   leader.OnHalted(0, At(1, 9, 4, /*staged=*/6), 1);
   leader.OnHalted(2, At(1, 9, 5), 1);
@@ -85,7 +87,7 @@ TEST_CASE("a plan that is in force anywhere counts for all", "[runtime][group]")
   CHECK(resume.resumes[0].second.commit_plan_id == 6);
   CHECK(resume.resumes[0].second.epoch == 5);
   // Staged everywhere but in force nowhere: it is given up.
-  leader.OnLost(2, 2);
+  leader.OnLost(2, kGone, 2);
   TakeAll(leader);
   leader.OnHalted(0, At(2, 9, 6, /*staged=*/7), 3);
   CHECK(TakeAll(leader).resumes[0].second.commit_plan_id == 0);
@@ -93,36 +95,43 @@ TEST_CASE("a plan that is in force anywhere counts for all", "[runtime][group]")
 
 TEST_CASE("a rank that cannot follow is given up", "[runtime][group]") {
   GroupLeader leader = Leader(4);
-  leader.OnLost(1, 0);
+  leader.OnLost(1, kGone, 0);
   leader.TakeLost();
   TakeAll(leader);
   leader.OnHalted(0, At(1, 9, 5), 1);
   leader.OnHalted(2, At(1, 9, 4, /*staged=*/0), 1);
   leader.OnHalted(3, At(1, 9, 5), 1);
-  CHECK(leader.TakeLost() == std::vector<int32_t>{2});
+  CHECK(RanksOf(leader.TakeLost()) == std::vector<int32_t>{2});
   CHECK(leader.generation() == 2);
   CHECK(RanksOf(TakeAll(leader).halts) == std::vector<int32_t>{0, 3});
 }
 
 TEST_CASE("a silent rank is lost alone, whatever stands after it", "[runtime][group]") {
   GroupLeader leader = Leader(5);
-  leader.OnLost(4, 0);
+  leader.OnLost(4, kGone, 0);
   leader.TakeLost();
   TakeAll(leader);
   for (const int32_t r : {0, 2, 3}) leader.OnHalted(r, At(1, 1, 0), 50);
   leader.OnTick(100);
-  CHECK(leader.TakeLost() == std::vector<int32_t>{1});
+  CHECK(RanksOf(leader.TakeLost()) == std::vector<int32_t>{1});
   CHECK(leader.members() == std::vector<int32_t>{0, 2, 3});
   CHECK(leader.generation() == 2);
 }
 
-TEST_CASE("the same ranks begin anew when they are told to", "[runtime][group]") {
+TroubleFrame Missing(std::vector<int32_t> ranks, int64_t generation = 0) {
+  return {.generation = generation, .missing = std::move(ranks)};
+}
+
+TEST_CASE("the same ranks begin anew where nobody can be suspected", "[runtime][group]") {
+  // Rank 0 is not: it may have stood still.
+  const TroubleFrame trouble = GENERATE(Missing({}), Missing({0}), Missing({0, 1, 1, 9}));
   GroupLeader leader = Leader(3);
-  leader.Renew(10);
+  leader.OnTrouble(1, trouble, 10);
   CHECK(leader.halting());
   CHECK(leader.generation() == 1);
   CHECK(RanksOf(TakeAll(leader).halts) == std::vector<int32_t>{0, 1, 2});
-  leader.Renew(20);  // under way already
+  leader.OnTrouble(2, Missing({1}), 20);     // of the generation before
+  leader.OnTrouble(2, Missing({1}, 1), 20);  // under way already
   CHECK(leader.generation() == 1);
   for (const int32_t r : {0, 1, 2}) leader.OnHalted(r, At(1, 7, 3), 30);
   CHECK_FALSE(leader.halting());
@@ -130,12 +139,111 @@ TEST_CASE("the same ranks begin anew when they are told to", "[runtime][group]")
   CHECK(leader.TakeLost().empty());
 }
 
+// Rank 2 has stopped after it had sent rank 3, but not 0 and 1, what they waited for.
+TEST_CASE("a rank that is merely kept waiting is not lost", "[runtime][group][trouble]") {
+  GroupLeader leader = Leader(4);
+  leader.OnTrouble(3, Missing({0, 1, 2}), 1000);
+  CHECK_FALSE(leader.halting());
+  CHECK(leader.wake_ns() == 1020);
+  leader.OnTrouble(0, Missing({2}), 1005);
+  leader.OnTrouble(1, Missing({2}), 1010);
+  CHECK(leader.wake_ns() == 1020);  // the first complaint's
+  leader.OnTick(1019);
+  CHECK_FALSE(leader.halting());
+  leader.OnTick(1020);
+  const std::vector<GroupLeader::Lost> lost = leader.TakeLost();
+  REQUIRE(RanksOf(lost) == std::vector<int32_t>{2});
+  CHECK(lost[0].why.message() == "ranks 0, 1, 3 waited for it in vain");
+  CHECK(leader.wake_ns() == 1120);
+  CHECK(RanksOf(TakeAll(leader).halts) == std::vector<int32_t>{0, 1, 3});
+}
+
+TEST_CASE("of two ranks the one that is stopped is lost", "[runtime][group][trouble]") {
+  GroupLeader leader = Leader(2);
+  leader.OnTrouble(0, Missing({1, 1}), 5);
+  leader.OnTick(24);
+  CHECK(leader.TakeLost().empty());
+  leader.OnTick(25);
+  CHECK(RanksOf(leader.TakeLost()) == std::vector<int32_t>{1});
+  CHECK(leader.members() == std::vector<int32_t>{0});
+}
+
+TEST_CASE("all that are stopped together are lost together", "[runtime][group][trouble]") {
+  GroupLeader leader = Leader(5);
+  leader.OnTrouble(0, Missing({4, 2}), 0);
+  leader.OnTrouble(1, Missing({0, 3}), 1);  // has what ranks 2 and 4 sent last
+  leader.OnTrouble(4, Missing({1}), 2);     // alive after all
+  leader.OnTrouble(3, Missing({2}, 1), 2);  // of another time
+  leader.OnTick(20);
+  CHECK(RanksOf(leader.TakeLost()) == std::vector<int32_t>{2, 3});
+}
+
+// Rank 3 has stopped; what it sent rank 2 last is on the way for good, but not what came after that
+// to the others.
+TEST_CASE("who waits for one that is kept waiting does not blame it", "[runtime][group][trouble]") {
+  GroupLeader leader = Leader(4);
+  leader.OnTrouble(0, Missing({2}), 0);
+  leader.OnTrouble(2, Missing({3}), 10);
+  leader.OnTrouble(1, Missing({2}), 12);
+  leader.OnTick(20);
+  const std::vector<GroupLeader::Lost> lost = leader.TakeLost();
+  REQUIRE(RanksOf(lost) == std::vector<int32_t>{3});
+  CHECK(lost[0].why.message() == "rank 2 waited for it in vain");
+}
+
+TEST_CASE("of ranks that wait for each other the most missed is lost",
+          "[runtime][group][trouble]") {
+  GroupLeader link = Leader(4);
+  link.OnTrouble(3, Missing({1, 2}), 0);
+  link.OnTrouble(1, Missing({2}), 1);
+  link.OnTrouble(2, Missing({1}), 2);
+  link.OnTrouble(0, Missing({1, 2}), 3);
+  link.OnTick(20);
+  CHECK(RanksOf(link.TakeLost()) == std::vector<int32_t>{1});
+
+  GroupLeader alone = Leader(4);  // rank 3 hears nobody and is heard by nobody
+  alone.OnTrouble(3, Missing({0, 1, 2}), 0);
+  for (const int32_t r : {0, 1, 2}) alone.OnTrouble(r, Missing({3}), 1);
+  alone.OnTick(20);
+  const std::vector<GroupLeader::Lost> lost = alone.TakeLost();
+  REQUIRE(RanksOf(lost) == std::vector<int32_t>{3});
+  CHECK(lost[0].why.message() == "ranks 0, 1, 2 waited for it in vain");
+
+  GroupLeader two = Leader(2);
+  two.OnTrouble(0, Missing({1}), 0);
+  two.OnTrouble(1, Missing({0}), 1);
+  CHECK_FALSE(two.halting());
+  two.OnTick(20);
+  CHECK(RanksOf(two.TakeLost()) == std::vector<int32_t>{1});
+}
+
+TEST_CASE("a halt ends the complaints and a leader that was away waits anew",
+          "[runtime][group][trouble]") {
+  GroupLeader leader = Leader(4);
+  leader.OnTrouble(3, Missing({1, 2}), 0);
+  leader.WaitAnew(15);
+  CHECK(leader.wake_ns() == 35);
+  leader.OnTick(34);
+  CHECK_FALSE(leader.halting());
+  leader.OnLost(2, kGone, 34);
+  CHECK(leader.wake_ns() == 134);
+  leader.OnTick(60);
+  const std::vector<GroupLeader::Lost> lost = leader.TakeLost();
+  REQUIRE(RanksOf(lost) == std::vector<int32_t>{2});
+  CHECK(lost[0].why == kGone);
+  for (const int32_t r : {0, 1, 3}) leader.OnHalted(r, At(1, 1, 0), 61);
+  CHECK_FALSE(leader.halting());
+  CHECK_FALSE(leader.wake_ns().has_value());
+  leader.OnTick(200);
+  CHECK(leader.members() == std::vector<int32_t>{0, 1, 3});
+}
+
 TEST_CASE("a loss on the way, also a silent one, begins again", "[runtime][group]") {
   GroupLeader leader = Leader(4);
-  leader.OnLost(1, 0);
+  leader.OnLost(1, kGone, 0);
   CHECK(leader.wake_ns() == 100);
   leader.OnHalted(0, At(1, 1, 0), 50);
-  leader.OnLost(3, 60);
+  leader.OnLost(3, kGone, 60);
   CHECK(leader.generation() == 2);
   TakeAll(leader);
   leader.OnHalted(2, At(1, 1, 0), 70);  // an answer to the first
@@ -145,7 +253,7 @@ TEST_CASE("a loss on the way, also a silent one, begins again", "[runtime][group
   CHECK(leader.members() == std::vector<int32_t>{0, 2});
   leader.OnTick(160);
   CHECK(leader.members() == std::vector<int32_t>{0});
-  CHECK(leader.TakeLost() == std::vector<int32_t>{1, 3, 2});
+  CHECK(RanksOf(leader.TakeLost()) == std::vector<int32_t>{1, 3, 2});
   TakeAll(leader);
   leader.OnHalted(0, At(3, 1, 0), 161);
   CHECK_FALSE(leader.halting());
@@ -200,6 +308,9 @@ TEST_CASE("simulated servers come through whatever happens to them", "[runtime][
     all.returns += one.returns;
     all.moved += one.moved;
     all.commits_by_regrouping += one.commits_by_regrouping;
+    all.stops += one.stops;
+    all.cuts += one.cuts;
+    all.complaints += one.complaints;
   }
   // All that is to be tested has happened.
   CHECK(all.steps > 30'000);
@@ -211,6 +322,9 @@ TEST_CASE("simulated servers come through whatever happens to them", "[runtime][
   CHECK(all.returns > 500);
   CHECK(all.moved > 500);
   CHECK(all.commits_by_regrouping > 5);
+  CHECK(all.stops > 500);
+  CHECK(all.cuts > 200);
+  CHECK(all.complaints > 1'000);
 }
 
 }  // namespace

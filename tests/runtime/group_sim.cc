@@ -12,9 +12,9 @@ Simulation::Simulation(uint64_t seed) : random_(seed) {
   with_plans_ = random_.Below(8) != 0;
   const auto placement =
       Placement::Contiguous(kLayers, experts, Topology::Uniform(n, slots), random_.Below(2) == 0);
-  group_ =
-      std::make_unique<GroupLeader>(GroupLeader::Options{.report_deadline_ns = 2'000 * kMs},
-                                    std::vector<int32_t>(n, slots), std::vector<int32_t>(n, 0));
+  group_ = std::make_unique<GroupLeader>(
+      GroupLeader::Options{.report_deadline_ns = 2'000 * kMs, .trouble_grace_ns = kTroubleGrace},
+      std::vector<int32_t>(n, slots), std::vector<int32_t>(n, 0));
   book_ = std::make_unique<RequestBook>(n, 1000);
   ControllerOptions options{.policy = "eplb", .window_tokens = 8, .min_gain = 0.0};
   options.min_steps_between = 0;
@@ -99,8 +99,15 @@ void Simulation::ScheduleFaults() {
     const int32_t together = random_.Below(3) == 0 ? 2 : 1;
     for (int32_t k = 0; k < together; ++k) {
       const int32_t r = other();
-      At(when + static_cast<int64_t>(random_.Below(3 * longest_delay_)), [this, r] { Kill(r); });
+      const bool silently = random_.Below(2) == 0;
+      At(when + static_cast<int64_t>(random_.Below(3 * longest_delay_)),
+         [this, r, silently] { Kill(r, silently); });
     }
+  }
+  if (random_.Below(4) == 0) {
+    const int32_t one = other();
+    cut_ = {one, (one + other()) % n};
+    cut_at_ = sometime();
   }
   for (uint32_t i = random_.Below(4); i > 0; --i) {
     const int32_t r = other();
@@ -130,15 +137,17 @@ void Simulation::SubmitRequest() {
   Broadcast(given.rank, SubmitFrame{given.request});
 }
 
-void Simulation::Kill(int32_t r) {
+void Simulation::Kill(int32_t r, bool silently) {
   if (ranks_[r].phase == Phase::kDead) return;
   ranks_[r].phase = Phase::kDead;
   ++ranks_[r].turn;
   ++outcome_.deaths;
+  outcome_.stops += silently;
+  if (silently) return;
   // The leader hears of it behind everything that the rank has said.
   last_to_leader_[r] = std::max(last_to_leader_[r], now_) + Delay();
   At(last_to_leader_[r] - now_, [this, r] {
-    group_->OnLost(r, now_);
+    group_->OnLost(r, absl::UnavailableError("its channel is closed"), now_);
     RegroupLeader();
   });
 }
@@ -176,15 +185,26 @@ void Simulation::LeaderHears(int32_t r, const RankFrame& frame) {
   } else if (const auto* halted = std::get_if<HaltedFrame>(&frame.body)) {
     group_->OnHalted(r, *halted, now_);
     RegroupLeader();
+  } else if (const auto* trouble = std::get_if<TroubleFrame>(&frame.body)) {
+    group_->OnTrouble(r, *trouble, now_);
+    RegroupLeader();
   }
 }
 
 // As the front end does it.
 void Simulation::RegroupLeader() {
-  for (const int32_t r : group_->TakeLost()) {
+  for (const auto& [r, why] : group_->TakeLost()) {
     if (r == 0) return Fail("the leader gave itself up");
-    if (ranks_[r].phase != Phase::kDead)
-      Fail(absl::StrCat("rank ", r, " was given up alive; ", StatesText()));
+    if (ranks_[r].phase != Phase::kDead) {
+      const int32_t other = r == cut_.first ? cut_.second : cut_.first;
+      if (!IsCut(r, other) || group_->is_lost(other)) {
+        Fail(absl::StrCat("rank ", r, " was given up alive: ", std::string(why.message()), "; ",
+                          StatesText()));
+      }
+      ++outcome_.cuts;
+      ranks_[r].phase = Phase::kDead;  // its channel is shut down
+      ++ranks_[r].turn;
+    }
     book_->SetOpen(r, false);
     book_->Orphan(r);
   }

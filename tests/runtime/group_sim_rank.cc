@@ -62,9 +62,29 @@ void Simulation::Tell(int32_t r, bool body, const Message& message) {
     // A rank that dies may have told some and not others.
     At(to == r ? 0 : Delay(), [this, r, to, what, message] {
       if (ranks_[r].phase == Phase::kDead && random_.Below(2) == 0) return;
+      if (IsCut(r, to)) return;
       Hear(to, r, what, message);
     });
   }
+  At(kStepTimeout + static_cast<int64_t>(random_.Below(kMostLate)), [this, r, turn = rank.turn] {
+    if (ranks_[r].turn == turn) Complain(r);
+  });
+  LookAround(r);
+}
+
+// It has waited for too long, and waits to be told to halt.
+void Simulation::Complain(int32_t r) {
+  Rank& rank = ranks_[r];
+  const auto& heard =
+      rank.heard[{rank.generation, rank.protocol->step(), rank.phase == Phase::kBody}];
+  TroubleFrame trouble{.generation = rank.generation, .missing = {}};
+  for (const int32_t other : rank.ranks) {
+    if (!heard.contains(other)) trouble.missing.push_back(other);
+  }
+  ++outcome_.complaints;
+  ++rank.turn;
+  rank.phase = Phase::kHalted;
+  ToLeader(r, {std::move(trouble)});
   LookAround(r);
 }
 

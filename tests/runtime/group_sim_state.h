@@ -31,6 +31,10 @@ namespace ballast::testing {
 inline constexpr int32_t kLayers = 2;
 inline constexpr int64_t kMs = 1'000'000;
 inline constexpr int64_t kFaultsEnd = 400 * kMs, kMostTime = 60'000 * kMs;
+// A rank that waits for longer complains: as soon as it looks at the time.
+inline constexpr int64_t kStepTimeout = 150 * kMs, kMostLate = 20 * kMs;
+// Delays of messages and of the look at the time make up for the difference of two complaints.
+inline constexpr int64_t kTroubleGrace = 40 * kMs;
 inline constexpr size_t kMostEvents = 400'000;
 
 // What a request generates, as a function of the request alone.
@@ -180,13 +184,17 @@ class Simulation {
   void Tell(int32_t r, bool body, const Message& message);
   void Hear(int32_t r, int32_t from, std::tuple<int64_t, int64_t, bool> what, Message message);
   void TryGoOn(int32_t r);
+  void Complain(int32_t r);
   void Opened(int32_t r, const std::map<int32_t, Message>& all);
   void RanBody(int32_t r, const std::map<int32_t, Message>& all);
   void Rest(int32_t r);
   void Halt(int32_t r);
   void Report(int32_t r, const HaltFrame& frame);
   void Resume(int32_t r, const ResumeFrame& frame);
-  void Kill(int32_t r);
+  void Kill(int32_t r, bool silently);
+  bool IsCut(int32_t a, int32_t b) const {
+    return now_ >= cut_at_ && std::minmax(a, b) == std::minmax(cut_.first, cut_.second);
+  }
   void CheckCopies(const Rank& rank);
 
   Random random_;
@@ -205,6 +213,9 @@ class Simulation {
   std::vector<int32_t> lengths_;
   int64_t leader_step_ = 0;
   bool with_plans_ = true;
+  // Two ranks that do not hear each other from some moment on.
+  std::pair<int32_t, int32_t> cut_ = {-1, -1};
+  int64_t cut_at_ = 0;
 };
 
 }  // namespace ballast::testing

@@ -32,14 +32,17 @@ int main(int argc, char** argv) {
     all.reloads += one.reloads;
     all.commits_by_regrouping += one.commits_by_regrouping;
     all.moved += one.moved;
+    all.stops += one.stops;
+    all.cuts += one.cuts;
+    all.complaints += one.complaints;
   }
   const auto n = [](int64_t value) { return static_cast<long long>(value); };
   std::printf(
       "%lld schedules, 0 failures: %lld steps, %lld flips, %lld aborts, %lld deaths, %lld leaves, "
       "%lld returns, %lld regroupings (%lld of them put a plan in force), %lld reloads, %lld "
-      "requests moved\n",
+      "requests moved, %lld deaths without a word, %lld cut links, %lld complaints\n",
       n(static_cast<int64_t>(count)), n(all.steps), n(all.flips), n(all.aborts), n(all.deaths),
       n(all.leaves), n(all.returns), n(all.regroupings), n(all.commits_by_regrouping),
-      n(all.reloads), n(all.moved));
+      n(all.reloads), n(all.moved), n(all.stops), n(all.cuts), n(all.complaints));
   return 0;
 }
