@@ -123,7 +123,9 @@ absl::StatusOr<ComputeConstants> MeasureCompute(const ExpertShape& shape) {
   const AlignedBuffer x =
       RandomValues(static_cast<size_t>(kManyRows) * shape.hidden, shape.dtype, 4);
   AlignedBuffer y(static_cast<size_t>(kManyRows) * shape.hidden * sizeof(float));
-  const auto run = [&](int rows) { return mlp->Run(x.data(), rows, packed.data(), y.as<float>()); };
+  const auto run = [&](int rows) {
+    return mlp->Run(x.data(), rows, packed.data(), y.as<float>(), nullptr);
+  };
   BALLAST_ASSIGN_OR_RETURN(out.block_us, MedianUs(kBlockRuns, [&] { return run(kRowBlock); }));
   BALLAST_ASSIGN_OR_RETURN(const double many_us,
                            MedianUs(kBatchRuns, [&] { return run(kManyRows); }));

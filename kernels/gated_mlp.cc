@@ -25,18 +25,19 @@ absl::Status GatedMlp::Pack(const void* gate, const void* up, const void* down, 
   return down_->Pack(down, type, packed + down_offset_);
 }
 
-absl::Status GatedMlp::Run(const void* x, int rows, const std::byte* packed, float* y) {
+absl::Status GatedMlp::Run(const void* x, int rows, const std::byte* packed, float* y,
+                           Stream stream) {
   const size_t padded = RoundUp(static_cast<size_t>(rows), kRowBlock);
   gate_up_out_.EnsureSize(padded * 2 * static_cast<size_t>(inter()) * sizeof(float));
   activated_.EnsureSize(padded * static_cast<size_t>(inter()) * SizeOf(dtype_));
-  BALLAST_RETURN_IF_ERROR(gate_up_->Run(x, rows, packed, gate_up_out_.as<float>()));
+  BALLAST_RETURN_IF_ERROR(gate_up_->Run(x, rows, packed, gate_up_out_.as<float>(), stream));
   BALLAST_RETURN_IF_ERROR(kernels_.silu_mul({.num_rows = rows,
                                              .width = inter(),
                                              .gate_up = gate_up_out_.as<float>(),
                                              .act_type = dtype_,
                                              .y = activated_.data()},
-                                            nullptr));
-  return down_->Run(activated_.data(), rows, packed + down_offset_, y);
+                                            stream));
+  return down_->Run(activated_.data(), rows, packed + down_offset_, y, stream);
 }
 
 }  // namespace ballast

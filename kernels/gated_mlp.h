@@ -27,7 +27,7 @@ class GatedMlp {
                     std::byte* packed);
 
   // SHAPES x [rows, hidden] dtype, y [rows, hidden] fp32; room for RoundUp(rows, kRowBlock) rows
-  absl::Status Run(const void* x, int rows, const std::byte* packed, float* y);
+  absl::Status Run(const void* x, int rows, const std::byte* packed, float* y, Stream stream);
 
   int hidden() const { return gate_up_->k(); }
   int inter() const { return down_->k(); }

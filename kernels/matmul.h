@@ -8,6 +8,7 @@
 
 #include "absl/status/statusor.h"
 #include "base/dtype.h"
+#include "kernels/stream.h"
 
 namespace ballast {
 
@@ -35,9 +36,10 @@ class Matmul {
   // aligned
   virtual absl::Status Pack(const void* w, DType w_type, std::byte* packed) const = 0;
   // SHAPES x [m, k] dtype(), y [m, n] fp32; both with room for RoundUp(m, kRowBlock) rows. Rows
-  // from
-  //        m up to there are read and written, and mean nothing.
-  virtual absl::Status Run(const void* x, int m, const std::byte* packed, float* y) = 0;
+  //        from m up to there are read and written, and mean nothing.
+  // STREAM asynchronous on a device, where all pointers are to its memory
+  virtual absl::Status Run(const void* x, int m, const std::byte* packed, float* y,
+                           Stream stream) = 0;
 
  protected:
   Matmul(int n, int k, DType dtype) : n_(n), k_(k), dtype_(dtype) {}

@@ -119,13 +119,13 @@ class OneDnnMatmul : public Matmul {
             tile.columns, k(), w_type, packed + tile.packed_offset);
       }
     } catch (const dnnl::error& error) {
-      return absl::InternalError(absl::StrCat("oneDNN could not pack a matrix of ", n(), " x ", k(),
-                                              ": ", error.message));
+      return absl::InternalError(
+          absl::StrCat("oneDNN could not pack a matrix of ", n(), " x ", k(), ": ", error.message));
     }
     return absl::OkStatus();
   }
 
-  absl::Status Run(const void* x, int m, const std::byte* packed, float* y) override {
+  absl::Status Run(const void* x, int m, const std::byte* packed, float* y, Stream) override {
     const int blocks = (m + kRowBlock - 1) / kRowBlock;
     const int jobs = blocks * static_cast<int>(tiles_.size());
     const int64_t work = int64_t{blocks} * kRowBlock * n() * k();
@@ -191,8 +191,12 @@ absl::StatusOr<std::unique_ptr<Matmul>> MakeOneDnnMatmul(int n, int k, DType dty
   }
 }
 
-void SetMatmulThreads(int num_threads) { matmul_threads = num_threads; }
+void SetMatmulThreads(int num_threads) {
+  matmul_threads = num_threads;
+}
 
-bool OneDnnHasBFloat16() { return MakeOneDnnMatmul(64, 64, DType::kBF16).ok(); }
+bool OneDnnHasBFloat16() {
+  return MakeOneDnnMatmul(64, 64, DType::kBF16).ok();
+}
 
 }  // namespace ballast::cpu

@@ -207,7 +207,7 @@ absl::Status Decoder::Attend(const Layer& layer, const Batch& batch, KvLayerView
                                              .y_act = normed_act_.data()},
                                             nullptr));
   BALLAST_RETURN_IF_ERROR(
-      qkv_->Run(normed_act_.data(), rows, layer.qkv.data(), qkv_out_.as<float>()));
+      qkv_->Run(normed_act_.data(), rows, layer.qkv.data(), qkv_out_.as<float>(), nullptr));
   float* q = qkv_out_.as<float>();
   if (!layer.qkv_bias.empty()) {
     BALLAST_RETURN_IF_ERROR(kernels_.add_bias(
@@ -246,13 +246,14 @@ absl::Status Decoder::Attend(const Layer& layer, const Batch& batch, KvLayerView
                                               .act_type = options_.dtype,
                                               .y = attended_.data()},
                                              nullptr));
-  BALLAST_RETURN_IF_ERROR(out_->Run(attended_.data(), rows, layer.out.data(), branch_.as<float>()));
+  BALLAST_RETURN_IF_ERROR(
+      out_->Run(attended_.data(), rows, layer.out.data(), branch_.as<float>(), nullptr));
   return AddBranch(rows);
 }
 
 absl::Status Decoder::RunDense(const Layer& layer, const Batch& batch) {
   BALLAST_RETURN_IF_ERROR(dense_mlp_->Run(normed_act_.data(), batch.num_tokens(), layer.mlp.data(),
-                                          branch_.as<float>()));
+                                          branch_.as<float>(), nullptr));
   return AddBranch(batch.num_tokens());
 }
 
@@ -261,7 +262,7 @@ absl::Status Decoder::RunMoe(const Layer& layer, int32_t moe_layer, const Batch&
   const auto add_shared = [&]() -> absl::Status {
     if (shared_mlp_ == nullptr || batch.num_tokens() == 0) return absl::OkStatus();
     BALLAST_RETURN_IF_ERROR(shared_mlp_->Run(normed_act_.data(), batch.num_tokens(),
-                                             layer.shared.data(), branch_.as<float>()));
+                                             layer.shared.data(), branch_.as<float>(), nullptr));
     return AddBranch(batch.num_tokens());
   };
   return moe_->Run(table, {.layer = moe_layer,
@@ -289,7 +290,7 @@ absl::StatusOr<std::span<const float>> Decoder::Logits(const Batch& batch) {
                                                .y_act = logits_in_.data()},
                                               nullptr));
     BALLAST_RETURN_IF_ERROR(
-        head_matmul_->Run(logits_in_.data(), wanted, head_.data(), logits_.as<float>()));
+        head_matmul_->Run(logits_in_.data(), wanted, head_.data(), logits_.as<float>(), nullptr));
   }
   return std::span<const float>(
       logits_.as<float>(), static_cast<size_t>(wanted) * static_cast<size_t>(config_.vocab_size));

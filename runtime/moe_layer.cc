@@ -13,8 +13,9 @@ DispatchTable::DispatchTable(const Placement& placement, int32_t rank, const Exp
     : placement_(placement), layers_(static_cast<size_t>(placement.num_layers())) {
   for (int32_t l = 0; l < placement.num_layers(); ++l) {
     Layer& layer = layers_[l];
-    const bool same = previous != nullptr && std::ranges::equal(
-        previous->placement_.expert_of_slot(l), placement.expert_of_slot(l));
+    const bool same =
+        previous != nullptr &&
+        std::ranges::equal(previous->placement_.expert_of_slot(l), placement.expert_of_slot(l));
     layer.splitter = same ? std::move(previous->layers_[l].splitter)
                           : std::make_unique<Splitter>(placement.hosts(l));
     layer.group_of_expert.assign(static_cast<size_t>(placement.num_experts()), -1);
@@ -75,8 +76,8 @@ absl::Status MoeExecutor::RunGate(const Args& args) {
   const size_t experts = static_cast<size_t>(options_.gate.num_experts);
   logits_.EnsureSize(RoundUp(tokens, kRowBlock) * experts * sizeof(float));
   if (tokens > 0) {
-    BALLAST_RETURN_IF_ERROR(gate_matmul_->Run(args.x_f32, args.num_tokens,
-                                              args.router->packed.data(), logits_.as<float>()));
+    BALLAST_RETURN_IF_ERROR(gate_matmul_->Run(
+        args.x_f32, args.num_tokens, args.router->packed.data(), logits_.as<float>(), nullptr));
   }
   ids_.resize(tokens * options_.gate.top_k);
   weights_.resize(ids_.size());
@@ -133,8 +134,7 @@ absl::Status MoeExecutor::Dispatch(const DispatchTable& table, const Args& args)
                                                   .route = &route_},
                                                  nullptr));
   for (size_t r = 0; r < out_.size(); ++r) {
-    send_bytes_[r] =
-        route_.message[r].num_copies > 0 ? route_.message[r].bytes(row_bytes_) : 0;
+    send_bytes_[r] = route_.message[r].num_copies > 0 ? route_.message[r].bytes(row_bytes_) : 0;
     out_[r] = dispatch_->SendBuffer(static_cast<int>(r), send_bytes_[r]);
     // The split says how many copies come from r; a row for each is the most that can come along.
     DispatchMessage most;
@@ -172,7 +172,7 @@ absl::Status MoeExecutor::RunExperts(const DispatchTable::Layer& layer) {
     const size_t begin = static_cast<size_t>(grouped_.group_begin[g]);
     BALLAST_RETURN_IF_ERROR(expert_mlp_->Run(grouped_x_.data() + begin * row_bytes_,
                                              grouped_.group_rows[g], layer.parameters[g],
-                                             grouped_y_.as<float>() + begin * width));
+                                             grouped_y_.as<float>() + begin * width, nullptr));
   }
   return absl::OkStatus();
 }

@@ -76,7 +76,7 @@ TEST_CASE("the grouped mlp gives the bits of one mlp per expert", "[kernels][gro
       REQUIRE((*mlp)->Pack(gate.data(), up.data(), down.data(), DType::kF32, packed.data()).ok());
       std::memcpy(padded.data(), x.data() + static_cast<size_t>(begin[g]) * 40 * SizeOf(type),
                   static_cast<size_t>(rows[g]) * 40 * SizeOf(type));
-      REQUIRE((*mlp)->Run(padded.data(), rows[g], packed.data(), expected.data()).ok());
+      REQUIRE((*mlp)->Run(padded.data(), rows[g], packed.data(), expected.data(), nullptr).ok());
       all.insert(all.end(), expected.begin(), expected.begin() + rows[g] * 40);
     }
     REQUIRE(cpu::GroupedMlp({.shape = shape,

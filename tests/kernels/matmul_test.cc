@@ -71,7 +71,7 @@ class Product {
     const AlignedBuffer rows = Rows(x, shape_.k, dtype_, filler);
     const size_t n = static_cast<size_t>(shape_.n);
     AlignedBuffer y(RoundUp(static_cast<size_t>(m), kRowBlock) * n * sizeof(float));
-    REQUIRE(matmul_->Run(rows.data(), m, packed_.data(), y.as<float>()).ok());
+    REQUIRE(matmul_->Run(rows.data(), m, packed_.data(), y.as<float>(), nullptr).ok());
     return {y.as<float>(), y.as<float>() + static_cast<size_t>(m) * n};
   }
 
@@ -182,7 +182,7 @@ TEST_CASE("the gated MLP is within its bound of fp64 and row deterministic",
     REQUIRE((*mlp)->Pack(gate.data(), up.data(), down.data(), DType::kF32, packed.data()).ok());
     const AlignedBuffer in = Rows(x, hidden, backend.dtype);
     AlignedBuffer y(size_t{32} * hidden * 4), one(size_t{16} * hidden * 4);
-    REQUIRE((*mlp)->Run(in.data(), rows, packed.data(), y.as<float>()).ok());
+    REQUIRE((*mlp)->Run(in.data(), rows, packed.data(), y.as<float>(), nullptr).ok());
     const double bound = backend.dtype == DType::kF32 ? 2e-5 : 3e-2;
     for (int t = 0; t < rows; ++t) {
       std::vector<double> act(inter);
@@ -202,10 +202,10 @@ TEST_CASE("the gated MLP is within its bound of fp64 and row deterministic",
         }
         REQUIRE(std::abs(y.as<float>()[t * hidden + h] - want) <= bound * size);
       }
-      const AlignedBuffer single = Rows(
-          {x.begin() + std::ptrdiff_t{t} * hidden, x.begin() + std::ptrdiff_t{t + 1} * hidden},
-          hidden, backend.dtype);
-      REQUIRE((*mlp)->Run(single.data(), 1, packed.data(), one.as<float>()).ok());
+      const AlignedBuffer single =
+          Rows({x.begin() + std::ptrdiff_t{t} * hidden, x.begin() + std::ptrdiff_t{t + 1} * hidden},
+               hidden, backend.dtype);
+      REQUIRE((*mlp)->Run(single.data(), 1, packed.data(), one.as<float>(), nullptr).ok());
       REQUIRE(SameBits(one.as<float>(), y.as<float>() + std::ptrdiff_t{t} * hidden, hidden));
     }
   }
@@ -215,8 +215,7 @@ TEST_CASE("a build without a product says so", "[kernels][errors]") {
   const auto bf16 = cpu::MakeOneDnnMatmul(64, 64, DType::kBF16);
   REQUIRE(bf16.ok() == cpu::OneDnnHasBFloat16());
   if (!bf16.ok()) REQUIRE(bf16.status().code() == absl::StatusCode::kUnimplemented);
-  REQUIRE(DefaultCpuKernels().name ==
-          std::string(OneDnnKernels() != nullptr ? "onednn" : "plain"));
+  REQUIRE(DefaultCpuKernels().name == std::string(OneDnnKernels() != nullptr ? "onednn" : "plain"));
 }
 
 }  // namespace

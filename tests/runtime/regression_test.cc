@@ -187,7 +187,8 @@ absl::Status RunSentinels(Transport* transport, Communicator* comm, std::vector<
   AlignedBuffer x(kRowBlock * kHidden * sizeof(float)), y(x.size());
   for (int i = 0; i < kHidden; ++i) x.as<float>()[i] = 1.0f + static_cast<float>(i);
   for (int32_t e = 0; e < 4; ++e) {
-    BALLAST_RETURN_IF_ERROR(mlp->Run(x.data(), 1, self.store.Parameters(0, e), y.as<float>()));
+    BALLAST_RETURN_IF_ERROR(
+        mlp->Run(x.data(), 1, self.store.Parameters(0, e), y.as<float>(), nullptr));
     outputs->insert(outputs->end(), y.as<float>(), y.as<float>() + kHidden);
   }
   return absl::OkStatus();
