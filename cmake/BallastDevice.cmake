@@ -14,7 +14,10 @@ set(BALLAST_DEVICE_SOURCES
 if(BALLAST_WITH_CUDA)
   enable_language(CUDA)
   find_package(CUDAToolkit REQUIRED)
-  ballast_library(kernels_cuda SOURCES ${BALLAST_DEVICE_SOURCES} kernels/device_memory.cc PUBLIC ballast_kernels CUDA::cudart)
+  ballast_library(kernels_cuda
+    SOURCES ${BALLAST_DEVICE_SOURCES} kernels/device_memory.cc kernels/matmul_cublaslt.cc
+    PUBLIC ballast_kernels CUDA::cudart
+    PRIVATE CUDA::cublasLt)
   # CMake 3.25 does not know C++20 for CUDA.
   target_compile_options(ballast_kernels_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-std=c++20 -fmad=false --expt-relaxed-constexpr>)
   if(BALLAST_WERROR)
@@ -32,11 +35,12 @@ function(ballast_shim_wrapper source out)
   set(${out} "${wrapper}" PARENT_SCOPE)
 endfunction()
 
-# ballast_device_test(name SOURCES ... [KERNELS ...] LIBS ...)
+# ballast_device_test(name SOURCES ... [DEVICE_SOURCES ...] [KERNELS ...] LIBS ...)
 # One Catch2 program, from one source, for every place where kernels can run: <name>_shim_test for the emulator, and with
-# CUDA <name>_gpu_test (label gpu), which is skipped where there is no device unless BALLAST_REQUIRE_GPU=1.
+# CUDA <name>_gpu_test (label gpu), which is skipped where there is no device unless BALLAST_REQUIRE_GPU=1. DEVICE_SOURCES
+# test what the emulator does not have.
 function(ballast_device_test name)
-  cmake_parse_arguments(arg "" "" "SOURCES;KERNELS;LIBS" ${ARGN})
+  cmake_parse_arguments(arg "" "" "SOURCES;DEVICE_SOURCES;KERNELS;LIBS" ${ARGN})
   set(wrappers "")
   foreach(source IN LISTS arg_KERNELS)
     ballast_shim_wrapper(${source} wrapper)
@@ -44,7 +48,8 @@ function(ballast_device_test name)
   endforeach()
   ballast_test(${name}_shim SOURCES ${arg_SOURCES} ${wrappers} LIBS ballast_kernels_shim ${arg_LIBS})
   if(BALLAST_WITH_CUDA)
-    add_executable(${name}_gpu_test ${arg_SOURCES} ${arg_KERNELS} tests/gpu/main.cc tests/gpu/schedules.cc)
+    add_executable(${name}_gpu_test
+      ${arg_SOURCES} ${arg_DEVICE_SOURCES} ${arg_KERNELS} tests/gpu/main.cc tests/gpu/schedules.cc)
     target_compile_options(${name}_gpu_test PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-std=c++20>)
     target_link_libraries(${name}_gpu_test PRIVATE
       ${arg_LIBS} ballast_kernels_cuda ballast_flags CUDA::cudart Catch2::Catch2)
@@ -99,6 +104,7 @@ function(ballast_add_device_tests)
       tests/gpu/hopper_device_test.cc
       tests/gpu/layer_device_test.cc
       tests/gpu/split_device_test.cc
+    DEVICE_SOURCES tests/gpu/matmul_cublaslt_device_test.cc
     KERNELS tests/gpu/hopper_probe.cu
     LIBS ballast_kernels ballast_placement nlohmann_json::nlohmann_json)
   if(BALLAST_WITH_CUDA)

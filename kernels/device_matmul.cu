@@ -3,6 +3,7 @@
 // steps. The lanes are added at the end.
 #include "kernels/device.cuh"
 #include "kernels/device_matmul.h"
+#include "kernels/matmul_row_major.h"
 
 namespace ballast::cuda {
 namespace {
@@ -105,6 +106,25 @@ absl::Status PlainMatmul(const PlainMatmulArgs& a, Stream stream) {
   return a.dtype == DType::kF32
              ? Launch(shape, stream, PlainMatmulKernel<float>, a, row_blocks)
              : Launch(shape, stream, PlainMatmulKernel<__nv_bfloat16>, a, row_blocks);
+}
+
+namespace {
+
+class PlainDeviceMatmul : public RowMajorMatmul {
+ public:
+  PlainDeviceMatmul(int n, int k, DType dtype) : RowMajorMatmul(n, k, dtype) {}
+
+  absl::Status Run(const void* x, int m, const std::byte* packed, float* y,
+                   Stream stream) override {
+    return PlainMatmul({.m = m, .n = n(), .k = k(), .dtype = dtype(), .x = x, .w = packed, .y = y},
+                       stream);
+  }
+};
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<Matmul>> MakePlainDeviceMatmul(int n, int k, DType dtype) {
+  return std::make_unique<PlainDeviceMatmul>(n, k, dtype);
 }
 
 }  // namespace ballast::cuda

@@ -2,9 +2,11 @@
 #define BALLAST_KERNELS_DEVICE_MATMUL_H_
 
 #include <cstdint>
+#include <memory>
 
-#include "absl/status/status.h"
+#include "absl/status/statusor.h"
 #include "base/dtype.h"
+#include "kernels/matmul.h"
 #include "kernels/stream.h"
 
 namespace ballast {
@@ -28,6 +30,10 @@ namespace cuda {
 // STREAM asynchronous; the arrays must live until the stream gets there.
 // ERRORS kInternal: the launch was refused
 absl::Status PlainMatmul(const PlainMatmulArgs& args, Stream stream);
+
+// The same behind the interface of all products: what runs on a device where bits of the CPU are
+// wanted. The packed matrix is w itself, [n, k] row-major.
+absl::StatusOr<std::unique_ptr<Matmul>> MakePlainDeviceMatmul(int n, int k, DType dtype);
 
 }  // namespace cuda
 }  // namespace ballast

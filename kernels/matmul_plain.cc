@@ -1,33 +1,40 @@
 #include <cstring>
-#include <vector>
 
-#include "base/aligned_buffer.h"
-#include "base/status.h"
-#include "kernels/matmul.h"
+#include "kernels/matmul_row_major.h"
 #include "kernels/vector_math.h"
 
-namespace ballast::cpu {
+namespace ballast {
 namespace {
 
-class PlainMatmul : public Matmul {
+template <typename From, typename To>
+void Convert(const From* from, To* to, size_t count) {
+  for (size_t i = 0; i < count; ++i) to[i] = FromFloat<To>(ToFloat(from[i]));
+}
+
+}  // namespace
+
+size_t RowMajorMatmul::packed_bytes() const {
+  return static_cast<size_t>(n()) * static_cast<size_t>(k()) * SizeOf(dtype());
+}
+
+absl::Status RowMajorMatmul::Pack(const void* w, DType w_type, std::byte* packed) const {
+  const size_t count = static_cast<size_t>(n()) * static_cast<size_t>(k());
+  if (w_type == dtype()) {
+    std::memcpy(packed, w, packed_bytes());
+  } else if (dtype() == DType::kF32) {
+    Convert(static_cast<const BFloat16*>(w), reinterpret_cast<float*>(packed), count);
+  } else {
+    Convert(static_cast<const float*>(w), reinterpret_cast<BFloat16*>(packed), count);
+  }
+  return absl::OkStatus();
+}
+
+namespace cpu {
+namespace {
+
+class PlainMatmul : public RowMajorMatmul {
  public:
-  PlainMatmul(int n, int k, DType dtype) : Matmul(n, k, dtype) {}
-
-  size_t packed_bytes() const override {
-    return static_cast<size_t>(n()) * static_cast<size_t>(k()) * SizeOf(dtype());
-  }
-
-  absl::Status Pack(const void* w, DType w_type, std::byte* packed) const override {
-    const size_t count = static_cast<size_t>(n()) * static_cast<size_t>(k());
-    if (w_type == dtype()) {
-      std::memcpy(packed, w, packed_bytes());
-    } else if (dtype() == DType::kF32) {
-      Convert(static_cast<const BFloat16*>(w), reinterpret_cast<float*>(packed), count);
-    } else {
-      Convert(static_cast<const float*>(w), reinterpret_cast<BFloat16*>(packed), count);
-    }
-    return absl::OkStatus();
-  }
+  PlainMatmul(int n, int k, DType dtype) : RowMajorMatmul(n, k, dtype) {}
 
   absl::Status Run(const void* x, int m, const std::byte* packed, float* y, Stream) override {
     if (dtype() == DType::kF32) {
@@ -39,11 +46,6 @@ class PlainMatmul : public Matmul {
   }
 
  private:
-  template <typename From, typename To>
-  static void Convert(const From* from, To* to, size_t count) {
-    for (size_t i = 0; i < count; ++i) to[i] = FromFloat<To>(ToFloat(from[i]));
-  }
-
   template <typename T>
   void Multiply(const T* x, int m, const T* w, float* y) const {
     for (int row = 0; row < m; ++row) {
@@ -61,4 +63,5 @@ absl::StatusOr<std::unique_ptr<Matmul>> MakePlainMatmul(int n, int k, DType dtyp
   return std::make_unique<PlainMatmul>(n, k, dtype);
 }
 
-}  // namespace ballast::cpu
+}  // namespace cpu
+}  // namespace ballast

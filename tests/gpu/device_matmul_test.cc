@@ -123,5 +123,43 @@ TEST_CASE("a row of a product on the device does not see the others", "[device][
   }
 }
 
+// One element of a matrix that RandomMatrix has made.
+float ValueAt(const Bytes& bytes, size_t i, DType type) {
+  return type == DType::kF32 ? reinterpret_cast<const float*>(bytes.data())[i]
+                             : ToFloat(reinterpret_cast<const BFloat16*>(bytes.data())[i]);
+}
+
+TEST_CASE("the plain product behind the interface takes w in either type as it is",
+          "[device][matmul]") {
+  Random random(8);
+  const Shape s{19, 33, 41};
+  for (const DType type : {DType::kF32, DType::kBF16}) {
+    for (const DType w_type : {DType::kF32, DType::kBF16}) {
+      CAPTURE(NameOf(type), NameOf(w_type));
+      const Bytes x = RandomMatrix(19, 41, type, &random);
+      const Bytes w = RandomMatrix(33, 41, w_type, &random);
+      const auto matmul = *cuda::MakePlainDeviceMatmul(s.n, s.k, type);
+      REQUIRE(matmul->packed_bytes() == size_t{33} * 41 * SizeOf(type));
+      Bytes packed(matmul->packed_bytes());
+      REQUIRE(matmul->Pack(w.data(), w_type, reinterpret_cast<std::byte*>(packed.data())).ok());
+      for (size_t i = 0; i < size_t{33} * 41; ++i) {
+        const float value = ValueAt(w, i, w_type);
+        const float kept = type == DType::kF32 ? value : ToFloat(ToBFloat16(value));
+        REQUIRE(ValueAt(packed, i, type) == kept);
+      }
+      const DeviceArray<uint8_t> d_x(x), d_packed(packed);
+      const DeviceArray<float> y(static_cast<size_t>(s.m * s.n));
+      cudaStream_t stream = nullptr;
+      testing::RequireCuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+      REQUIRE(matmul
+                  ->Run(d_x.data(), s.m, reinterpret_cast<const std::byte*>(d_packed.data()),
+                        y.data(), stream)
+                  .ok());
+      REQUIRE(Bits(y.Read()) == OnCpu(s, type, x, packed));
+      testing::RequireCuda(cudaStreamDestroy(stream));
+    }
+  }
+}
+
 }  // namespace
 }  // namespace ballast

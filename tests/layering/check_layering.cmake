@@ -22,6 +22,7 @@ set(owners
   "mpi\\.h|comm/mpi_[^/]*\\.cc|tests/mpi/[^/]*\\.cc"
   "nccl(_device)?\\.h|comm/nccl_[^/]*\\.cc|tests/gpu/[^/]*"
   "cuda_runtime\\.h|[^ ]*\\.cuh?|kernels/device_memory\\.cc|comm/(cuda|nccl)_[^/]*\\.cc|deploy/gpu/[^/]*|tests/(gpu|mpi)/[^/]*"
+  "cublasLt\\.h|kernels/matmul_cublaslt\\.cc"
   "prometheus/[^>]*|monitor/[^/]*\\.cc|tests/monitor/[^/]*\\.cc")
 
 set(breaches "")
