@@ -15,7 +15,7 @@ if(BALLAST_WITH_CUDA)
   enable_language(CUDA)
   find_package(CUDAToolkit REQUIRED)
   ballast_library(kernels_cuda
-    SOURCES ${BALLAST_DEVICE_SOURCES} kernels/device_memory.cc kernels/matmul_cublaslt.cc
+    SOURCES ${BALLAST_DEVICE_SOURCES} kernels/device_kernels.cc kernels/device_memory.cc kernels/matmul_cublaslt.cc
     PUBLIC ballast_kernels CUDA::cudart
     PRIVATE CUDA::cublasLt)
   # CMake 3.25 does not know C++20 for CUDA.
@@ -67,6 +67,7 @@ function(ballast_add_shim)
   endforeach()
   add_library(ballast_kernels_shim STATIC
     ${wrappers}
+    kernels/device_kernels.cc
     kernels/device_memory.cc
     tests/support/cuda_shim/device_memory.cc
     tests/support/cuda_shim/emulator.cc
@@ -107,6 +108,14 @@ function(ballast_add_device_tests)
     DEVICE_SOURCES tests/gpu/matmul_cublaslt_device_test.cc
     KERNELS tests/gpu/hopper_probe.cu
     LIBS ballast_kernels ballast_placement nlohmann_json::nlohmann_json)
+  if(TARGET ballast_test_support)
+    ballast_device_test(device_runtime
+      SOURCES
+        runtime/device_backend.cc
+        runtime/device_moe_layers.cc
+        tests/gpu/decoder_device_test.cc
+      LIBS ballast_test_support)
+  endif()
   if(BALLAST_WITH_CUDA)
     add_test(NAME spills
       COMMAND ${CMAKE_COMMAND} -DROOT=${PROJECT_SOURCE_DIR} -DNVCC=${CMAKE_CUDA_COMPILER}

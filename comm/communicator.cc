@@ -43,6 +43,12 @@ absl::Status Communicator::Fail(absl::Status status) {
   return status;
 }
 
+absl::Status Communicator::LookAround() {
+  if (!dead_.ok()) return dead_;
+  const absl::Status interrupted = options_.interrupted ? options_.interrupted() : absl::OkStatus();
+  return interrupted.ok() ? interrupted : Fail(interrupted);
+}
+
 absl::Status Communicator::AllGather(int64_t epoch, std::span<const std::byte> mine,
                                      std::span<std::byte> all) {
   if (!dead_.ok()) return dead_;
@@ -130,10 +136,7 @@ absl::Status Communicator::Exchange::Post(int64_t epoch, std::span<const size_t>
 // Whether to go on waiting.
 absl::Status Communicator::Exchange::LookAround(int64_t deadline) {
   Communicator& comm = *communicator_;
-  if (comm.options_.interrupted) {
-    const absl::Status interrupted = comm.options_.interrupted();
-    if (!interrupted.ok()) return comm.Fail(interrupted);
-  }
+  BALLAST_RETURN_IF_ERROR(comm.LookAround());
   if (NowNs() <= deadline) return absl::OkStatus();
   std::string missing;
   for (const Pending& pending : pending_) {

@@ -91,6 +91,10 @@ class Communicator {
     uint64_t sequence_ = 0;
   };
 
+  // For waits that are not for messages: what `interrupted` says. ERRORS those, and then all calls'
+  absl::Status LookAround();
+  // Likewise: this rank has waited for `peer` in vain.
+  void Miss(int peer) { missing_.push_back(peer); }
   // Ranks that the last wait missed when its deadline passed.
   const std::vector<int>& missing() const { return missing_; }
   // Time, and CPU time, that this rank has spent in Wait and AllGather since the start.

@@ -8,6 +8,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "base/status.h"
+#include "kernels/device_kernels.h"
 #include "kernels/matmul_row_major.h"
 
 namespace ballast::cuda {
@@ -167,3 +168,17 @@ absl::StatusOr<std::unique_ptr<Matmul>> MakeCublasLtMatmul(int n, int k, DType d
 }
 
 }  // namespace ballast::cuda
+
+namespace ballast {
+
+const KernelSet& DeviceKernels() {
+  static const KernelSet kernels = [] {
+    KernelSet set = PlainDeviceKernels();
+    set.name = "cuda";
+    set.make_matmul = cuda::MakeCublasLtMatmul;
+    return set;
+  }();
+  return kernels;
+}
+
+}  // namespace ballast

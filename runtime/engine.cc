@@ -192,7 +192,7 @@ absl::Status Engine::JoinGroup(Group group, int64_t last_step) {
                                                if (group_inbox_.empty()) return absl::OkStatus();
                                                return absl::AbortedError("told to halt");
                                              }});
-  BALLAST_RETURN_IF_ERROR(decoder_->moe().Connect(comm.get(), placement.topology()));
+  BALLAST_RETURN_IF_ERROR(decoder_->moe().Connect(comm.get(), group.ranks, placement.topology()));
   store_->Regroup(group.member, transport.get(), placement);
   comm_ = std::move(comm);
   CountSent();

@@ -68,6 +68,10 @@ class ExpertStore : public CopyStore {
 
   // The packed parameters, or nullptr where this rank does not hold the expert.
   const std::byte* Parameters(int32_t layer, int32_t expert) const;
+  // The number of its block, or -1.
+  int32_t BlockOf(int32_t layer, int32_t expert) const {
+    return block_of_expert_[At(layer, expert)];
+  }
 
   // What every expert was packed with, as far as it is known here.
   // SHAPES [num_layers * num_experts], 0: not known

@@ -23,7 +23,8 @@ absl::StatusOr<std::unique_ptr<MoeLayers>> HostMoeLayers::Create(const Options& 
   return std::unique_ptr<MoeLayers>(new HostMoeLayers(options, std::move(executor)));
 }
 
-absl::Status HostMoeLayers::Connect(Communicator* communicator, const Topology&) {
+absl::Status HostMoeLayers::Connect(Communicator* communicator, std::span<const int32_t>,
+                                    const Topology&) {
   executor_->Connect(communicator);
   rank_ = communicator->rank();
   table_ = nullptr;  // of other ranks

@@ -17,7 +17,8 @@ class HostMoeLayers : public MoeLayers {
   static absl::StatusOr<std::unique_ptr<MoeLayers>> Create(const Options& options,
                                                            const KernelSet& kernels);
 
-  absl::Status Connect(Communicator* communicator, const Topology& topology) override;
+  absl::Status Connect(Communicator* communicator, std::span<const int32_t> job_ranks,
+                       const Topology& topology) override;
   absl::Status Use(const Placement& placement, const ExpertStore& store) override;
   absl::Status Check(const Placement& placement, const ExpertStore& store) override;
   absl::Status Run(const Args& args) override;

@@ -33,10 +33,13 @@ class MoeLayers {
   };
   virtual ~MoeLayers() = default;
 
-  // The ranks that it works with from now on, under placements for them of up to so many slots: no
-  // step is under way on any of them. REQUIRES before the first Use
+  // The ranks that it works with from now on; what this one has under way is given up. The first
+  // time these are all ranks of the job. To be followed by Use.
+  // SHAPES job_ranks [communicator->size()]: their numbers in the job, ascending
+  // REQUIRES no rank has ever more slots than in the first topology
   // COLLECTIVE. ERRORS those of the means by which they exchange rows
-  virtual absl::Status Connect(Communicator* communicator, const Topology& topology) = 0;
+  virtual absl::Status Connect(Communicator* communicator, std::span<const int32_t> job_ranks,
+                               const Topology& topology) = 0;
   // From the next layer on, experts are where `placement` says; `store` has those that it gives to
   // this rank. What is under way goes on as it was.
   virtual absl::Status Use(const Placement& placement, const ExpertStore& store) = 0;

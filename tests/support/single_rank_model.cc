@@ -1,6 +1,7 @@
 #include "tests/support/single_rank_model.h"
 
 #include <algorithm>
+#include <array>
 
 #include "base/status.h"
 
@@ -40,7 +41,7 @@ absl::StatusOr<std::unique_ptr<SingleRankModel>> SingleRankModel::Load(const std
                            Placement::Contiguous(layers, experts, Topology::Uniform(1, experts),
                                                  /*fill_spare=*/false));
   MoeLayers& moe = model->decoder_->moe();
-  BALLAST_RETURN_IF_ERROR(moe.Connect(model->communicator_.get(), placement.topology()));
+  BALLAST_RETURN_IF_ERROR(moe.Connect(model->communicator_.get(), std::array{0}, placement.topology()));
   BALLAST_RETURN_IF_ERROR(moe.Use(placement, *model->store_));
   return model;
 }

@@ -1,0 +1,44 @@
+#ifndef BALLAST_RUNTIME_DEVICE_BACKEND_H_
+#define BALLAST_RUNTIME_DEVICE_BACKEND_H_
+
+#include <functional>
+#include <memory>
+#include <utility>
+
+#include "absl/status/statusor.h"
+#include "kernels/device_memory.h"
+#include "runtime/backend.h"
+#include "runtime/device_moe_layers.h"
+
+namespace ballast {
+
+// The device that is current when it is made: one rank's.
+class DeviceBackend : public Backend {
+ public:
+  struct Options {
+    const KernelSet* kernels = nullptr;  // a device's
+    MlpPath path = MlpPath::kBest;
+    int32_t max_blocks = 1056;  // of a kernel of the exchange (kernels/exchange.h)
+    LendArenas lend;
+    std::function<ExpertArena()> experts;  // asked once a layer and step
+  };
+  // ERRORS kInternal: no stream
+  static absl::StatusOr<std::unique_ptr<DeviceBackend>> Create(Options options);
+
+  const KernelSet& kernels() const override { return *options_.kernels; }
+  Stream stream() const override { return stream_.get(); }
+  absl::StatusOr<std::unique_ptr<MoeLayers>> MakeMoeLayers(
+      const MoeLayers::Options& options) override;
+  absl::StatusOr<ExpertForm> MakeExpertForm(int hidden, int inter, DType dtype) const override;
+
+ private:
+  DeviceBackend(Options options, cuda::OwnedStream stream)
+      : options_(std::move(options)), stream_(std::move(stream)) {}
+
+  const Options options_;
+  const cuda::OwnedStream stream_;
+};
+
+}  // namespace ballast
+
+#endif  // BALLAST_RUNTIME_DEVICE_BACKEND_H_

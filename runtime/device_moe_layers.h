@@ -1,0 +1,117 @@
+#ifndef BALLAST_RUNTIME_DEVICE_MOE_LAYERS_H_
+#define BALLAST_RUNTIME_DEVICE_MOE_LAYERS_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "kernels/device_memory.h"
+#include "kernels/exchange.h"
+#include "kernels/grouped_mlp.h"
+#include "kernels/kernel_set.h"
+#include "runtime/moe_layers.h"
+
+namespace ballast {
+
+// The blocks of experts in a rank's device memory.
+struct ExpertArena {
+  const std::byte* at = nullptr;
+  size_t block_bytes = 0;
+  int32_t num_blocks = 0;
+};
+
+// Device memory that all ranks of `communicator` can address: this rank's own, zeroed, and where
+// the others' are. They stay until the process ends. COLLECTIVE. SHAPES the result [R]
+using LendArenas = std::function<absl::StatusOr<std::vector<std::byte*>>(Communicator* communicator,
+                                                                         size_t bytes)>;
+
+// MoE layers on a device: gate, counts, split, route, dispatch, expand, experts, combine
+// (kernels/exchange.h), all put on one stream without a word to the host. What the host needs of
+// them, the counts, comes at the end of a step.
+//
+// A placement is put to use by one copy in the order of the stream. A rank that is waited for in
+// vain, or a host that does not want to wait any longer, ends the exchange on the device; the next
+// Connect begins another generation.
+class DeviceMoeLayers : public MoeLayers {
+ public:
+  struct Device {
+    const KernelSet* kernels = nullptr;
+    Stream stream = nullptr;  // of everything but a word that ends an exchange
+    MlpPath path = MlpPath::kBest;
+    int32_t max_blocks = 1056;  // Exchange
+    LendArenas lend;
+    std::function<ExpertArena()> experts;
+  };
+  // ERRORS kUnimplemented: another split than exact; kInvalidArgument: a shape that kernels refuse
+  static absl::StatusOr<std::unique_ptr<MoeLayers>> Create(const Options& options,
+                                                           const Device& device);
+
+  // All memory is taken in the first one, which is with all ranks of the job.
+  absl::Status Connect(Communicator* communicator, std::span<const int32_t> job_ranks,
+                       const Topology& topology) override;
+  absl::Status Use(const Placement& placement, const ExpertStore& store) override;
+  // Reads the tables back: waits for the stream.
+  absl::Status Check(const Placement& placement, const ExpertStore& store) override;
+  absl::Status Run(const Args& args) override;
+  absl::Status Finish(std::vector<LayerCounts>* counts) override;
+  absl::StatusOr<std::span<const int32_t>> Ids(int32_t layer) override;
+  uint64_t TakeChoiceHash() override { return std::exchange(choice_hash_, 0); }
+  const Matmul& gate_matmul() const override { return *gate_matmul_; }
+
+ private:
+  struct Table;  // where the parts of a layer's table are
+  DeviceMoeLayers(const Options& options, const Device& device, cuda::OwnedStream side);
+  absl::Status TakeMemory(const Topology& topology);
+  absl::StatusOr<uint32_t> NextNumber();
+  absl::Status Settle();
+  absl::Status GiveUp();
+  absl::Status MakeTables(const Placement& placement, const ExpertStore& store,
+                          std::vector<std::byte>* tables) const;
+  Table TableOf(int32_t layer) const;
+  absl::Status RunGate(const Args& args);
+  absl::Status Split(const Args& args);
+  absl::Status RunExperts(const Args& args);
+  absl::Status AwaitStream();
+  absl::Status TakeStatus();
+
+  const Options options_;
+  const Device device_;
+  const ExpertShape expert_;
+  const size_t row_bytes_;
+  cuda::OwnedStream side_;
+  std::unique_ptr<Matmul> gate_matmul_;
+  Communicator* comm_ = nullptr;
+  // Of all generations.
+  int32_t places_ = 0;  // ranks of the job
+  int32_t max_hosts_ = 0, max_groups_ = 0;
+  std::vector<std::byte*> arenas_;  // [places]
+  size_t table_stride_ = 0;         // bytes of a layer
+  size_t log_stride_ = 0;           // words of a layer
+  // Of one generation.
+  Exchange exchange_;
+  std::vector<int32_t> members_;         // their places
+  std::vector<int32_t> hosts_of_layer_;  // [layers] number of hosts
+  std::vector<std::byte> tables_in_use_;
+  uint64_t choice_hash_ = 0;
+  // Of a step.
+  std::vector<int32_t> tokens_of_layer_;  // [layers]
+  std::vector<int32_t> ids_, gathered_, by_source_;
+
+  // On the device.
+  Buffer tables_, state_, place_;
+  Buffer logits_, ids_log_, weights_, histogram_, gate_workspace_;
+  Buffer log_;  // [layers]: counts [places, 2, E], quota [max_hosts], load [places]
+  Buffer send_, row_begin_, group_begin_, group_rows_;
+  Buffer copy_rank_, copy_row_, tile_counts_;
+  Buffer expanded_, activated_;
+  // On the host, pinned.
+  Buffer staged_tables_, read_log_, word_;
+};
+
+}  // namespace ballast
+
+#endif  // BALLAST_RUNTIME_DEVICE_MOE_LAYERS_H_
