@@ -1,9 +1,8 @@
 // A whole decoder on the device, on one rank and on several that share it: the logits are the CPU's
 // bits, whatever the placement.
-#include <array>
 #include <catch2/catch.hpp>
-#include <map>
 #include <memory>
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -128,92 +127,114 @@ struct Sequence {
   }
 };
 
-void RequireTheCpusLogits(const TinyModel& model, DType dtype, int32_t num_ranks, int round) {
-  testing::TempFolder folder;
-  testing::WriteCheckpoint(folder.path(), model);
-  const auto checkpoint = Checkpoint::Open(folder.path());
-  RequireOk(checkpoint.status());
-  auto reference = testing::SingleRankModel::Load(folder.path(), dtype, PlainKernels());
-  RequireOk(reference.status());
-  const ModelConfig& config = (*checkpoint)->config();
-  const size_t vocab = static_cast<size_t>(config.vocab_size);
-  Random random(static_cast<uint64_t>(round) + 700);
-
-  // As large as any arena of these tests.
-  testing::DeviceArray<std::byte> memory(static_cast<size_t>(num_ranks) << 20);
-  memory.Fill(0);
-  std::vector<std::byte*> arenas;
-  for (int32_t r = 0; r < num_ranks; ++r)
-    arenas.push_back(memory.data() + (static_cast<size_t>(r) << 20));
-  LocalFabric fabric(num_ranks);
-  std::vector<std::unique_ptr<VirtualRank>> ranks;
-  std::vector<Sequence> sequences(static_cast<size_t>(num_ranks));
-  std::vector<std::vector<float>> expected;
-  std::vector<int32_t> all;
-  for (int32_t r = 0; r < num_ranks; ++r) {
-    all.push_back(r);
-    ranks.push_back(std::make_unique<VirtualRank>(**checkpoint, dtype, &fabric, r, &arenas));
-    for (int i = 0; i < 9; ++i) {
-      sequences[r].tokens.push_back(static_cast<int32_t>(random.Below(config.vocab_size)));
+// Ranks of one model, a sequence each, and what the CPU says of it.
+class Scene {
+ public:
+  Scene(const TinyModel& model, DType dtype, int32_t num_ranks, uint64_t seed)
+      : random_(seed),
+        topology_(Topology::Uniform(num_ranks, kSlots)),
+        // As large as any arena of these tests.
+        memory_(static_cast<size_t>(num_ranks) << 20),
+        fabric_(num_ranks),
+        sequences_(static_cast<size_t>(num_ranks)) {
+    testing::WriteCheckpoint(folder_.path(), model);
+    auto checkpoint = Checkpoint::Open(folder_.path());
+    RequireOk(checkpoint.status());
+    checkpoint_ = *std::move(checkpoint);
+    auto reference = testing::SingleRankModel::Load(folder_.path(), dtype, PlainKernels());
+    RequireOk(reference.status());
+    memory_.Fill(0);
+    std::vector<int32_t> all;
+    for (int32_t r = 0; r < num_ranks; ++r) {
+      all.push_back(r);
+      arenas_.push_back(memory_.data() + (static_cast<size_t>(r) << 20));
     }
-    sequences[r].blocks = ranks[r]->cache().Take(1);
-    const auto logits = (*reference)->Logits(sequences[r].tokens, 9);
-    RequireOk(logits.status());
-    expected.push_back(*logits);
+    for (int32_t r = 0; r < num_ranks; ++r) {
+      ranks_.push_back(std::make_unique<VirtualRank>(*checkpoint_, dtype, &fabric_, r, &arenas_));
+      for (int i = 0; i < 9; ++i) {
+        sequences_[r].tokens.push_back(static_cast<int32_t>(random_.Below(config().vocab_size)));
+      }
+      sequences_[r].blocks = ranks_[r]->cache().Take(1);
+      const auto logits = (*reference)->Logits(sequences_[r].tokens, 9);
+      RequireOk(logits.status());
+      expected_.push_back(*logits);
+    }
+    for (int32_t r = 0; r < num_ranks; ++r) ranks_[r]->Connect(all, topology_);
   }
-  const Topology topology = Topology::Uniform(num_ranks, kSlots);
-  for (int32_t r = 0; r < num_ranks; ++r) ranks[r]->Connect(all, topology);
-  // A prompt of some tokens, then one token at a time; the last rank rests now and then.
-  const int32_t counts[] = {1 + static_cast<int32_t>(random.Below(6)), 1, 1};
-  for (int64_t step = 0; step < 3; ++step) {
-    std::vector<int32_t> row;
-    for (int32_t layer = 0; layer < config.num_moe_layers(); ++layer) {
-      const auto of_layer =
-          testing::RandomRow(&random, topology.num_slots(), config.gate.num_experts);
-      row.insert(row.end(), of_layer.begin(), of_layer.end());
+
+  // Puts experts anywhere.
+  void Flip(int64_t epoch) {
+    std::vector<int32_t> rows;
+    for (int32_t layer = 0; layer < config().num_moe_layers(); ++layer) {
+      const auto row =
+          testing::RandomRow(&random_, topology_.num_slots(), config().gate.num_experts);
+      rows.insert(rows.end(), row.begin(), row.end());
     }
-    const auto placement =
-        Placement::Create(config.num_moe_layers(), config.gate.num_experts, topology, row, step);
+    const auto placement = Placement::Create(config().num_moe_layers(), config().gate.num_experts,
+                                             topology_, rows, epoch);
     RequireOk(placement.status());
-    for (int32_t r = 0; r < num_ranks; ++r) ranks[r]->Use(*placement);
+    for (auto& rank : ranks_) rank->Use(*placement);
+  }
+
+  // All ranks' next tokens, but of the last one where it rests.
+  void Step(int32_t count, bool last_rests) {
     std::vector<Batch> batches;
-    int64_t tokens = 0;
-    for (int32_t r = 0; r < num_ranks; ++r) {
-      const bool rests = step == 1 && r > 0 && r == num_ranks - 1;
-      batches.push_back(rests ? Batch{} : sequences[r].Next(counts[step]));
-      tokens += batches.back().num_tokens();
-      ranks[r]->Begin(batches.back());
+    for (size_t r = 0; r < ranks_.size(); ++r) {
+      const bool rests = last_rests && r > 0 && r + 1 == ranks_.size();
+      batches.push_back(rests ? Batch{} : sequences_[r].Next(count));
+      ranks_[r]->Begin(batches.back());
     }
+    int64_t copies = 0;
+    for (const Batch& batch : batches) copies += batch.num_tokens() * config().gate.top_k;
     std::vector<uint64_t> hashes;
-    for (int32_t r = 0; r < num_ranks; ++r) {
-      CAPTURE(round, num_ranks, step, r);
+    for (size_t r = 0; r < ranks_.size(); ++r) {
+      CAPTURE(ranks_.size(), r);
       std::vector<LayerCounts> of_layers;
-      const std::vector<float> logits = ranks[r]->Finish(&of_layers);
-      std::vector<float> wanted;
-      for (const int32_t row_of_batch : batches[r].logit_rows) {
-        const auto first = expected[r].begin() +
-                           static_cast<std::ptrdiff_t>(batches[r].position[row_of_batch] * vocab);
-        wanted.insert(wanted.end(), first, first + static_cast<std::ptrdiff_t>(vocab));
-      }
-      REQUIRE(logits == wanted);
-      for (const LayerCounts& layer : of_layers) {
-        int64_t copies = 0, load = 0;
-        for (const auto& kind : layer.counts) {
-          for (const int32_t count : kind) copies += count;
-        }
-        for (const int64_t of_rank : layer.rank_load) load += of_rank;
-        REQUIRE(copies == tokens * config.gate.top_k);
-        REQUIRE(load == copies);
-        REQUIRE(static_cast<int32_t>(layer.rank_load.size()) == num_ranks);
-      }
-      hashes.push_back(ranks[r]->decoder().moe().TakeChoiceHash());
-      const auto ids = ranks[r]->decoder().moe().Ids(config.num_moe_layers() - 1);
+      REQUIRE(ranks_[r]->Finish(&of_layers) == Expected(r, batches[r]));
+      for (const LayerCounts& layer : of_layers) RequireCounts(layer, copies);
+      MoeLayers& moe = ranks_[r]->decoder().moe();
+      hashes.push_back(moe.TakeChoiceHash());
+      const auto ids = moe.Ids(config().num_moe_layers() - 1);
       RequireOk(ids.status());
-      REQUIRE(static_cast<int32_t>(ids->size()) == batches[r].num_tokens() * config.gate.top_k);
+      REQUIRE(static_cast<int32_t>(ids->size()) == batches[r].num_tokens() * config().gate.top_k);
     }
     REQUIRE(hashes == std::vector<uint64_t>(hashes.size(), hashes[0]));
   }
-}
+
+  Random& random() { return random_; }
+
+ private:
+  const ModelConfig& config() const { return checkpoint_->config(); }
+
+  std::vector<float> Expected(size_t rank, const Batch& batch) const {
+    const std::ptrdiff_t vocab = config().vocab_size;
+    std::vector<float> logits;
+    for (const int32_t row : batch.logit_rows) {
+      const auto first = expected_[rank].begin() + batch.position[row] * vocab;
+      logits.insert(logits.end(), first, first + vocab);
+    }
+    return logits;
+  }
+  void RequireCounts(const LayerCounts& layer, int64_t copies) const {
+    int64_t counted = 0, load = 0;
+    for (const auto& kind : layer.counts) counted += std::accumulate(kind.begin(), kind.end(), 0);
+    for (const int64_t of_rank : layer.rank_load) load += of_rank;
+    REQUIRE(counted == copies);
+    REQUIRE(load == copies);
+    REQUIRE(layer.rank_load.size() == ranks_.size());
+  }
+
+  Random random_;
+  const Topology topology_;
+  testing::TempFolder folder_;
+  std::unique_ptr<Checkpoint> checkpoint_;
+  testing::DeviceArray<std::byte> memory_;
+  std::vector<std::byte*> arenas_;
+  LocalFabric fabric_;
+  std::vector<std::unique_ptr<VirtualRank>> ranks_;
+  std::vector<Sequence> sequences_;
+  std::vector<std::vector<float>> expected_;
+};
 
 TEST_CASE("a decoder step on the device has the CPU's bits", "[device][decoder][streams]") {
   testing::ForEachSchedule([](int round) {
@@ -234,7 +255,15 @@ TEST_CASE("a decoder step on the device has the CPU's bits", "[device][decoder][
                           .qk_norm = round % 2 == 0,
                           .attention_bias = round % 4 == 0,
                           .tied_embeddings = round % 3 == 0};
-    RequireTheCpusLogits(model, round % 5 == 4 ? DType::kBF16 : DType::kF32, 1 + round % 3, round);
+    CAPTURE(round);
+    Scene scene(model, round % 5 == 4 ? DType::kBF16 : DType::kF32, 1 + round % 3,
+                static_cast<uint64_t>(round) + 700);
+    // A prompt of some tokens, then one token at a time.
+    for (int64_t step = 0; step < 3; ++step) {
+      scene.Flip(step);
+      scene.Step(step == 0 ? 1 + static_cast<int32_t>(scene.random().Below(6)) : 1,
+                 /*last_rests=*/step == 1);
+    }
   });
 }
 

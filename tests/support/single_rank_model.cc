@@ -41,7 +41,8 @@ absl::StatusOr<std::unique_ptr<SingleRankModel>> SingleRankModel::Load(const std
                            Placement::Contiguous(layers, experts, Topology::Uniform(1, experts),
                                                  /*fill_spare=*/false));
   MoeLayers& moe = model->decoder_->moe();
-  BALLAST_RETURN_IF_ERROR(moe.Connect(model->communicator_.get(), std::array{0}, placement.topology()));
+  BALLAST_RETURN_IF_ERROR(
+      moe.Connect(model->communicator_.get(), std::array{0}, placement.topology()));
   BALLAST_RETURN_IF_ERROR(moe.Use(placement, *model->store_));
   return model;
 }
