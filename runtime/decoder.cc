@@ -41,7 +41,7 @@ struct Decoder::Layer {
 struct Decoder::Inputs {
   const int32_t* token = nullptr;
   KvIndex index;
-  const int32_t* logit_rows = nullptr;
+  const int32_t* wanted_rows = nullptr;  // those of the logits, then the greedy ones
 };
 
 void Batch::Clear() {
@@ -50,6 +50,7 @@ void Batch::Clear() {
   table_offset.clear();
   block_table.clear();
   logit_rows.clear();
+  greedy_rows.clear();
   num_prefill = 0;
 }
 
@@ -71,7 +72,8 @@ Decoder::Decoder(const ModelConfig& config, const Options& options, Backend* bac
       attended_(kernels_.memory),
       branch_(kernels_.memory),
       logits_in_(kernels_.memory),
-      logits_(kernels_.memory) {}
+      logits_(kernels_.memory),
+      greedy_(kernels_.memory) {}
 
 Decoder::~Decoder() = default;
 
@@ -237,7 +239,8 @@ absl::Status Decoder::Reserve(int32_t num_tokens, int32_t num_logits) {
       {&qkv_out_, rows * static_cast<size_t>(qkv_->n()) * sizeof(float)},
       {&attended_, rows * static_cast<size_t>(out_->k()) * act},
       {&logits_in_, wanted * hidden * act},
-      {&logits_, wanted * static_cast<size_t>(c.vocab_size) * sizeof(float)}};
+      {&logits_, wanted * static_cast<size_t>(c.vocab_size) * sizeof(float)},
+      {&greedy_, wanted * sizeof(int32_t)}};
   for (const auto& [buffer, bytes] : sizes) BALLAST_RETURN_IF_ERROR(buffer->EnsureSize(bytes));
   for (GatedMlp* mlp : {dense_mlp_.get(), shared_mlp_.get()}) {
     if (mlp != nullptr) BALLAST_RETURN_IF_ERROR(mlp->Reserve(num_tokens));
@@ -247,8 +250,10 @@ absl::Status Decoder::Reserve(int32_t num_tokens, int32_t num_logits) {
 
 // Puts the batch where the kernels read it.
 absl::StatusOr<Decoder::Inputs> Decoder::TakeIn(const Batch& batch) {
+  wanted_rows_ = batch.logit_rows;
+  wanted_rows_.insert(wanted_rows_.end(), batch.greedy_rows.begin(), batch.greedy_rows.end());
   const std::vector<int32_t>* const parts[] = {&batch.token, &batch.position, &batch.table_offset,
-                                               &batch.block_table, &batch.logit_rows};
+                                               &batch.block_table, &wanted_rows_};
   constexpr size_t kLine = kCacheLineBytes / sizeof(int32_t);
   size_t begin[5], end = 0;
   for (size_t i = 0; i < 5; ++i) {
@@ -391,25 +396,35 @@ absl::Status Decoder::RunMoe(const Layer& layer, int32_t moe_layer, const Batch&
 }
 
 absl::Status Decoder::MakeLogits(const Batch& batch, const Inputs& inputs) {
-  num_logits_ = static_cast<int>(batch.logit_rows.size());
-  if (num_logits_ == 0) return absl::OkStatus();
-  BALLAST_RETURN_IF_ERROR(kernels_.rms_norm({.num_rows = num_logits_,
+  num_logits_ = batch.logit_rows.size();
+  num_greedy_ = batch.greedy_rows.size();
+  const int rows = static_cast<int>(num_logits_ + num_greedy_);
+  if (rows == 0) return absl::OkStatus();
+  BALLAST_RETURN_IF_ERROR(kernels_.rms_norm({.num_rows = rows,
                                              .width = config_.hidden,
                                              .x = residual_.as<float>(),
-                                             .row = inputs.logit_rows,
+                                             .row = inputs.wanted_rows,
                                              .weight = final_norm_.as<float>(),
                                              .eps = config_.norm_eps,
                                              .act_type = options_.dtype,
                                              .y_act = logits_in_.data()},
                                             stream_));
-  return head_matmul_->Run(logits_in_.data(), num_logits_, head_.data(), logits_.as<float>(),
-                           stream_);
+  BALLAST_RETURN_IF_ERROR(
+      head_matmul_->Run(logits_in_.data(), rows, head_.data(), logits_.as<float>(), stream_));
+  if (num_greedy_ == 0) return absl::OkStatus();
+  const size_t vocab = static_cast<size_t>(config_.vocab_size);
+  return kernels_.argmax({.num_rows = static_cast<int32_t>(num_greedy_),
+                          .width = config_.vocab_size,
+                          .x = logits_.as<float>() + num_logits_ * vocab,
+                          .id = greedy_.as<int32_t>()},
+                         stream_);
 }
 
 absl::Status Decoder::Begin(const Batch& batch, const KvCache& cache,
                             const std::function<absl::Status()>& between_layers) {
   BALLAST_RETURN_IF_ERROR(
-      Reserve(batch.num_tokens(), static_cast<int32_t>(batch.logit_rows.size())));
+      Reserve(batch.num_tokens(),
+              static_cast<int32_t>(batch.logit_rows.size() + batch.greedy_rows.size())));
   BALLAST_ASSIGN_OR_RETURN(const Inputs inputs, TakeIn(batch));
   if (batch.num_tokens() > 0) BALLAST_RETURN_IF_ERROR(Embed(batch, inputs));
   for (int32_t i = 0; i < config_.num_layers; ++i) {
@@ -435,14 +450,22 @@ absl::Status Decoder::Begin(const Batch& batch, const KvCache& cache,
   return MakeLogits(batch, inputs);
 }
 
-absl::StatusOr<std::span<const float>> Decoder::Finish(std::vector<LayerCounts>* counts) {
+absl::StatusOr<BatchOutput> Decoder::Finish(std::vector<LayerCounts>* counts) {
   BALLAST_RETURN_IF_ERROR(moe_->Finish(counts));
-  const size_t size = static_cast<size_t>(num_logits_) * static_cast<size_t>(config_.vocab_size);
-  if (kernels_.memory == &HostMemory()) return std::span<const float>(logits_.as<float>(), size);
+  const size_t size = num_logits_ * static_cast<size_t>(config_.vocab_size);
+  if (kernels_.memory == &HostMemory()) {
+    return BatchOutput{{logits_.as<float>(), size}, {greedy_.as<int32_t>(), num_greedy_}};
+  }
   host_logits_.resize(size);
-  BALLAST_RETURN_IF_ERROR(kernels_.memory->Read(std::as_writable_bytes(std::span(host_logits_)),
-                                                logits_.data(), stream_));
-  return std::span<const float>(host_logits_);
+  host_greedy_.resize(num_greedy_);
+  Memory& memory = *kernels_.memory;
+  BALLAST_RETURN_IF_ERROR(
+      memory.Read(std::as_writable_bytes(std::span(host_greedy_)), greedy_.data(), stream_));
+  if (size > 0) {
+    BALLAST_RETURN_IF_ERROR(
+        memory.Read(std::as_writable_bytes(std::span(host_logits_)), logits_.data(), stream_));
+  }
+  return BatchOutput{host_logits_, host_greedy_};
 }
 
 }  // namespace ballast

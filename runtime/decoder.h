@@ -27,10 +27,18 @@ struct Batch {
   std::vector<int32_t> table_offset;  // [T] where the token's sequence starts in block_table
   std::vector<int32_t> block_table;   // blocks of the sequences, one after the other
   std::vector<int32_t> logit_rows;    // [N] rows whose logits are wanted
+  std::vector<int32_t> greedy_rows;   // [G] rows of which only the most probable token is
   int32_t num_prefill = 0;            // the last rows: of sequences that lack several tokens
 
   int32_t num_tokens() const { return static_cast<int32_t>(token.size()); }
   void Clear();
+};
+
+// What a batch comes to, until the next one begins.
+// SHAPES logits [N, vocab]  greedy [G]: the first of the largest logits (ArgmaxArgs)
+struct BatchOutput {
+  std::span<const float> logits;
+  std::span<const int32_t> greedy;
 };
 
 // The model on one rank: everything but the routed experts, which the expert store holds. It
@@ -61,12 +69,12 @@ class Decoder {
 
   // Runs a batch: Begin, then Finish. On a device Begin puts the work on the backend's stream, and
   // Finish waits for it. `between_layers` is called after every MoE layer has begun.
-  // SHAPES logits, valid until the next Begin: [N, vocab]; counts [num_moe_layers]
+  // SHAPES counts [num_moe_layers]
   // REQUIRES moe() is connected and knows the placement
   // COLLECTIVE also with an empty batch
   absl::Status Begin(const Batch& batch, const KvCache& cache,
                      const std::function<absl::Status()>& between_layers);
-  absl::StatusOr<std::span<const float>> Finish(std::vector<LayerCounts>* counts);
+  absl::StatusOr<BatchOutput> Finish(std::vector<LayerCounts>* counts);
 
  private:
   struct Layer;
@@ -103,11 +111,12 @@ class Decoder {
   std::unique_ptr<GatedMlp> dense_mlp_, shared_mlp_;
   std::unique_ptr<MoeLayers> moe_;
   // Of a step.
-  std::vector<int32_t> input_words_;
+  std::vector<int32_t> input_words_, wanted_rows_;
   Buffer inputs_, residual_, normed_, normed_act_, qkv_out_, attended_, branch_, logits_in_,
-      logits_;
-  int num_logits_ = 0;
+      logits_, greedy_;
+  size_t num_logits_ = 0, num_greedy_ = 0;
   std::vector<float> host_logits_;
+  std::vector<int32_t> host_greedy_;
 };
 
 }  // namespace ballast

@@ -343,9 +343,9 @@ absl::Status Engine::RunStep(const Batch& batch) {
     return Verify();
   };
   BALLAST_RETURN_IF_ERROR(decoder_->Begin(batch, *cache_, between_layers));
-  BALLAST_ASSIGN_OR_RETURN(const auto logits, decoder_->Finish(&record_.layers));
+  BALLAST_ASSIGN_OR_RETURN(const BatchOutput output, decoder_->Finish(&record_.layers));
   if (capture_->active()) BALLAST_RETURN_IF_ERROR(CaptureIds());
-  scheduler_->Finish(logits, &events_);
+  scheduler_->Finish(output, &events_);
 
   last_cpu_us_ = (ThreadCpuNs() - cpu_began - (comm_->wait_cpu_ns() - waited)) / 1000;
   record_.step = protocol_->step();

@@ -87,7 +87,8 @@ void Scheduler::Append(Sequence* sequence, int32_t count) {
   sequence->num_scheduled = count;
   const int32_t end = sequence->num_cached + count;
   if (end == static_cast<int32_t>(sequence->tokens.size())) {
-    batch_.logit_rows.push_back(batch_.num_tokens() - 1);
+    const bool greedy = sequence->request.sampling.temperature == 0;
+    (greedy ? batch_.greedy_rows : batch_.logit_rows).push_back(batch_.num_tokens() - 1);
   }
 }
 
@@ -115,11 +116,12 @@ const Batch& Scheduler::BuildBatch() {
   return batch_;
 }
 
-void Scheduler::Finish(std::span<const float> logits, std::vector<TokenEvent>* events) {
-  // Logit rows were appended sequence by sequence: decoding ones first, then the rest.
-  size_t row = 0;
+void Scheduler::Finish(const BatchOutput& output, std::vector<TokenEvent>* events) {
+  // Rows were appended sequence by sequence: decoding ones first, then the rest.
+  size_t row = 0, greedy = 0;
   const size_t vocab = static_cast<size_t>(options_.vocab_size);
-  BALLAST_CHECK(logits.size() == batch_.logit_rows.size() * vocab);
+  BALLAST_CHECK(output.logits.size() == batch_.logit_rows.size() * vocab);
+  BALLAST_CHECK(output.greedy.size() == batch_.greedy_rows.size());
   const auto pass = [&](bool decoding) {
     for (auto it = running_.begin(); it != running_.end();) {
       Sequence& s = *it;
@@ -132,7 +134,14 @@ void Scheduler::Finish(std::span<const float> logits, std::vector<TokenEvent>* e
       s.num_scheduled = 0;
       bool ended = false;
       if (s.num_cached == static_cast<int32_t>(s.tokens.size())) {
-        ended = Extend(&s, logits.subspan(row++ * vocab, vocab), events);
+        const SamplingParams& sampling = s.request.sampling;
+        const int64_t position = static_cast<int64_t>(s.tokens.size());
+        ended = Extend(&s,
+                       sampling.temperature == 0
+                           ? output.greedy[greedy++]
+                           : sampler_.Sample(output.logits.subspan(row++ * vocab, vocab), sampling,
+                                             position),
+                       events);
       }
       if (ended) {
         cache_->Give(s.blocks);
@@ -144,14 +153,12 @@ void Scheduler::Finish(std::span<const float> logits, std::vector<TokenEvent>* e
   };
   pass(/*decoding=*/true);
   pass(/*decoding=*/false);
-  BALLAST_CHECK(row == batch_.logit_rows.size());
+  BALLAST_CHECK(row == batch_.logit_rows.size() && greedy == batch_.greedy_rows.size());
 }
 
-bool Scheduler::Extend(Sequence* sequence, std::span<const float> logits,
-                       std::vector<TokenEvent>* events) {
+bool Scheduler::Extend(Sequence* sequence, int32_t token, std::vector<TokenEvent>* events) {
   const GenerationRequest& request = sequence->request;
   const int64_t position = static_cast<int64_t>(sequence->tokens.size());
-  const int32_t token = sampler_.Sample(logits, request.sampling, position);
   if (std::ranges::find(options_.eos_tokens, token) != options_.eos_tokens.end()) {
     events->push_back({request.id, -1, FinishReason::kStop});
     return true;

@@ -45,8 +45,8 @@ class Scheduler {
   // The next step's tokens; the batch may be empty.
   const Batch& BuildBatch();
 
-  // Takes the logits of the batch's logit rows: draws tokens, ends sequences, reports both.
-  void Finish(std::span<const float> logits, std::vector<TokenEvent>* events);
+  // Takes what the batch came to: draws tokens, ends sequences, reports both.
+  void Finish(const BatchOutput& output, std::vector<TokenEvent>* events);
 
   int32_t num_running() const { return static_cast<int32_t>(running_.size()); }
   int32_t num_waiting() const { return static_cast<int32_t>(waiting_.size()); }
@@ -62,8 +62,8 @@ class Scheduler {
   int32_t MostTokens(const GenerationRequest& request) const;
   void Admit();
   void Append(Sequence* sequence, int32_t count);
-  // Draws the next token; true when the sequence has ended.
-  bool Extend(Sequence* sequence, std::span<const float> logits, std::vector<TokenEvent>* events);
+  // Appends the next token; true when the sequence has ended.
+  bool Extend(Sequence* sequence, int32_t token, std::vector<TokenEvent>* events);
 
   Options options_;
   KvCache* cache_;

@@ -1,5 +1,6 @@
 // A whole decoder on the device, on one rank and on several that share it: the logits are the CPU's
 // bits, whatever the placement.
+#include <algorithm>
 #include <catch2/catch.hpp>
 #include <memory>
 #include <numeric>
@@ -71,10 +72,12 @@ class VirtualRank {
   }
   void Begin(const Batch& batch) { RequireOk(decoder_->Begin(batch, *cache_, Nothing)); }
   std::vector<float> Finish(std::vector<LayerCounts>* counts) {
-    const auto logits = decoder_->Finish(counts);
-    RequireOk(logits.status());
-    return {logits->begin(), logits->end()};
+    const auto output = decoder_->Finish(counts);
+    RequireOk(output.status());
+    greedy_.assign(output->greedy.begin(), output->greedy.end());
+    return {output->logits.begin(), output->logits.end()};
   }
+  const std::vector<int32_t>& greedy() const { return greedy_; }  // of the last batch
   Decoder& decoder() { return *decoder_; }
   KvCache& cache() { return *cache_; }
 
@@ -107,9 +110,11 @@ class VirtualRank {
   std::unique_ptr<KvCache> cache_;
   std::unique_ptr<ExpertStore> store_;
   std::unique_ptr<testing::DeviceArray<std::byte>> experts_;
+  std::vector<int32_t> greedy_;
 };
 
-// A sequence of one rank: its next `count` tokens as a batch, all of whose logits are wanted.
+// A sequence of one rank: its next `count` tokens as a batch. Of the last some the logits or the
+// most probable tokens are wanted.
 struct Sequence {
   std::vector<int32_t> tokens, blocks;
   int32_t done = 0;
@@ -118,7 +123,9 @@ struct Sequence {
     batch.block_table = blocks;
     batch.num_prefill = count > 1 ? count : 0;
     for (int32_t i = 0; i < count; ++i, ++done) {
-      if (i >= count - kMaxSequences) batch.logit_rows.push_back(i);
+      if (i >= count - kMaxSequences) {
+        (i % 3 == 1 ? batch.greedy_rows : batch.logit_rows).push_back(i);
+      }
       batch.token.push_back(tokens[done]);
       batch.position.push_back(done);
       batch.table_offset.push_back(0);
@@ -190,7 +197,14 @@ class Scene {
     for (size_t r = 0; r < ranks_.size(); ++r) {
       CAPTURE(ranks_.size(), r);
       std::vector<LayerCounts> of_layers;
-      REQUIRE(ranks_[r]->Finish(&of_layers) == Expected(r, batches[r]));
+      REQUIRE(ranks_[r]->Finish(&of_layers) ==
+              Expected(r, batches[r].position, batches[r].logit_rows));
+      const auto of_greedy = Expected(r, batches[r].position, batches[r].greedy_rows);
+      std::vector<int32_t> greedy;
+      for (auto at = of_greedy.begin(); at != of_greedy.end(); at += config().vocab_size) {
+        greedy.push_back(static_cast<int32_t>(std::max_element(at, at + config().vocab_size) - at));
+      }
+      REQUIRE(ranks_[r]->greedy() == greedy);
       for (const LayerCounts& layer : of_layers) RequireCounts(layer, copies);
       MoeLayers& moe = ranks_[r]->decoder().moe();
       hashes.push_back(moe.TakeChoiceHash());
@@ -206,11 +220,12 @@ class Scene {
  private:
   const ModelConfig& config() const { return checkpoint_->config(); }
 
-  std::vector<float> Expected(size_t rank, const Batch& batch) const {
+  std::vector<float> Expected(size_t rank, const std::vector<int32_t>& position,
+                              const std::vector<int32_t>& rows) const {
     const std::ptrdiff_t vocab = config().vocab_size;
     std::vector<float> logits;
-    for (const int32_t row : batch.logit_rows) {
-      const auto first = expected_[rank].begin() + batch.position[row] * vocab;
+    for (const int32_t row : rows) {
+      const auto first = expected_[rank].begin() + position[row] * vocab;
       logits.insert(logits.end(), first, first + vocab);
     }
     return logits;

@@ -34,8 +34,9 @@ struct Fixture {
     const Batch& batch = scheduler.BuildBatch();
     std::vector<float> logits(batch.logit_rows.size() * kVocab, 0.0f);
     for (size_t i = 0; i < batch.logit_rows.size(); ++i) logits[i * kVocab + token] = 5.0f;
+    const std::vector<int32_t> greedy(batch.greedy_rows.size(), token);
     last = batch;
-    scheduler.Finish(logits, &events);
+    scheduler.Finish({logits, greedy}, &events);
     return last;
   }
   KvCache cache;
@@ -61,10 +62,36 @@ TEST_CASE("prompts run in chunks and decode goes first", "[runtime][scheduler]")
   // One token of the first, a chunk of the second, what is left of the budget for the third.
   REQUIRE(f.last.position == std::vector<int32_t>{3, 0, 1, 2, 3, 4, 5, 6, 7, 0});
   REQUIRE(f.last.num_prefill == 9);
-  REQUIRE(f.last.logit_rows == std::vector<int32_t>{0});
+  REQUIRE(f.last.greedy_rows == std::vector<int32_t>{0});
+  REQUIRE(f.last.logit_rows.empty());
   f.Step();
   REQUIRE(f.last.position == std::vector<int32_t>{4, 8, 9, 10, 11, 12, 13, 14, 15, 1});
   REQUIRE(f.events.back().request_id == 1);
+}
+
+// Each in its list, and each gets its own back.
+TEST_CASE("greedy and drawn tokens come from where they belong", "[runtime][scheduler]") {
+  Fixture f(20, {.max_seqs = 4});
+  for (uint64_t id = 1; id <= 4; ++id) {
+    f.scheduler.Add(Request(id, id, 3), &f.events);
+    if (id % 2 == 0) continue;
+    f.scheduler.Cancel(id, &f.events);
+    GenerationRequest drawn = Request(id, id, 3);
+    drawn.sampling = {.temperature = 0.01, .seed = id};
+    f.scheduler.Add(drawn, &f.events);
+  }
+  f.events.clear();
+  const Batch batch = f.scheduler.BuildBatch();
+  REQUIRE(batch.greedy_rows.size() == 2);
+  REQUIRE(batch.logit_rows.size() == 2);
+  // A row's token says where it stands in the batch.
+  std::vector<float> logits(2 * kVocab, 0.0f);
+  for (size_t i = 0; i < 2; ++i) logits[i * kVocab + 1 + i] = 50.0f;
+  const std::vector<int32_t> greedy = {5, 6};
+  f.scheduler.Finish({logits, greedy}, &f.events);
+  std::map<uint64_t, int32_t> token;
+  for (const TokenEvent& event : f.events) token[event.request_id] = event.token;
+  REQUIRE(token == std::map<uint64_t, int32_t>{{1, 1}, {2, 5}, {3, 2}, {4, 6}});
 }
 
 TEST_CASE("every request gets all of its tokens once and all blocks come back",

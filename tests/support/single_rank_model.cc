@@ -63,8 +63,8 @@ absl::StatusOr<std::vector<float>> SingleRankModel::Logits(std::span<const int32
       batch.table_offset.push_back(0);
     }
     BALLAST_RETURN_IF_ERROR(decoder_->Begin(batch, *cache_, [] { return absl::OkStatus(); }));
-    BALLAST_ASSIGN_OR_RETURN(const auto logits, decoder_->Finish(&counts));
-    all.insert(all.end(), logits.begin(), logits.end());
+    BALLAST_ASSIGN_OR_RETURN(const BatchOutput output, decoder_->Finish(&counts));
+    all.insert(all.end(), output.logits.begin(), output.logits.end());
   }
   cache_->Give(blocks);
   return all;
