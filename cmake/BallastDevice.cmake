@@ -92,6 +92,8 @@ function(ballast_add_device_tests)
       deploy/gpu/bench_experts.cc
       deploy/gpu/bench_gpu.cc
       deploy/gpu/bench_gpu_report.cc
+      deploy/gpu/bench_layer.cc
+      deploy/gpu/bench_rank.cc
       deploy/gpu/measure.cc
       tests/gpu/attention_device_test.cc
       tests/gpu/bench_gpu_test.cc

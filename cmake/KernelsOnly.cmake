@@ -6,6 +6,8 @@ add_executable(ballast-bench-gpu
   deploy/gpu/bench_gpu.cc
   deploy/gpu/bench_gpu_main.cc
   deploy/gpu/bench_gpu_report.cc
+  deploy/gpu/bench_layer.cc
+  deploy/gpu/bench_rank.cc
   deploy/gpu/measure.cc)
 target_link_libraries(ballast-bench-gpu PRIVATE ballast_kernels_cuda ballast_flags CUDA::cudart)
 enable_testing()

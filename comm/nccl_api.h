@@ -44,7 +44,9 @@ struct CallSite {
 //
 // ERRORS kUnavailable: a peer or a link is lost; kInvalidArgument: a wrong use, with NCCL's last
 //        error, and for NCCL's "Duplicate GPU" which two ranks stand on one GPU; kInternal: any
-//        other, with call, file and line
+//        other, with call, file and line. ncclSystemError is one of those: a call of NCCL's to the
+//        system failed here; for peers and networks it has ncclRemoteError.
+// SOURCE NCCL user guide, ncclResult_t and Troubleshooting: Errors
 absl::Status NcclStatus(NcclResult result, const CallSite& site, const std::string& last_error);
 
 // What one rank shows to all others so that they can join one communicator.

@@ -26,7 +26,7 @@ __device__ void CountChunk(const CopyRouteArgs& a, int tile, int* counters, cons
     const int copy = first + static_cast<int>(lane);
     const int expert = copy < num_copies ? a.ids[copy] : -1;
     const unsigned same = __match_any_sync(kFullWarp, expert);
-    const int earlier_here = __popc(same & ((1u << lane) - 1));
+    const int earlier_here = __popc(same & LanesBelow(lane));
     const int before = expert >= 0 ? counters[expert] : 0;
     if (expert >= 0) visit(copy, expert, before + earlier_here);
     __syncwarp();  // all have read

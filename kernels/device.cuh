@@ -61,15 +61,20 @@ absl::Status AllowMostShared() {
       absl::StrCat("shared memory of a kernel: ", cudaGetErrorString(error)));
 }
 
+// Also where a + b is more than T can hold.
 template <typename T>
 __host__ __device__ constexpr T CeilDiv(T a, T b) {
-  return (a + b - 1) / b;
+  return a / b + (a % b != 0 ? 1 : 0);
 }
 
 // ---- device -----------------------------------------------------------------------------------
 
 inline constexpr unsigned kWarp = 32;
 inline constexpr unsigned kFullWarp = 0xffffffffu;
+
+__device__ inline unsigned LanesBelow(unsigned lane) {
+  return (1u << lane) - 1;
+}
 
 __device__ inline float ToFloat(float x) {
   return x;

@@ -215,7 +215,7 @@ __device__ void Balance(const DeviceHosts& hosts, const Work& w, unsigned lane) 
   int total = 0;
   for (int e = static_cast<int>(lane); e < hosts.num_experts; e += kWarp) total += w.demand[e];
   total = __reduce_add_sync(kFullWarp, total);
-  int target = max(CeilDivide(total, hosts.num_ranks), LargestLoad(hosts, w, lane));
+  int target = max(CeilDiv(total, hosts.num_ranks), LargestLoad(hosts, w, lane));
   PourAll(hosts, w, target, lane);
   while (LargestLoad(hosts, w, lane) > target) {
     if (Augment(hosts, w, target, lane)) continue;
@@ -225,7 +225,7 @@ __device__ void Balance(const DeviceHosts& hosts, const Work& w, unsigned lane) 
       load += w.load[r];
       ++ranks;
     }
-    target = CeilDivide(__reduce_add_sync(kFullWarp, load), __reduce_add_sync(kFullWarp, ranks));
+    target = CeilDiv(__reduce_add_sync(kFullWarp, load), __reduce_add_sync(kFullWarp, ranks));
   }
 }
 

@@ -73,14 +73,6 @@ inline size_t WorkBytes(const DeviceSplitArgs& a) {
   return reinterpret_cast<uintptr_t>(w.scalar + 4) - kBase;
 }
 
-__device__ inline int CeilDivide(int a, int b) {
-  return a / b + (a % b != 0 ? 1 : 0);
-}
-
-__device__ inline unsigned LanesBelow(unsigned lane) {
-  return (1u << lane) - 1;
-}
-
 }  // namespace ballast::cuda::split
 
 #endif  // BALLAST_KERNELS_DEVICE_SPLIT_CUH_

@@ -104,7 +104,7 @@ __device__ inline int LayOut(const Problem& a, const Work& w) {
     for (int i = hosts.rank_offsets[r]; i < hosts.rank_offsets[r + 1]; ++i) {
       const int host = hosts.rank_hosts[i];
       w.begin[host] = begin;
-      begin += CeilDivide(w.quota[host], a.row_align) * a.row_align;
+      begin += CeilDiv(w.quota[host], a.row_align) * a.row_align;
     }
     if (r == a.rank) own_rows = begin;
     if (begin > a.row_capacity) Report(a.status, ExchangeCode::kRowsExceeded, r);

@@ -76,7 +76,7 @@ __device__ void DispatchRows(const DispatchArgs& a, const Exchange& x, Part part
       if (first) {
         const size_t own = static_cast<size_t>(PlaceOf(x.place, x.rank));
         const size_t slot = own * shape.max_tokens + t;
-        targets.to[__popc(firsts & ((1u << k) - 1))] = InArena<std::byte>(
+        targets.to[__popc(firsts & LanesBelow(k))] = InArena<std::byte>(
             x, rank, shape.rows_offset() + slot * static_cast<size_t>(shape.row_bytes));
       }
       if (k == 0) targets.count = __popc(firsts);
@@ -128,7 +128,7 @@ __device__ void ExpandRows(const ExpandArgs& a, const Exchange& x, Part part, Ro
         const int row = k < shape.top_k ? LoadPeer(&row_of_copy[slot * shape.top_k + k]) : -1;
         const unsigned here = __ballot_sync(kFullWarp, row >= 0);
         if (row >= 0) {
-          targets.to[__popc(here & ((1u << k) - 1))] =
+          targets.to[__popc(here & LanesBelow(k))] =
               a.x + static_cast<size_t>(row) * shape.row_bytes;
         }
         if (k == 0) targets.count = __popc(here);

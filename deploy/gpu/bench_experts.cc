@@ -1,9 +1,6 @@
 #include "deploy/gpu/bench_experts.h"
 
-#include <algorithm>
-
 #include "base/dtype.h"
-#include "base/random.h"
 #include "deploy/gpu/measure.h"
 #include "kernels/grouped_mlp.h"
 
@@ -26,21 +23,6 @@ constexpr Case kCases[] = {
 };
 constexpr Case kSmallCase = {"small", 64, 32, 2, 3, GroupSize::kSmall};
 
-// Random bf16, the same piece again and again: zeros would run faster than real numbers do.
-absl::Status FillRandom(OnDevice<std::byte>* to, bool small) {
-  std::vector<uint16_t> noise(small ? 1 << 10 : 32 << 20);
-  Random random(1);
-  for (uint16_t& bits : noise) {
-    bits = ToBFloat16(static_cast<float>(random.Uniform() - 0.5) / 16).bits;
-  }
-  const size_t piece = noise.size() * sizeof(uint16_t);
-  for (size_t at = 0; at < to->size(); at += piece) {
-    BALLAST_CUDA(cudaMemcpy(to->data() + at, noise.data(), std::min(to->size() - at, piece),
-                            cudaMemcpyHostToDevice));
-  }
-  return absl::OkStatus();
-}
-
 absl::Status Run(const Case& c, bool small, GpuBenchResult* result) {
   const ExpertShape shape = {.hidden = c.hidden, .inter = c.inter, .dtype = DType::kBF16};
   const int32_t rows = c.groups * c.rows;
@@ -49,8 +31,8 @@ absl::Status Run(const Case& c, bool small, GpuBenchResult* result) {
   BALLAST_RETURN_IF_ERROR(x.Allocate(size_t{2} * rows * c.hidden));
   BALLAST_RETURN_IF_ERROR(activated.Allocate(size_t{2} * rows * c.inter));
   BALLAST_RETURN_IF_ERROR(y.Allocate(x.size()));
-  BALLAST_RETURN_IF_ERROR(FillRandom(&arena, small));
-  BALLAST_RETURN_IF_ERROR(FillRandom(&x, small));
+  BALLAST_RETURN_IF_ERROR(FillWithNoise(&arena, small));
+  BALLAST_RETURN_IF_ERROR(FillWithNoise(&x, small));
   std::vector<int32_t> begins, blocks;
   for (int32_t g = 0; g < c.groups; ++g) {
     begins.push_back(g * c.rows);

@@ -7,16 +7,13 @@
 
 #include "base/random.h"
 #include "deploy/gpu/bench_experts.h"
+#include "deploy/gpu/bench_layer.h"
+#include "deploy/gpu/bench_rank.h"
 #include "deploy/gpu/measure.h"
-#include "kernels/copy_route.h"
-#include "kernels/device_split.h"
-#include "kernels/exchange.h"
 #include "kernels/gate.h"
 
 namespace ballast {
 namespace {
-
-constexpr uint64_t kSeed = 20260801;
 
 class Bench {
  public:
@@ -56,7 +53,7 @@ absl::Status BenchCopy(Bench* bench) {
 
 absl::Status BenchGate(Bench* bench, const GateRule& rule, int tokens) {
   tokens = bench->tokens(tokens);
-  Random random(kSeed);
+  Random random(kBenchSeed);
   const size_t experts = static_cast<size_t>(rule.num_experts);
   std::vector<float> logits(static_cast<size_t>(tokens) * experts), bias(experts);
   for (float& x : logits) x = static_cast<float>(8 * random.Uniform() - 4);
@@ -86,123 +83,10 @@ absl::Status BenchGate(Bench* bench, const GateRule& rule, int tokens) {
                     });
 }
 
-// Every expert once, round the ranks, and the rest of the slots at random.
-LayerHosts RandomHosts(int32_t experts, int32_t ranks, int32_t slots,
-                       std::vector<int32_t> (*all)[4]) {
-  Random random(kSeed);
-  std::vector<std::vector<uint8_t>> on(static_cast<size_t>(experts),
-                                       std::vector<uint8_t>(static_cast<size_t>(ranks)));
-  for (int32_t s = 0; s < slots; ++s) {
-    const int32_t e = s < experts ? s : static_cast<int32_t>(random.Below(experts));
-    on[e][s % ranks] = 1;
-  }
-  auto& [offsets, rank, copies, node] = *all;
-  offsets = {0};
-  for (int32_t e = 0; e < experts; ++e) {
-    for (int32_t r = 0; r < ranks; ++r) {
-      if (on[e][r] != 0) rank.push_back(r);
-    }
-    offsets.push_back(static_cast<int32_t>(rank.size()));
-  }
-  copies.assign(rank.size(), 1);
-  for (int32_t r = 0; r < ranks; ++r) node.push_back(r / 8);
-  return {experts, ranks, offsets, rank, copies, {}, node};
-}
-
-// What a rank has on the device besides its arena.
-struct RankMemory {
-  OnDevice<int32_t> words, quota, load, send, row_begin, group_begin, group_rows;
-  OnDevice<DeviceHosts> layer;
-  OnDevice<int32_t> ids, copy_rank, copy_row, tile_counts, histogram;
-  OnDevice<float> weights, base;
-  OnDevice<std::byte> x, expanded;
-  OnDevice<ExchangeState> state;
-  CompiledHosts compiled;
-  DeviceSplitArgs split;
-  CopyRouteArgs route;
-
-  explicit RankMemory(const LayerHosts& hosts) : compiled(hosts, 0) {}
-
-  absl::Status Make(const LayerHosts& hosts, int32_t rank, const int32_t* counts, int kinds) {
-    BALLAST_RETURN_IF_ERROR(words.Set(compiled.words()));
-    BALLAST_RETURN_IF_ERROR(layer.Set({compiled.At(words.data())}));
-    const size_t num_hosts = hosts.host_rank.size();
-    for (auto* array : {&quota, &send, &row_begin, &group_rows}) {
-      BALLAST_RETURN_IF_ERROR(array->Allocate(num_hosts));
-    }
-    BALLAST_RETURN_IF_ERROR(group_begin.Allocate(num_hosts + 1));
-    BALLAST_RETURN_IF_ERROR(load.Allocate(static_cast<size_t>(hosts.num_ranks)));
-    BALLAST_RETURN_IF_ERROR(state.Set({{}}));
-    int32_t max_groups = 0;
-    for (int32_t r = 0; r < hosts.num_ranks; ++r) {
-      max_groups = std::max(max_groups, compiled.num_groups(r));
-    }
-    split = {.layer = layer.data(),
-             .num_experts = hosts.num_experts,
-             .num_ranks = hosts.num_ranks,
-             .max_hosts = static_cast<int32_t>(num_hosts),
-             .max_groups = max_groups,
-             .rank = rank,
-             .row_align = 128,
-             .row_capacity = 1 << 30,
-             .num_kinds = kinds,
-             .counts = counts,
-             .quota = quota.data(),
-             .rank_load = load.data(),
-             .send = send.data(),
-             .row_begin = row_begin.data(),
-             .group_begin = group_begin.data(),
-             .group_rows = group_rows.data(),
-             .status = &state.data()->status};
-    return absl::OkStatus();
-  }
-
-  // Distinct random experts for every token, in the order of a hash.
-  absl::Status MakeRoute(const LayerHosts& hosts, int32_t rank, int32_t tokens, int32_t top_k) {
-    Random random(kSeed + static_cast<uint64_t>(rank));
-    std::vector<int32_t> chosen, all(static_cast<size_t>(hosts.num_experts));
-    std::vector<int32_t> counts(2 * all.size());
-    for (size_t e = 0; e < all.size(); ++e) all[e] = static_cast<int32_t>(e);
-    for (int32_t t = 0; t < tokens; ++t) {
-      for (int32_t k = 0; k < top_k; ++k) {
-        std::swap(all[k], all[k + random.Below(hosts.num_experts - k)]);
-        chosen.push_back(all[k]);
-        ++counts[all[k]];
-      }
-    }
-    BALLAST_RETURN_IF_ERROR(ids.Set(chosen));
-    BALLAST_RETURN_IF_ERROR(histogram.Set(counts));
-    BALLAST_RETURN_IF_ERROR(copy_rank.Allocate(chosen.size()));
-    BALLAST_RETURN_IF_ERROR(copy_row.Allocate(chosen.size()));
-    BALLAST_RETURN_IF_ERROR(
-        tile_counts.Allocate(all.size() * static_cast<size_t>(NumRouteTiles(tokens * top_k))));
-    route = {.rank = rank,
-             .num_tokens = tokens,
-             .top_k = top_k,
-             .ids = ids.data(),
-             .layer = layer.data(),
-             .num_experts = hosts.num_experts,
-             .send = send.data(),
-             .row_begin = row_begin.data(),
-             .copy_rank = copy_rank.data(),
-             .copy_row = copy_row.data(),
-             .tile_counts = tile_counts.data(),
-             .status = &state.data()->status};
-    return absl::OkStatus();
-  }
-};
-
-absl::Status StatusOf(const RankMemory& memory) {
-  ExchangeState host;
-  BALLAST_CUDA(cudaDeviceSynchronize());
-  BALLAST_CUDA(cudaMemcpy(&host, memory.state.data(), sizeof host, cudaMemcpyDeviceToHost));
-  return ToStatus(host.status);
-}
-
 absl::Status BenchSplit(Bench* bench, int32_t experts, int32_t ranks, int32_t slots) {
   std::vector<int32_t> all[4];
   const LayerHosts hosts = RandomHosts(experts, ranks, slots, &all);
-  Random random(kSeed);
+  Random random(kBenchSeed);
   std::vector<int32_t> counts(static_cast<size_t>(experts) * ranks);
   for (int32_t e = 0; e < experts; ++e) {  // about 1/rank, at random ranks of the experts
     const double share = 1.0 / (1 + random.Below(static_cast<uint32_t>(experts)));
@@ -219,7 +103,7 @@ absl::Status BenchSplit(Bench* bench, int32_t experts, int32_t ranks, int32_t sl
       bench->Add("split", absl::StrCat(experts, " experts ", slots, " slots ", ranks, " ranks"),
                  4.0 * static_cast<double>(counts.size()),
                  [&](cudaStream_t stream) { return cuda::SplitOnDevice(memory.split, stream); }));
-  return StatusOf(memory);
+  return memory.Check();
 }
 
 // The whole exchange of `ranks` ranks on this device but for the experts; every step measured alone
@@ -313,7 +197,7 @@ class ExchangeBench {
 
  private:
   absl::Status StatusOfAll() const {
-    for (const auto& rank : ranks_) BALLAST_RETURN_IF_ERROR(StatusOf(*rank));
+    for (const auto& rank : ranks_) BALLAST_RETURN_IF_ERROR(rank->Check());
     return absl::OkStatus();
   }
   std::byte* ArenaOf(int32_t rank) const {
@@ -371,6 +255,7 @@ absl::StatusOr<GpuBenchResult> RunGpuBench(bool small) {
   BALLAST_RETURN_IF_ERROR(ExchangeBench(128, 1, tokens, 8, small ? 64 : 2048).Run(&bench));
   BALLAST_RETURN_IF_ERROR(ExchangeBench(256, 8, bench.tokens(512), 8, hidden).Run(&bench));
   BALLAST_RETURN_IF_ERROR(BenchExperts(small, &bench.result));
+  BALLAST_RETURN_IF_ERROR(BenchLayers(small, &bench.result));
   return std::move(bench.result);
 }
 

@@ -48,12 +48,20 @@ class OnDevice {
   size_t count_ = 0;
 };
 
+// Random bf16 of either sign below 1/32, the same piece again and again: zeros would run faster
+// than real numbers do. `small`: a short piece.
+absl::Status FillWithNoise(OnDevice<std::byte>* to, bool small);
+
 // Times of a launch sequence: captured once, `launches` times in a row, and replayed.
 struct Times {
   double median_us = 0, spread_us = 0;
 };
-absl::Status Measure(int launches, int replays,
-                     const std::function<absl::Status(cudaStream_t)>& launch, Times* times);
+using LaunchFunction = std::function<absl::Status(cudaStream_t)>;
+absl::Status Measure(int launches, int replays, const LaunchFunction& launch, Times* times);
+// The same of sequences beside each other, each a graph on a stream of its own: from when all may
+// begin to the end of the last.
+absl::Status MeasureTogether(int launches, int replays, const std::vector<LaunchFunction>& all,
+                             Times* times);
 
 }  // namespace ballast
 
