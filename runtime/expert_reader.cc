@@ -1,19 +1,10 @@
 #include "runtime/expert_reader.h"
 
-#include <algorithm>
 #include <utility>
 
-#include "base/hash.h"
+#include "base/block_checksum.h"
 
 namespace ballast {
-
-uint64_t BlockChecksum(std::span<const std::byte> block) {
-  uint64_t sum = block.size();
-  for (size_t at = 0; at < block.size(); at += kChecksumPieceBytes) {
-    sum = Hash64(block.subspan(at, std::min(kChecksumPieceBytes, block.size() - at)), sum);
-  }
-  return sum;
-}
 
 ExpertReader::~ExpertReader() {
   {

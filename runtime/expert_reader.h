@@ -61,10 +61,6 @@ class ExpertReader {
   std::thread thread_;  // step thread only
 };
 
-// The checksum of an expert's block: a chain over pieces of kChecksumPieceBytes.
-inline constexpr size_t kChecksumPieceBytes = 64 << 10;
-uint64_t BlockChecksum(std::span<const std::byte> block);
-
 }  // namespace ballast
 
 #endif  // BALLAST_RUNTIME_EXPERT_READER_H_

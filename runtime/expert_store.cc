@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "base/block_checksum.h"
 #include "base/check.h"
-#include "base/hash.h"
 #include "base/status.h"
 #include "comm/communicator.h"
 
@@ -12,6 +12,7 @@ namespace ballast {
 namespace {
 
 constexpr uint32_t kChunkMagic = 0x4b4e4843;  // "CHNK"
+constexpr size_t kChunkGrain = 16;            // a checksum adds up pieces of whole words
 constexpr int32_t kLentBlock = -1;            // of a staged expert whose read was given up
 
 }  // namespace
@@ -45,7 +46,10 @@ struct ExpertStore::Flow {
 };
 
 ExpertStore::ExpertStore(Options options, Transport* transport)
-    : options_(std::move(options)), transport_(transport) {
+    : options_(std::move(options)),
+      chunk_bytes_(options_.chunk_bytes / kChunkGrain * kChunkGrain),
+      transport_(transport) {
+  BALLAST_CHECK(chunk_bytes_ > 0);
   AddBlocks(options_.resident_blocks + options_.staging_blocks);
   const size_t experts = static_cast<size_t>(options_.num_layers) * options_.num_experts;
   block_of_expert_.assign(experts, -1);
@@ -208,7 +212,7 @@ absl::Status ExpertStore::AdvanceSend(Flow* flow, int64_t* budget) {
     if (*budget <= 0) break;
     const Flow::Item& item = flow->items[flow->next];
     const size_t at = At(item.layer, item.expert);
-    size_t bytes = std::min(options_.chunk_bytes, options_.block_bytes - flow->offset);
+    size_t bytes = std::min(chunk_bytes_, options_.block_bytes - flow->offset);
     const Staged* relayed = item.staged < 0 ? nullptr : &staged_[item.staged];
     if (relayed != nullptr && relayed->arrived < flow->offset + bytes) break;
     if (draining_) bytes = 0;
@@ -245,7 +249,7 @@ absl::Status ExpertStore::AdvanceReceive(Flow* flow, int64_t* budget) {
     // those that relay it, so that the plan can be drained.
     const absl::Status taken = through.ok() ? TakeChunk(*flow, received) : through.status();
     staged_[flow->items[flow->next].staged].arrived =
-        std::min(flow->offset + options_.chunk_bytes, options_.block_bytes);
+        std::min(flow->offset + chunk_bytes_, options_.block_bytes);
     NextChunk(flow);
     BALLAST_RETURN_IF_ERROR(taken);
     *budget -= static_cast<int64_t>(received);
@@ -256,7 +260,7 @@ absl::Status ExpertStore::AdvanceReceive(Flow* flow, int64_t* budget) {
 // Behind the chunk under way.
 void ExpertStore::NextChunk(Flow* flow) {
   flow->posted = false;
-  flow->offset += options_.chunk_bytes;
+  flow->offset += chunk_bytes_;
   if (flow->offset < options_.block_bytes) return;
   ++flow->next;
   flow->offset = 0;
@@ -265,8 +269,7 @@ void ExpertStore::NextChunk(Flow* flow) {
 absl::Status ExpertStore::TakeChunk(const Flow& flow, size_t received) {
   if (draining_) return absl::OkStatus();
   Staged& staged = staged_[flow.items[flow.next].staged];
-  const size_t bytes = std::min(options_.chunk_bytes, options_.block_bytes - flow.offset);
-  const size_t end = flow.offset + bytes;
+  const size_t bytes = std::min(chunk_bytes_, options_.block_bytes - flow.offset);
   ChunkHeader header{};
   std::memcpy(&header, flow.buffer.data(), sizeof header);
   if (received != kCacheLineBytes + bytes || header.magic != kChunkMagic ||
@@ -283,15 +286,9 @@ absl::Status ExpertStore::TakeChunk(const Flow& flow, size_t received) {
   std::memcpy(block.data() + flow.offset, flow.buffer.data() + kCacheLineBytes, bytes);
   bytes_received_ += static_cast<int64_t>(bytes);
   staged.sealed = header.block_checksum;
-  // Piece by piece as they fill, so that no call hashes a whole expert.
-  const bool last = end == block.size();
-  if (staged.hashed == 0) staged.checksum = block.size();
-  while (staged.hashed < end && (last || end - staged.hashed >= kChecksumPieceBytes)) {
-    const size_t piece = std::min(kChecksumPieceBytes, block.size() - staged.hashed);
-    staged.checksum = Hash64(block.subspan(staged.hashed, piece), staged.checksum);
-    staged.hashed += piece;
-  }
-  if (!last) return absl::OkStatus();
+  if (flow.offset == 0) staged.checksum = block.size();
+  staged.checksum += ChecksumPiece(block.subspan(flow.offset, bytes), flow.offset);
+  if (flow.offset + bytes < block.size()) return absl::OkStatus();
   ++copies_received_;
   return CheckStaged(staged, absl::StrCat("rank ", flow.peer));
 }

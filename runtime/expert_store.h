@@ -48,12 +48,12 @@ class ExpertStore : public CopyStore {
  public:
   struct Options {
     int32_t rank = 0;
-    int32_t num_layers = 0;       // MoE layers
-    int32_t num_experts = 0;      // per layer
-    size_t block_bytes = 0;       // of one packed expert
-    int32_t resident_blocks = 0;  // slots of this rank over all layers
-    int32_t staging_blocks = 0;   // most experts that one plan may bring to a rank
-    size_t chunk_bytes = 256 << 10;
+    int32_t num_layers = 0;          // MoE layers
+    int32_t num_experts = 0;         // per layer
+    size_t block_bytes = 0;          // of one packed expert
+    int32_t resident_blocks = 0;     // slots of this rank over all layers
+    int32_t staging_blocks = 0;      // most experts that one plan may bring to a rank
+    size_t chunk_bytes = 256 << 10;  // of a message, cut down to a multiple of 16
     ReadExpert read = {};  // empty: plans that take copies from the checkpoint are refused
   };
   ExpertStore(Options options, Transport* transport);
@@ -119,7 +119,6 @@ class ExpertStore : public CopyStore {
     int32_t layer, expert, block;
     bool reading = false;   // from the checkpoint; its block belongs to the reader
     size_t arrived = 0;     // bytes of it that may be sent on
-    size_t hashed = 0;      // bytes that `checksum` covers
     uint64_t checksum = 0;  // of what has arrived
     uint64_t sealed = 0;    // it was packed with, as the source says
   };
@@ -143,6 +142,7 @@ class ExpertStore : public CopyStore {
   bool Idle() const;  // nothing of plan_ is under way
 
   Options options_;
+  size_t chunk_bytes_;  // of one chunk
   Transport* transport_;
   std::vector<AlignedBuffer> memory_;
   std::vector<std::byte*> blocks_;         // in memory_

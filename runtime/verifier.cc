@@ -4,9 +4,14 @@
 #include <limits>
 #include <utility>
 
-#include "base/hash.h"
+#include "base/block_checksum.h"
 
 namespace ballast {
+namespace {
+
+constexpr size_t kPieceBytes = 64 << 10;  // of which a slice consists
+
+}  // namespace
 
 Verifier::Verifier(const Options& options, const ExpertStore* store)
     : options_(options),
@@ -63,8 +68,8 @@ void Verifier::Advance(int64_t now_ns) {
   if (block_ == nullptr) NextCopy();
   size_t read = 0;
   while (block_ != nullptr && read < options_.slice_bytes) {
-    const size_t piece = std::min(kChecksumPieceBytes, store_->block_bytes() - offset_);
-    checksum_ = Hash64({block_ + offset_, piece}, checksum_);
+    const size_t piece = std::min(kPieceBytes, store_->block_bytes() - offset_);
+    checksum_ += ChecksumPiece({block_ + offset_, piece}, offset_);
     offset_ += piece;
     read += piece;
     if (offset_ < store_->block_bytes()) continue;
