@@ -201,7 +201,7 @@ absl::Status Engine::JoinGroup(Group group, int64_t last_step) {
                                                return absl::AbortedError("told to halt");
                                              }});
   decoder_->Connect(comm.get());
-  store_->Regroup(group.member, transport.get(), placement);
+  BALLAST_RETURN_IF_ERROR(store_->Regroup(group.member, transport.get(), placement));
   comm_ = std::move(comm);
   CountSent();
   transport_ = std::move(transport);
