@@ -2,7 +2,7 @@
 
 # ---- L0 -------------------------------------------------------------------------------------------------------------
 ballast_library(base
-  SOURCES base/check.cc base/file.cc base/log.cc base/npy.cc
+  SOURCES base/block_checksum.cc base/check.cc base/file.cc base/log.cc base/npy.cc
   PUBLIC absl::status absl::statusor absl::strings)
 
 # ---- L1: these four never include each other --------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 # The CUDA kernels: compiled for the device where BALLAST_WITH_CUDA says so, and everywhere for the emulator of the tests.
 set(BALLAST_DEVICE_SOURCES
   kernels/attention.cu
+  kernels/block_checksum.cu
   kernels/copy_route.cu
   kernels/decoder_ops.cu
   kernels/device_matmul.cu
@@ -97,6 +98,7 @@ function(ballast_add_device_tests)
       deploy/gpu/measure.cc
       tests/gpu/attention_device_test.cc
       tests/gpu/bench_gpu_test.cc
+      tests/gpu/block_checksum_device_test.cc
       tests/gpu/decoder_ops_device_test.cc
       tests/gpu/device_memory_test.cc
       tests/gpu/device_matmul_test.cc

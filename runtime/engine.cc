@@ -193,7 +193,7 @@ absl::Status Engine::JoinGroup(Group group, int64_t last_step) {
                                                return absl::AbortedError("told to halt");
                                              }});
   BALLAST_RETURN_IF_ERROR(decoder_->moe().Connect(comm.get(), group.ranks, placement.topology()));
-  store_->Regroup(group.member, transport.get(), placement);
+  BALLAST_RETURN_IF_ERROR(store_->Regroup(group.member, transport.get(), placement));
   comm_ = std::move(comm);
   CountSent();
   transport_ = std::move(transport);

@@ -1,19 +1,10 @@
 #include "runtime/expert_reader.h"
 
-#include <algorithm>
 #include <utility>
 
-#include "base/hash.h"
+#include "base/block_checksum.h"
 
 namespace ballast {
-
-uint64_t BlockChecksum(std::span<const std::byte> block) {
-  uint64_t sum = block.size();
-  for (size_t at = 0; at < block.size(); at += kChecksumPieceBytes) {
-    sum = Hash64(block.subspan(at, std::min(kChecksumPieceBytes, block.size() - at)), sum);
-  }
-  return sum;
-}
 
 ExpertReader::~ExpertReader() {
   {
@@ -41,10 +32,10 @@ std::optional<ExpertReader::Done> ExpertReader::Take() {
   return done;
 }
 
-std::vector<int32_t> ExpertReader::Cancel() {
+std::vector<int64_t> ExpertReader::Cancel() {
   const std::lock_guard lock(mutex_);
-  std::vector<int32_t> dropped;
-  for (const Job& job : jobs_) dropped.push_back(job.block_id);
+  std::vector<int64_t> dropped;
+  for (const Job& job : jobs_) dropped.push_back(job.id);
   jobs_.clear();
   return dropped;
 }
@@ -57,7 +48,7 @@ void ExpertReader::Loop() {
     const Job job = jobs_.front();
     jobs_.pop_front();
     lock.unlock();
-    Done done{.block_id = job.block_id, .status = read_(job.layer, job.expert, job.block)};
+    Done done{.id = job.id, .status = read_(job.layer, job.expert, job.block)};
     if (done.status.ok()) done.checksum = BlockChecksum(job.block);
     lock.lock();
     done_.push_back(std::move(done));

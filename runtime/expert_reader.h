@@ -32,21 +32,21 @@ class ExpertReader {
   ~ExpertReader();
 
   struct Job {
-    int32_t block_id = 0;  // of the caller
+    int64_t id = 0;  // of the caller
     int32_t layer = 0, expert = 0;
     std::span<std::byte> block;
   };
   void Start(const Job& job);
 
   struct Done {
-    int32_t block_id = 0;
+    int64_t id = 0;
     absl::Status status;
     uint64_t checksum = 0;  // BlockChecksum of the block, taken on the reader's thread
   };
   // The next read that has ended.
   std::optional<Done> Take();
-  // Drops the reads that have not begun. SHAPES the block_ids of these
-  std::vector<int32_t> Cancel();
+  // Drops the reads that have not begun. SHAPES the ids of these
+  std::vector<int64_t> Cancel();
 
  private:
   void Loop();
@@ -60,10 +60,6 @@ class ExpertReader {
   bool stop_ = false;
   std::thread thread_;  // step thread only
 };
-
-// The checksum of an expert's block: a chain over pieces of kChecksumPieceBytes.
-inline constexpr size_t kChecksumPieceBytes = 64 << 10;
-uint64_t BlockChecksum(std::span<const std::byte> block);
 
 }  // namespace ballast
 

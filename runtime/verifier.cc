@@ -4,9 +4,13 @@
 #include <limits>
 #include <utility>
 
-#include "base/hash.h"
-
 namespace ballast {
+namespace {
+
+// Who reads beside this thread is looked after this often.
+constexpr int64_t kUnderWayNs = 1'000'000;
+
+}  // namespace
 
 Verifier::Verifier(const Options& options, const ExpertStore* store)
     : options_(options),
@@ -23,24 +27,22 @@ void Verifier::Hurry() {
   due_ns_ = 0;
   layer_ = 0;
   expert_ = -1;
-  block_ = nullptr;
+  reading_ = {};
   pass_.clear();
 }
 
 // The next copy that this rank holds; at the end of the pass, none.
 void Verifier::NextCopy() {
-  block_ = nullptr;
-  while (block_ == nullptr) {
+  reading_ = {};
+  while (reading_.block < 0) {
     if (++expert_ == options_.num_experts) {
       expert_ = 0;
       ++layer_;
     }
     if (layer_ >= options_.num_layers) break;
-    block_ = store_->Parameters(layer_, expert_);
+    reading_.block = store_->BlockOf(layer_, expert_);
   }
-  offset_ = 0;
-  checksum_ = store_->block_bytes();
-  if (block_ != nullptr) return;
+  if (reading_.block >= 0) return;
   layer_ = 0;
   expert_ = -1;
   hurried_ = false;
@@ -48,43 +50,48 @@ void Verifier::NextCopy() {
   pass_.clear();
 }
 
-void Verifier::EndCopy() {
-  const VerifiedCopy copy{layer_, expert_, checksum_, store_->SealedChecksum(layer_, expert_)};
+void Verifier::EndCopy(uint64_t found) {
+  const VerifiedCopy copy{layer_, expert_, found, store_->SealedChecksum(layer_, expert_)};
   pass_.push_back(copy);
   if (copy.found != copy.expected) corrupted_.push_back(copy);
   ++copies_read_;
-  block_ = nullptr;
+  reading_ = {};
 }
 
 void Verifier::Advance(int64_t now_ns) {
   if (now_ns < due_ns_) return;
   // The copy may have left since the last slice.
-  if (block_ != nullptr && store_->Parameters(layer_, expert_) != block_) block_ = nullptr;
-  if (block_ == nullptr) NextCopy();
+  if (store_->BlockOf(layer_, std::max(expert_, 0)) != reading_.block) reading_ = {};
+  if (reading_.block < 0) NextCopy();
   size_t read = 0;
-  while (block_ != nullptr && read < options_.slice_bytes) {
-    const size_t piece = std::min(kChecksumPieceBytes, store_->block_bytes() - offset_);
-    checksum_ = Hash64({block_ + offset_, piece}, checksum_);
-    offset_ += piece;
-    read += piece;
-    if (offset_ < store_->block_bytes()) continue;
-    EndCopy();
+  while (reading_.block >= 0 && read < options_.slice_bytes) {
+    const size_t before = reading_.offset;
+    const absl::StatusOr<bool> done = store_->Advance(&reading_);
+    const size_t part = reading_.offset - before;
+    read += part;
+    if (done.ok() && !*done && part == 0) break;  // it is under way
+    if (done.ok() && !*done) continue;
+    EndCopy(done.ok() ? reading_.checksum : 0);  // what cannot be read is not right
     if (read < options_.slice_bytes) NextCopy();
   }
-  Schedule(now_ns);
+  Schedule(now_ns, read);
 }
 
 // Spreads the slices of a pass over the period.
-void Verifier::Schedule(int64_t now_ns) {
+void Verifier::Schedule(int64_t now_ns, size_t read) {
   if (hurried_) return;
   if (options_.period_ns == 0) {
     due_ns_ = std::numeric_limits<int64_t>::max();
     return;
   }
-  const double slices =
-      static_cast<double>(store_->resident_bytes()) / static_cast<double>(options_.slice_bytes);
-  due_ns_ = now_ns +
-            static_cast<int64_t>(static_cast<double>(options_.period_ns) / std::max(1.0, slices));
+  if (read == 0 && reading_.block >= 0) {
+    due_ns_ = now_ns + std::min(kUnderWayNs, options_.period_ns);
+    return;
+  }
+  const double share = static_cast<double>(std::max(read, options_.slice_bytes)) /
+                       static_cast<double>(std::max<size_t>(store_->resident_bytes(), 1));
+  due_ns_ =
+      now_ns + static_cast<int64_t>(static_cast<double>(options_.period_ns) * std::min(share, 1.0));
 }
 
 }  // namespace ballast

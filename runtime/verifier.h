@@ -17,7 +17,8 @@ namespace ballast {
 //
 // It goes through all copies in order of (layer, expert), one slice at a time, over and over: one
 // pass in every `period_ns`, or as fast as it is called while a pass is asked for. A copy that
-// comes or leaves on the way belongs to the next pass. THREADS one (the step thread). Pure but for
+// comes or leaves on the way belongs to the next pass. A copy in a device's memory is read by the
+// device, which is looked after a while later. THREADS one (the step thread). Pure but for
 // the store's memory: the clock is the caller's.
 class Verifier {
  public:
@@ -49,15 +50,13 @@ class Verifier {
 
  private:
   void NextCopy();
-  void EndCopy();
-  void Schedule(int64_t now_ns);
+  void EndCopy(uint64_t found);
+  void Schedule(int64_t now_ns, size_t read);
 
   const Options options_;
   const ExpertStore* const store_;
   int32_t layer_ = 0, expert_ = -1;                    // the copy being read
-  const std::byte* block_ = nullptr;                   // of it; null: none yet
-  size_t offset_ = 0;                                  // read so far
-  uint64_t checksum_ = 0;                              // of that
+  BlockMemory::Reading reading_;                       // of it; block -1: none yet
   std::vector<VerifiedCopy> pass_;                     // what this pass has read
   std::optional<std::vector<VerifiedCopy>> finished_;  // a pass that was asked for
   std::vector<VerifiedCopy> corrupted_;

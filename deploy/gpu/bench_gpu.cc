@@ -10,6 +10,7 @@
 #include "deploy/gpu/bench_layer.h"
 #include "deploy/gpu/bench_rank.h"
 #include "deploy/gpu/measure.h"
+#include "kernels/block_checksum.h"
 #include "kernels/gate.h"
 
 namespace ballast {
@@ -49,6 +50,22 @@ absl::Status BenchCopy(Bench* bench) {
   const GpuBenchRow& row = bench->result.rows.back();
   bench->result.copy_bytes_per_second = row.bytes / row.median_us * 1e6;
   return absl::OkStatus();
+}
+
+absl::Status BenchChecksum(Bench* bench, int32_t thread_blocks) {
+  const size_t bytes = bench->small() ? 1 << 16 : size_t{256} << 20;
+  OnDevice<std::byte> block;
+  OnDevice<uint64_t> sum;
+  BALLAST_RETURN_IF_ERROR(block.Allocate(bytes));
+  BALLAST_RETURN_IF_ERROR(sum.Allocate(1));
+  return bench->Add(
+      "block checksum", absl::StrCat(bytes >> 20, " MiB, ", thread_blocks, " thread blocks"),
+      static_cast<double>(bytes), [&](cudaStream_t stream) {
+        return cuda::AddBlockChecksums({.num_pieces = 1,
+                                        .num_thread_blocks = thread_blocks,
+                                        .pieces = {{{block.data(), bytes, 0, sum.data()}}}},
+                                       stream);
+      });
 }
 
 absl::Status BenchGate(Bench* bench, const GateRule& rule, int tokens) {
@@ -241,6 +258,7 @@ absl::StatusOr<GpuBenchResult> RunGpuBench(bool small) {
   BALLAST_CUDA(cudaGetDeviceProperties(&properties, 0));
   bench.result.device = properties.name;
   BALLAST_RETURN_IF_ERROR(BenchCopy(&bench));
+  for (const int32_t blocks : {4, 132}) BALLAST_RETURN_IF_ERROR(BenchChecksum(&bench, blocks));
   const GateRule deepseek = {.num_experts = 256, .top_k = 8, .num_groups = 8, .top_groups = 4};
   const GateRule qwen = {.num_experts = 128, .top_k = 8}, olmoe = {.num_experts = 64, .top_k = 8};
   for (const int tokens : {1, 128, 8192}) {

@@ -12,7 +12,7 @@ TEST_CASE("the measurements launch what they say", "[device][bench]") {
   const absl::StatusOr<GpuBenchResult> result = RunGpuBench(/*small=*/true);
   INFO(result.status().message());
   REQUIRE(result.ok());
-  REQUIRE(result->rows.size() == 18);
+  REQUIRE(result->rows.size() == 20);
   for (const GpuBenchRow& row : result->rows) {
     CAPTURE(row.name, row.shape);
     // Every switch of the emulator takes 20 ns; its copies take none.
@@ -20,13 +20,13 @@ TEST_CASE("the measurements launch what they say", "[device][bench]") {
     REQUIRE(row.bytes > 0);
   }
   const auto json = nlohmann::json::parse(ToJson(*result));
-  REQUIRE(json.at("rows").size() == 18);
+  REQUIRE(json.at("rows").size() == 20);
   REQUIRE(json.at("rows").at(0).at("name") == "copy");
-  REQUIRE(json.at("rows").at(14).at("name") == "dispatch and expand");
-  REQUIRE(json.at("rows").at(15).at("flops") == 6.0 * 6 * 64 * 32);
+  REQUIRE(json.at("rows").at(16).at("name") == "dispatch and expand");
+  REQUIRE(json.at("rows").at(17).at("flops") == 6.0 * 6 * 64 * 32);
   // Twelve tokens of 64, eight experts of 32 of which each takes two, on one rank and on four.
-  const GpuBenchRow& alone = result->rows[16];
-  const GpuBenchRow& shared = result->rows[17];
+  const GpuBenchRow& alone = result->rows[18];
+  const GpuBenchRow& shared = result->rows[19];
   REQUIRE(alone.name + ": " + alone.shape == "layer: small 1 rank x 12 tokens");
   REQUIRE(shared.name + ": " + shared.shape == "layer: small 4 ranks x 3 tokens");
   const double expert = 3 * 2 * 64 * 32, rest = 4 * 8 * 64 + 14 * 12 * 64;
@@ -36,7 +36,7 @@ TEST_CASE("the measurements launch what they say", "[device][bench]") {
     REQUIRE(row->bytes <= rest + 8 * expert);
   }
   const std::string table = ToTable(*result);
-  REQUIRE(std::count(table.begin(), table.end(), '\n') == 3 + 18);
+  REQUIRE(std::count(table.begin(), table.end(), '\n') == 3 + 20);
 }
 
 }  // namespace

@@ -6,6 +6,7 @@ cmake_minimum_required(VERSION 3.25)
 # "source|what the mangled names of its hot kernels match". Of the gate: 16 experts per lane at most.
 set(hot
   "kernels/attention.cu|AttentionKernel"
+  "kernels/block_checksum.cu|BlockChecksumKernel"
   "kernels/copy_route.cu|RouteKernel|TileCountsKernel"
   "kernels/device_matmul.cu|Kernel"
   "kernels/device_split.cu|SplitKernel|ExchangeCountsKernel"

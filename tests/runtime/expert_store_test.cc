@@ -27,7 +27,7 @@ MigrationPlan PlanFrom(const Placement& placement, int64_t plan_id) {
 
 TEST_CASE("plans move experts byte for byte while the old ones stay", "[runtime][store]") {
   const Placement initial = Initial();
-  for (const size_t chunk : {size_t{64}, size_t{192}, size_t{4096}}) {
+  for (const size_t chunk : {size_t{64}, size_t{199}, size_t{4096}}) {
     for (const int64_t budget : {int64_t{1}, int64_t{500}, int64_t{1} << 20}) {
       CAPTURE(chunk, budget);
       const MigrationPlan forth = PlanFrom(initial, 1);
@@ -285,7 +285,7 @@ TEST_CASE("a regrouped store can stage a layer of the largest rank", "[runtime][
   const auto transport = fabric.MakeTransport(0);
   const auto store = FilledStore(transport.get(), initial, 192, /*staging=*/1);
   REQUIRE(store->Stage(*plan, *larger).code() == absl::StatusCode::kResourceExhausted);
-  store->Regroup(0, transport.get(), *larger);
+  REQUIRE(store->Regroup(0, transport.get(), *larger).ok());
   REQUIRE(store->Stage(*plan, *larger).ok());
 }
 
@@ -308,21 +308,6 @@ TEST_CASE("a rank that stages late is waited for", "[runtime][store]") {
     return CheckHolds(*store, *plan.Apply(initial), rank);
   });
   REQUIRE(FirstError(statuses) == "");
-}
-
-TEST_CASE("the block checksum sees every bit and every piece", "[runtime][store]") {
-  std::vector<std::byte> block(150'001);
-  for (size_t i = 0; i < block.size(); ++i) block[i] = ExpertByte(1, 1, i);
-  const uint64_t sum = BlockChecksum(block);
-  for (const size_t at : {size_t{0}, size_t{31}, size_t{65'535}, size_t{65'536}, size_t{150'000}}) {
-    for (int bit = 0; bit < 8; ++bit) {
-      block[at] ^= std::byte{1} << bit;
-      REQUIRE(BlockChecksum(block) != sum);
-      block[at] ^= std::byte{1} << bit;
-    }
-  }
-  REQUIRE(BlockChecksum(block) == sum);
-  REQUIRE(BlockChecksum(std::span(block).first(150'000)) != sum);
 }
 
 }  // namespace

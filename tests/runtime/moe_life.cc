@@ -6,6 +6,7 @@
 #include <memory>
 #include <vector>
 
+#include "base/block_checksum.h"
 #include "base/random.h"
 #include "base/status.h"
 #include "runtime/moe_layer.h"

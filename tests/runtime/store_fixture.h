@@ -13,6 +13,7 @@
 #include "base/status.h"
 #include "runtime/expert_store.h"
 #include "tests/support/run_ranks.h"
+#include "tests/support/store_checksum.h"
 
 // Three ranks with two layers of six experts, each of bytes that tell which it is.
 namespace ballast::testing {
@@ -66,7 +67,7 @@ inline absl::Status CheckHolds(const ExpertStore& store, const Placement& placem
         right = block[i] == ExpertByte(layer, e, i);
       }
       if (block != nullptr)
-        right = right && store.Checksum(layer, e) == store.SealedChecksum(layer, e);
+        right = right && ChecksumOf(store, layer, e) == store.SealedChecksum(layer, e);
       if (!right) {
         return absl::InternalError(absl::StrCat("layer ", layer, " expert ", e, " is not right"));
       }

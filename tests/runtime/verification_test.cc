@@ -16,6 +16,7 @@
 #include "runtime/verifier.h"
 #include "tests/support/cluster.h"
 #include "tests/support/run_ranks.h"
+#include "tests/support/store_checksum.h"
 #include "tests/support/tiny_checkpoint.h"
 
 namespace ballast {
@@ -80,7 +81,7 @@ TEST_CASE("a pass reads every copy once, in order, a slice at a time", "[verifie
     REQUIRE(read->size() == std::size(Held::kHeld));
     for (size_t i = 0; i < read->size(); ++i) {
       const auto& [layer, e] = Held::kHeld[i];
-      CHECK((*read)[i] == VerifiedCopy{layer, e, held.store.Checksum(layer, e),
+      CHECK((*read)[i] == VerifiedCopy{layer, e, testing::ChecksumOf(held.store, layer, e),
                                        held.store.SealedChecksum(layer, e)});
       CHECK((*read)[i].found == (*read)[i].expected);
     }
