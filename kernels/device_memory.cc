@@ -100,6 +100,12 @@ absl::Status UseDevice(int32_t index) {
                                                     " and above"));
 }
 
+int64_t AllMemory() {
+  size_t left = 0, all = 0;
+  if (cudaMemGetInfo(&left, &all) != cudaSuccess) return 0;
+  return static_cast<int64_t>(all);
+}
+
 absl::Status Copy(void* to, const void* from, size_t bytes, Stream stream) {
   return StatusOf(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream), "cudaMemcpyAsync");
 }

@@ -26,6 +26,9 @@ Memory& PinnedMemory();
 // is none; kFailedPrecondition: it is older than what the kernels are for (sm_80)
 absl::Status UseDevice(int32_t index);
 
+// Bytes of the memory of the device that is current; 0 where there is none.
+int64_t AllMemory();
+
 // From and to the device, or within it; the host's memory should be pinned.
 // STREAM asynchronous. ERRORS kInternal
 absl::Status Copy(void* to, const void* from, size_t bytes, Stream stream);

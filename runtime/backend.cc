@@ -6,12 +6,17 @@
 #include "base/status.h"
 #include "kernels/gated_mlp.h"
 #include "runtime/host_moe_layers.h"
+#include "runtime/memory_plan.h"
 
 namespace ballast {
 
 absl::StatusOr<std::unique_ptr<MoeLayers>> HostBackend::MakeMoeLayers(
     const MoeLayers::Options& options) {
   return HostMoeLayers::Create(options, kernels_);
+}
+
+int64_t HostBackend::all_memory() const {
+  return MachineMemory();
 }
 
 absl::StatusOr<ExpertForm> HostBackend::MakeExpertForm(int hidden, int inter, DType dtype) const {

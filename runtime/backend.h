@@ -29,6 +29,13 @@ class Backend {
   virtual Stream stream() const = 0;
   virtual absl::StatusOr<std::unique_ptr<MoeLayers>> MakeMoeLayers(
       const MoeLayers::Options& options) = 0;
+  // Bytes that such layers take besides what the decoder and the experts do.
+  virtual int64_t MoeLayersBytes(const MoeLayers::Options& options,
+                                 const Topology& topology) const = 0;
+  // Bytes of all memory there is, and whether it is for this rank alone (a device), or for all
+  // ranks of the machine.
+  virtual int64_t all_memory() const = 0;
+  virtual bool has_own_memory() const = 0;
   // THREADS any
   virtual absl::StatusOr<ExpertForm> MakeExpertForm(int hidden, int inter, DType dtype) const = 0;
 };
@@ -41,6 +48,9 @@ class HostBackend : public Backend {
   Stream stream() const override { return nullptr; }
   absl::StatusOr<std::unique_ptr<MoeLayers>> MakeMoeLayers(
       const MoeLayers::Options& options) override;
+  int64_t MoeLayersBytes(const MoeLayers::Options&, const Topology&) const override { return 0; }
+  int64_t all_memory() const override;
+  bool has_own_memory() const override { return false; }
   absl::StatusOr<ExpertForm> MakeExpertForm(int hidden, int inter, DType dtype) const override;
 
  private:

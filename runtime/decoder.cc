@@ -84,16 +84,8 @@ absl::StatusOr<std::unique_ptr<Decoder>> Decoder::Create(const Checkpoint& check
   BALLAST_RETURN_IF_ERROR(decoder->MakeProducts());
   BALLAST_ASSIGN_OR_RETURN(
       decoder->expert_form_,
-      backend->MakeExpertForm(config.hidden, config.expert_inter, options.dtype));
-  BALLAST_ASSIGN_OR_RETURN(decoder->moe_,
-                           backend->MakeMoeLayers({.gate = config.gate,
-                                                   .num_layers = config.num_moe_layers(),
-                                                   .hidden = config.hidden,
-                                                   .expert_inter = config.expert_inter,
-                                                   .max_tokens = options.max_tokens,
-                                                   .dtype = options.dtype,
-                                                   .split = options.split,
-                                                   .timeout_ms = options.timeout_ms}));
+      backend->MakeExpertForm(config.hidden, config.expert_inter, options.moe.dtype));
+  BALLAST_ASSIGN_OR_RETURN(decoder->moe_, backend->MakeMoeLayers(options.moe));
   BALLAST_RETURN_IF_ERROR(decoder->MakeRotary());
   BALLAST_RETURN_IF_ERROR(
       decoder->LoadFloats(checkpoint, {"model.embed_tokens.weight"}, &decoder->embedding_));
@@ -108,9 +100,9 @@ absl::StatusOr<std::unique_ptr<Decoder>> Decoder::Create(const Checkpoint& check
   }
   // A device takes its memory before it serves: to take more would hold everything up.
   if (decoder->kernels_.memory != &HostMemory()) {
-    BALLAST_RETURN_IF_ERROR(decoder->Reserve(options.max_tokens, options.max_logits));
+    BALLAST_RETURN_IF_ERROR(decoder->Reserve(options.moe.max_tokens, options.max_logits));
     const int32_t blocks = (config.context_tokens + kKvBlockTokens - 1) / kKvBlockTokens;
-    const size_t words = 3 * static_cast<size_t>(options.max_tokens) +
+    const size_t words = 3 * static_cast<size_t>(options.moe.max_tokens) +
                          static_cast<size_t>(options.max_logits) * (1 + blocks) +
                          5 * kCacheLineBytes;
     BALLAST_RETURN_IF_ERROR(decoder->inputs_.EnsureSize(words * sizeof(int32_t)));
@@ -145,7 +137,7 @@ absl::Status Decoder::MakeRotary() {
 
 absl::Status Decoder::MakeProducts() {
   const ModelConfig& c = config_;
-  const DType dtype = options_.dtype;
+  const DType dtype = options_.moe.dtype;
   const int q = c.num_heads * c.head_dim, kv = c.num_kv_heads * c.head_dim;
   BALLAST_ASSIGN_OR_RETURN(qkv_, kernels_.make_matmul(q + 2 * kv, c.hidden, dtype));
   BALLAST_ASSIGN_OR_RETURN(out_, kernels_.make_matmul(c.hidden, q, dtype));
@@ -230,7 +222,7 @@ absl::Status Decoder::Reserve(int32_t num_tokens, int32_t num_logits) {
   const ModelConfig& c = config_;
   const size_t rows = RoundUp(static_cast<size_t>(num_tokens), kRowBlock);
   const size_t wanted = RoundUp(static_cast<size_t>(num_logits), kRowBlock);
-  const size_t hidden = static_cast<size_t>(c.hidden), act = SizeOf(options_.dtype);
+  const size_t hidden = static_cast<size_t>(c.hidden), act = SizeOf(options_.moe.dtype);
   const std::pair<Buffer*, size_t> sizes[] = {
       {&residual_, rows * hidden * sizeof(float)},
       {&normed_, rows * hidden * sizeof(float)},
@@ -322,7 +314,7 @@ absl::Status Decoder::Attend(const Layer& layer, const Inputs& inputs, KvLayerVi
                                              .x = residual_.as<float>(),
                                              .weight = layer.attention_norm.as<float>(),
                                              .eps = c.norm_eps,
-                                             .act_type = options_.dtype,
+                                             .act_type = options_.moe.dtype,
                                              .y_act = normed_act_.data()},
                                             stream_));
   BALLAST_RETURN_IF_ERROR(
@@ -361,7 +353,7 @@ absl::Status Decoder::Attend(const Layer& layer, const Inputs& inputs, KvLayerVi
                                               .q = q,
                                               .index = inputs.index,
                                               .cache = cache,
-                                              .act_type = options_.dtype,
+                                              .act_type = options_.moe.dtype,
                                               .y = attended_.data()},
                                              stream_));
   BALLAST_RETURN_IF_ERROR(
@@ -406,7 +398,7 @@ absl::Status Decoder::MakeLogits(const Batch& batch, const Inputs& inputs) {
                                              .row = inputs.wanted_rows,
                                              .weight = final_norm_.as<float>(),
                                              .eps = config_.norm_eps,
-                                             .act_type = options_.dtype,
+                                             .act_type = options_.moe.dtype,
                                              .y_act = logits_in_.data()},
                                             stream_));
   BALLAST_RETURN_IF_ERROR(
@@ -438,7 +430,7 @@ absl::Status Decoder::Begin(const Batch& batch, const KvCache& cache,
                                                  .weight = layer.mlp_norm.as<float>(),
                                                  .eps = config_.norm_eps,
                                                  .y_f32 = normed_.as<float>(),
-                                                 .act_type = options_.dtype,
+                                                 .act_type = options_.moe.dtype,
                                                  .y_act = normed_act_.data()},
                                                 stream_));
       if (dense) BALLAST_RETURN_IF_ERROR(RunDense(layer, batch));

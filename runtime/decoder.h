@@ -47,10 +47,8 @@ struct BatchOutput {
 class Decoder {
  public:
   struct Options {
-    DType dtype = DType::kF32;
-    SplitMode split = SplitMode::kExact;
-    int32_t max_tokens = 0, max_logits = 0;  // of one batch; a device takes the memory for them
-    int64_t timeout_ms = 60'000;             // of every wait for another rank
+    MoeLayers::Options moe;  // its dtype is that of all
+    int32_t max_logits = 0;  // of one batch, whose most tokens moe says: a device takes their memory
   };
   // REQUIRES `backend` outlives it
   static absl::StatusOr<std::unique_ptr<Decoder>> Create(const Checkpoint& checkpoint,

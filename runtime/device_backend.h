@@ -29,6 +29,12 @@ class DeviceBackend : public Backend {
   Stream stream() const override { return stream_.get(); }
   absl::StatusOr<std::unique_ptr<MoeLayers>> MakeMoeLayers(
       const MoeLayers::Options& options) override;
+  int64_t MoeLayersBytes(const MoeLayers::Options& options,
+                         const Topology& topology) const override {
+    return static_cast<int64_t>(DeviceMoeLayers::MemoryBytes(options, topology));
+  }
+  int64_t all_memory() const override { return cuda::AllMemory(); }
+  bool has_own_memory() const override { return true; }
   absl::StatusOr<ExpertForm> MakeExpertForm(int hidden, int inter, DType dtype) const override;
 
  private:

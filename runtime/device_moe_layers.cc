@@ -1,7 +1,10 @@
 #include "runtime/device_moe_layers.h"
 
 #include <algorithm>
+#include <array>
 #include <cstring>
+#include <iterator>
+#include <numeric>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -27,6 +30,84 @@ struct DeviceMoeLayers::Table {
   size_t hosts, words, blocks, end;  // bytes from the begin of all tables
 };
 
+// What all generations have in common.
+struct DeviceMoeLayers::Layout {
+  Layout(const Options& options, const Topology& topology);
+
+  Table TableOf(int32_t layer) const;
+  // Bytes, in the order of DeviceMoeLayers' buffers on the device.
+  static constexpr size_t kNumParts = 17;
+  std::array<size_t, kNumParts> PartBytes(const Options& options) const;
+
+  int32_t places;                 // ranks of the job
+  int32_t max_hosts, max_groups;  // of a layer, of a rank in a layer
+  size_t table_stride;            // bytes of a layer
+  size_t log_stride;              // words of a layer: counts, quota, load
+  ArenaShape shape;
+};
+
+DeviceMoeLayers::Layout::Layout(const Options& o, const Topology& topology)
+    : places(topology.num_ranks()),
+      max_hosts(topology.num_slots()),
+      max_groups(0),
+      table_stride(0) {
+  for (int32_t r = 0; r < places; ++r) max_groups = std::max(max_groups, topology.slots_on(r));
+  shape = {.num_ranks = places,
+           .num_places = places,
+           .num_experts = o.gate.num_experts,
+           .num_kinds = kNumTokenKinds,
+           .max_tokens = o.max_tokens,
+           .top_k = o.gate.top_k,
+           .row_bytes = o.hidden * static_cast<int32_t>(SizeOf(o.dtype))};
+  table_stride = TableOf(0).end;
+  log_stride = static_cast<size_t>(places) * kNumTokenKinds * o.gate.num_experts +
+               static_cast<size_t>(max_hosts) + static_cast<size_t>(places);
+  // Whatever the gate chooses and wherever experts are, there is room.
+  const int64_t rows = int64_t{places} * o.max_tokens * std::min(o.gate.top_k, max_groups);
+  shape.row_capacity = static_cast<int32_t>(std::min<int64_t>(rows, INT32_MAX));
+}
+
+DeviceMoeLayers::Table DeviceMoeLayers::Layout::TableOf(int32_t layer) const {
+  Table table;
+  table.hosts = static_cast<size_t>(layer) * table_stride;
+  table.words = table.hosts + RoundUp(sizeof(DeviceHosts), kPart);
+  const int64_t words = (shape.num_experts + 1) + 3 * int64_t{max_hosts} + places + (places + 1);
+  table.blocks = table.words + RoundUp(Words(words), kPart);
+  table.end = table.blocks + RoundUp(Words(max_groups), kPart);
+  return table;
+}
+
+std::array<size_t, DeviceMoeLayers::Layout::kNumParts> DeviceMoeLayers::Layout::PartBytes(
+    const Options& o) const {
+  const int64_t experts = o.gate.num_experts, copies = int64_t{o.max_tokens} * o.gate.top_k;
+  const size_t layers = static_cast<size_t>(o.num_layers);
+  const size_t capacity = static_cast<size_t>(shape.row_capacity);
+  return {layers * table_stride,
+          sizeof(ExchangeState),
+          Words(places),
+          RoundUp(static_cast<size_t>(o.max_tokens), kRowBlock) * Words(experts),
+          layers * Words(copies),
+          Words(copies),
+          Words(kNumTokenKinds * experts),
+          Words(kNumTokenKinds * experts + 1),
+          layers * log_stride * sizeof(int32_t),
+          Words(max_hosts),
+          Words(max_hosts),
+          Words(max_groups + 1),
+          Words(max_groups),
+          Words(copies),
+          Words(copies),
+          Words(NumRouteTiles(static_cast<int32_t>(copies)) * experts),
+          capacity * static_cast<size_t>(shape.row_bytes) +
+              capacity * static_cast<size_t>(o.expert_inter) * SizeOf(o.dtype)};
+}
+
+size_t DeviceMoeLayers::MemoryBytes(const Options& options, const Topology& topology) {
+  const Layout layout(options, topology);
+  const auto parts = layout.PartBytes(options);
+  return std::accumulate(parts.begin(), parts.end(), layout.shape.bytes());
+}
+
 DeviceMoeLayers::DeviceMoeLayers(const Options& options, const Device& device,
                                  cuda::OwnedStream side)
     : options_(options),
@@ -51,11 +132,12 @@ DeviceMoeLayers::DeviceMoeLayers(const Options& options, const Device& device,
       copy_rank_(&cuda::DeviceMemory()),
       copy_row_(&cuda::DeviceMemory()),
       tile_counts_(&cuda::DeviceMemory()),
-      expanded_(&cuda::DeviceMemory()),
-      activated_(&cuda::DeviceMemory()),
+      rows_(&cuda::DeviceMemory()),
       staged_tables_(&cuda::PinnedMemory()),
       read_log_(&cuda::PinnedMemory()),
       word_(&cuda::PinnedMemory()) {}
+
+DeviceMoeLayers::~DeviceMoeLayers() = default;
 
 absl::StatusOr<std::unique_ptr<MoeLayers>> DeviceMoeLayers::Create(const Options& options,
                                                                    const Device& device) {
@@ -75,62 +157,22 @@ absl::StatusOr<std::unique_ptr<MoeLayers>> DeviceMoeLayers::Create(const Options
 
 // ---- memory and generations -------------------------------------------------------------------
 
-DeviceMoeLayers::Table DeviceMoeLayers::TableOf(int32_t layer) const {
-  Table table;
-  table.hosts = static_cast<size_t>(layer) * table_stride_;
-  table.words = table.hosts + RoundUp(sizeof(DeviceHosts), kPart);
-  const int64_t words =
-      (options_.gate.num_experts + 1) + 3 * int64_t{max_hosts_} + places_ + (places_ + 1);
-  table.blocks = table.words + RoundUp(Words(words), kPart);
-  table.end = table.blocks + RoundUp(Words(max_groups_), kPart);
-  return table;
-}
-
 absl::Status DeviceMoeLayers::TakeMemory(const Topology& topology) {
-  places_ = comm_->size();
-  max_hosts_ = topology.num_slots();
-  for (int32_t r = 0; r < places_; ++r) max_groups_ = std::max(max_groups_, topology.slots_on(r));
-  table_stride_ = TableOf(0).end;
-  const int64_t experts = options_.gate.num_experts, layers = options_.num_layers;
-  const int64_t tokens = options_.max_tokens, top_k = options_.gate.top_k;
-  const int64_t copies = tokens * top_k;
-  log_stride_ = static_cast<size_t>(places_ * kNumTokenKinds * experts + max_hosts_ + places_);
-  exchange_.shape = {.num_ranks = places_,
-                     .num_places = places_,
-                     .num_experts = options_.gate.num_experts,
-                     .num_kinds = kNumTokenKinds,
-                     .max_tokens = options_.max_tokens,
-                     .top_k = options_.gate.top_k,
-                     .row_bytes = static_cast<int32_t>(row_bytes_)};
-  // Whatever the gate chooses and wherever experts are, it has room.
-  const int64_t rows = places_ * tokens * std::min<int64_t>(top_k, max_groups_);
-  exchange_.shape.row_capacity = static_cast<int32_t>(std::min<int64_t>(rows, INT32_MAX));
+  layout_ = std::make_unique<const Layout>(options_, topology);
+  exchange_.shape = layout_->shape;
   BALLAST_RETURN_IF_ERROR(CheckArenaShape(exchange_.shape));
-  const size_t capacity = static_cast<size_t>(exchange_.shape.row_capacity);
-  const size_t activated = static_cast<size_t>(options_.expert_inter) * SizeOf(options_.dtype);
-  const std::pair<Buffer*, size_t> sizes[] = {
-      {&tables_, static_cast<size_t>(layers) * table_stride_},
-      {&staged_tables_, static_cast<size_t>(layers) * table_stride_},
-      {&state_, sizeof(ExchangeState)},
-      {&place_, Words(places_)},
-      {&logits_, RoundUp(static_cast<size_t>(tokens), kRowBlock) * Words(experts)},
-      {&ids_log_, Words(layers * copies)},
-      {&weights_, Words(copies)},
-      {&histogram_, Words(kNumTokenKinds * experts)},
-      {&gate_workspace_, Words(kNumTokenKinds * experts + 1)},
-      {&log_, static_cast<size_t>(layers) * log_stride_ * sizeof(int32_t)},
-      {&read_log_, static_cast<size_t>(layers) * log_stride_ * sizeof(int32_t)},
-      {&send_, Words(max_hosts_)},
-      {&row_begin_, Words(max_hosts_)},
-      {&group_begin_, Words(max_groups_ + 1)},
-      {&group_rows_, Words(max_groups_)},
-      {&copy_rank_, Words(copies)},
-      {&copy_row_, Words(copies)},
-      {&tile_counts_, Words(NumRouteTiles(static_cast<int32_t>(copies)) * experts)},
-      {&expanded_, capacity * row_bytes_},
-      {&activated_, capacity * activated},
-      {&word_, 2 * sizeof(uint32_t)}};
-  for (const auto& [buffer, bytes] : sizes) BALLAST_RETURN_IF_ERROR(buffer->EnsureSize(bytes));
+  Buffer* const parts[] = {&tables_,      &state_,       &place_,          &logits_,    &ids_log_,
+                           &weights_,     &histogram_,   &gate_workspace_, &log_,       &send_,
+                           &row_begin_,   &group_begin_, &group_rows_,     &copy_rank_, &copy_row_,
+                           &tile_counts_, &rows_};
+  static_assert(std::size(parts) == Layout::kNumParts);
+  const auto bytes = layout_->PartBytes(options_);
+  for (size_t i = 0; i < std::size(parts); ++i) {
+    BALLAST_RETURN_IF_ERROR(parts[i]->EnsureSize(bytes[i]));
+  }
+  BALLAST_RETURN_IF_ERROR(staged_tables_.EnsureSize(tables_.size()));
+  BALLAST_RETURN_IF_ERROR(read_log_.EnsureSize(log_.size()));
+  BALLAST_RETURN_IF_ERROR(word_.EnsureSize(2 * sizeof(uint32_t)));
   BALLAST_ASSIGN_OR_RETURN(arenas_, device_.lend(comm_, exchange_.shape.bytes()));
   return absl::OkStatus();
 }
@@ -191,12 +233,12 @@ absl::Status DeviceMoeLayers::GiveUp() {
 
 absl::Status DeviceMoeLayers::MakeTables(const Placement& placement, const ExpertStore& store,
                                          std::vector<std::byte>* tables) const {
-  tables->assign(static_cast<size_t>(options_.num_layers) * table_stride_, std::byte{0});
+  tables->assign(static_cast<size_t>(options_.num_layers) * layout_->table_stride, std::byte{0});
   for (int32_t layer = 0; layer < placement.num_layers(); ++layer) {
     const CompiledHosts compiled(placement.hosts(layer), placement.epoch());
-    const Table table = TableOf(layer);
+    const Table table = layout_->TableOf(layer);
     if (Words(static_cast<int64_t>(compiled.words().size())) > table.blocks - table.words ||
-        compiled.num_groups(exchange_.rank) > max_groups_) {
+        compiled.num_groups(exchange_.rank) > layout_->max_groups) {
       return absl::InternalError(
           absl::StrCat("layer ", layer, " of epoch ", placement.epoch(),
                        " has more copies than the tables on the device have room for"));
@@ -237,7 +279,7 @@ absl::Status DeviceMoeLayers::Check(const Placement& placement, const ExpertStor
   BALLAST_RETURN_IF_ERROR(MakeTables(placement, store, &wanted));
   BALLAST_RETURN_IF_ERROR(cuda::DeviceMemory().Read(found, tables_.data(), device_.stream));
   for (int32_t layer = 0; layer < placement.num_layers(); ++layer) {
-    const Table table = TableOf(layer);
+    const Table table = layout_->TableOf(layer);
     const auto of = [&](const std::vector<std::byte>& all) {
       return std::span(all).subspan(table.hosts, table.end - table.hosts);
     };
@@ -266,8 +308,7 @@ absl::Status DeviceMoeLayers::Run(const Args& args) {
                                           .copy_row = copy_row_.as<int32_t>()},
                                          exchange_, device_.stream));
   if (args.while_waiting) BALLAST_RETURN_IF_ERROR(args.while_waiting());
-  BALLAST_RETURN_IF_ERROR(
-      cuda::Expand({.own = x, .x = expanded_.data()}, exchange_, device_.stream));
+  BALLAST_RETURN_IF_ERROR(cuda::Expand({.own = x, .x = rows_.data()}, exchange_, device_.stream));
   BALLAST_RETURN_IF_ERROR(RunExperts(args));
   return cuda::PullCombine({.num_tokens = args.num_tokens,
                             .type = options_.dtype,
@@ -304,32 +345,33 @@ absl::Status DeviceMoeLayers::RunGate(const Args& args) {
 absl::Status DeviceMoeLayers::Split(const Args& args) {
   const ArenaShape& shape = exchange_.shape;
   const auto* const hosts =
-      reinterpret_cast<const DeviceHosts*>(tables_.data() + TableOf(args.layer).hosts);
+      reinterpret_cast<const DeviceHosts*>(tables_.data() + layout_->TableOf(args.layer).hosts);
   const auto* const counts =
       reinterpret_cast<const int32_t*>(exchange_.arena[exchange_.rank] + shape.counts_offset());
-  const size_t num_counts = static_cast<size_t>(places_) * kNumTokenKinds * shape.num_experts;
-  int32_t* const log = log_.as<int32_t>() + static_cast<size_t>(args.layer) * log_stride_;
+  const size_t num_counts =
+      static_cast<size_t>(layout_->places) * kNumTokenKinds * shape.num_experts;
+  int32_t* const log = log_.as<int32_t>() + static_cast<size_t>(args.layer) * layout_->log_stride;
   uint32_t* const status = &exchange_.state->status;
-  BALLAST_RETURN_IF_ERROR(cuda::ExchangeCountsAndSplit({.layer = hosts,
-                                                        .num_experts = shape.num_experts,
-                                                        .num_ranks = shape.num_ranks,
-                                                        .max_hosts = max_hosts_,
-                                                        .max_groups = max_groups_,
-                                                        .rank = exchange_.rank,
-                                                        .row_align = 1,
-                                                        .row_capacity = shape.row_capacity,
-                                                        .num_kinds = kNumTokenKinds,
-                                                        .counts = counts,
-                                                        .place = exchange_.place,
-                                                        .quota = log + num_counts,
-                                                        .rank_load = log + num_counts + max_hosts_,
-                                                        .send = send_.as<int32_t>(),
-                                                        .row_begin = row_begin_.as<int32_t>(),
-                                                        .group_begin = group_begin_.as<int32_t>(),
-                                                        .group_rows = group_rows_.as<int32_t>(),
-                                                        .status = status},
-                                                       exchange_, histogram_.as<int32_t>(),
-                                                       device_.stream));
+  BALLAST_RETURN_IF_ERROR(
+      cuda::ExchangeCountsAndSplit({.layer = hosts,
+                                    .num_experts = shape.num_experts,
+                                    .num_ranks = shape.num_ranks,
+                                    .max_hosts = layout_->max_hosts,
+                                    .max_groups = layout_->max_groups,
+                                    .rank = exchange_.rank,
+                                    .row_align = 1,
+                                    .row_capacity = shape.row_capacity,
+                                    .num_kinds = kNumTokenKinds,
+                                    .counts = counts,
+                                    .place = exchange_.place,
+                                    .quota = log + num_counts,
+                                    .rank_load = log + num_counts + layout_->max_hosts,
+                                    .send = send_.as<int32_t>(),
+                                    .row_begin = row_begin_.as<int32_t>(),
+                                    .group_begin = group_begin_.as<int32_t>(),
+                                    .group_rows = group_rows_.as<int32_t>(),
+                                    .status = status},
+                                   exchange_, histogram_.as<int32_t>(), device_.stream));
   // Before this rank raises a flag of the next layer, which lets others overwrite them.
   BALLAST_RETURN_IF_ERROR(cuda::Copy(log, counts, num_counts * sizeof(int32_t), device_.stream));
   const int32_t* const ids = ids_log_.as<int32_t>() + static_cast<size_t>(args.layer) *
@@ -357,13 +399,14 @@ absl::Status DeviceMoeLayers::RunExperts(const Args& args) {
       std::min<int64_t>(capacity, int64_t{std::max(args.num_tokens, 1)} * options_.gate.top_k);
   constexpr int64_t kSmallRows = 64;
   const auto* const blocks =
-      reinterpret_cast<const int32_t*>(tables_.data() + TableOf(args.layer).blocks);
+      reinterpret_cast<const int32_t*>(tables_.data() + layout_->TableOf(args.layer).blocks);
   return cuda::GroupedMlp(
       {.shape = expert_,
-       .groups = {.num_groups = max_groups_,
+       .groups = {.num_groups = layout_->max_groups,
                   .num_rows = capacity,
                   .max_rows = static_cast<int32_t>(rows),
-                  .size = rows <= kSmallRows * max_groups_ ? GroupSize::kSmall : GroupSize::kLarge,
+                  .size = rows <= kSmallRows * layout_->max_groups ? GroupSize::kSmall
+                                                                   : GroupSize::kLarge,
                   .begin = group_begin_.as<int32_t>(),
                   .rows = group_rows_.as<int32_t>(),
                   .block = blocks,
@@ -371,8 +414,8 @@ absl::Status DeviceMoeLayers::RunExperts(const Args& args) {
                   .block_bytes = experts.block_bytes,
                   .num_blocks = experts.num_blocks},
        .path = device_.path,
-       .x = expanded_.data(),
-       .activated = activated_.data(),
+       .x = rows_.data(),
+       .activated = rows_.data() + static_cast<size_t>(capacity) * row_bytes_,
        .y = exchange_.arena[exchange_.rank] + exchange_.shape.results_offset()},
       device_.stream);
 }
@@ -392,9 +435,10 @@ absl::Status DeviceMoeLayers::Finish(std::vector<LayerCounts>* counts) {
   by_source_.resize(members_.size() * experts);
   counts->resize(static_cast<size_t>(options_.num_layers));
   for (int32_t layer = 0; layer < options_.num_layers; ++layer) {
-    const int32_t* const log = read_log_.as<int32_t>() + static_cast<size_t>(layer) * log_stride_;
-    const int32_t* const quota = log + static_cast<size_t>(places_) * of_rank;
-    const int32_t* const load = quota + max_hosts_;
+    const int32_t* const log =
+        read_log_.as<int32_t>() + static_cast<size_t>(layer) * layout_->log_stride;
+    const int32_t* const quota = log + static_cast<size_t>(layout_->places) * of_rank;
+    const int32_t* const load = quota + layout_->max_hosts;
     for (size_t r = 0; r < members_.size(); ++r) {
       std::copy_n(log + static_cast<size_t>(members_[r]) * of_rank, of_rank,
                   gathered_.begin() + static_cast<std::ptrdiff_t>(r * of_rank));

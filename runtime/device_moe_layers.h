@@ -49,6 +49,10 @@ class DeviceMoeLayers : public MoeLayers {
   // ERRORS kUnimplemented: another split than exact; kInvalidArgument: a shape that kernels refuse
   static absl::StatusOr<std::unique_ptr<MoeLayers>> Create(const Options& options,
                                                            const Device& device);
+  ~DeviceMoeLayers() override;
+
+  // Bytes of device memory that the first Connect of such layers takes: arena, tables, rows.
+  static size_t MemoryBytes(const Options& options, const Topology& topology);
 
   // All memory is taken in the first one, which is with all ranks of the job.
   absl::Status Connect(Communicator* communicator, std::span<const int32_t> job_ranks,
@@ -63,6 +67,7 @@ class DeviceMoeLayers : public MoeLayers {
   const Matmul& gate_matmul() const override { return *gate_matmul_; }
 
  private:
+  struct Layout;
   struct Table;  // where the parts of a layer's table are
   DeviceMoeLayers(const Options& options, const Device& device, cuda::OwnedStream side);
   absl::Status TakeMemory(const Topology& topology);
@@ -71,7 +76,6 @@ class DeviceMoeLayers : public MoeLayers {
   absl::Status GiveUp();
   absl::Status MakeTables(const Placement& placement, const ExpertStore& store,
                           std::vector<std::byte>* tables) const;
-  Table TableOf(int32_t layer) const;
   absl::Status RunGate(const Args& args);
   absl::Status Split(const Args& args);
   absl::Status RunExperts(const Args& args);
@@ -86,11 +90,8 @@ class DeviceMoeLayers : public MoeLayers {
   std::unique_ptr<Matmul> gate_matmul_;
   Communicator* comm_ = nullptr;
   // Of all generations.
-  int32_t places_ = 0;  // ranks of the job
-  int32_t max_hosts_ = 0, max_groups_ = 0;
+  std::unique_ptr<const Layout> layout_;
   std::vector<std::byte*> arenas_;  // [places]
-  size_t table_stride_ = 0;         // bytes of a layer
-  size_t log_stride_ = 0;           // words of a layer
   // Of one generation.
   Exchange exchange_;
   std::vector<int32_t> members_;         // their places
@@ -107,7 +108,7 @@ class DeviceMoeLayers : public MoeLayers {
   Buffer log_;  // [layers]: counts [places, 2, E], quota [max_hosts], load [places]
   Buffer send_, row_begin_, group_begin_, group_rows_;
   Buffer copy_rank_, copy_row_, tile_counts_;
-  Buffer expanded_, activated_;
+  Buffer rows_;  // [row_capacity, row_bytes], and what is activated of them
   // On the host, pinned.
   Buffer staged_tables_, read_log_, word_;
 };

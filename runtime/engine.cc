@@ -49,6 +49,17 @@ absl::Status CheckSizes(const EngineOptions& options, const ModelConfig& config)
 
 }  // namespace
 
+MoeLayers::Options MoeOptionsOf(const EngineOptions& options, const ModelConfig& config) {
+  return {.gate = config.gate,
+          .num_layers = config.num_moe_layers(),
+          .hidden = config.hidden,
+          .expert_inter = config.expert_inter,
+          .max_tokens = options.scheduler.max_batch_tokens,
+          .dtype = options.dtype,
+          .split = options.split,
+          .timeout_ms = options.step_timeout_ms};
+}
+
 Engine::Engine(const EngineOptions& options, const Checkpoint& checkpoint, Backend* backend,
                Transport* transport, ControlChannel* channel, EngineObserver* observer)
     : options_(options),
@@ -72,11 +83,8 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& opti
   BALLAST_RETURN_IF_ERROR(CheckSizes(options, config));
   BALLAST_ASSIGN_OR_RETURN(engine->decoder_,
                            Decoder::Create(checkpoint,
-                                           {.dtype = options.dtype,
-                                            .split = options.split,
-                                            .max_tokens = options.scheduler.max_batch_tokens,
-                                            .max_logits = options.scheduler.max_seqs,
-                                            .timeout_ms = options.step_timeout_ms},
+                                           {.moe = MoeOptionsOf(options, config),
+                                            .max_logits = options.scheduler.max_seqs},
                                            backend));
   engine->cache_ = std::make_unique<KvCache>(config, options.dtype, options.kv_bytes);
   BALLAST_RETURN_IF_ERROR(engine->cache_->Allocate(backend->kernels().memory));
@@ -101,7 +109,9 @@ MemoryPlan Engine::memory() const {
   return {.parameters = static_cast<int64_t>(decoder_->parameter_bytes()),
           .experts = static_cast<int64_t>(experts),
           .transfers = static_cast<int64_t>(store_->memory_bytes() - experts),
-          .kv_cache = static_cast<int64_t>(cache_->memory_bytes())};
+          .kv_cache = static_cast<int64_t>(cache_->memory_bytes()),
+          .moe_layers = backend_->MoeLayersBytes(MoeOptionsOf(options_, checkpoint_.config()),
+                                                 placement.topology())};
 }
 
 void Engine::MakeStore(const Placement& initial) {

@@ -111,6 +111,9 @@ struct EngineOptions {
   const TraceRecorder* recorder = nullptr;  // leader: says whether ids are wanted; may be null
 };
 
+// What the engine's decoder asks of the MoE layers.
+MoeLayers::Options MoeOptionsOf(const EngineOptions& options, const ModelConfig& config);
+
 // One rank of the server: runs steps in lock-step with the other ranks until told to stop
 // (design section 2.1). All communication of the data path happens on the thread that calls Run.
 //

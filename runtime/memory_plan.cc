@@ -72,6 +72,7 @@ absl::StatusOr<MemoryPlan> PlanMemory(const EngineOptions& options, const ModelC
                    2 * int64_t{topology.num_ranks() - 1} * chunk;
   const int64_t block = KvCache::BlockBytes(config, options.dtype);
   plan.kv_cache = options.kv_bytes / block * block;
+  plan.moe_layers = backend.MoeLayersBytes(MoeOptionsOf(options, config), topology);
   return plan;
 }
 

@@ -19,8 +19,9 @@ struct MemoryPlan {
   int64_t experts = 0;     // in the slots of this rank, over all layers
   int64_t transfers = 0;   // copies of experts on their way, and their chunks
   int64_t kv_cache = 0;
+  int64_t moe_layers = 0;  // what they take on a device: arena, tables, rows
 
-  int64_t total() const { return parameters + experts + transfers + kv_cache; }
+  int64_t total() const { return parameters + experts + transfers + kv_cache + moe_layers; }
   bool operator==(const MemoryPlan&) const = default;
 };
 
@@ -29,6 +30,7 @@ struct MemoryPlan {
 // tensor as it stands in the file and as fp32.
 //   experts   = slots * layers * expert
 //   transfers = staging * expert + 2 * (ranks - 1) * (chunk + its header)
+// On a device all but the chunks is its memory, and steps take no more.
 // ERRORS of make_matmul
 absl::StatusOr<MemoryPlan> PlanMemory(const EngineOptions& options, const ModelConfig& config,
                                       const Backend& backend, const Topology& topology,

@@ -12,6 +12,7 @@
 #include "kernels/device_kernels.h"
 #include "runtime/decoder.h"
 #include "runtime/device_backend.h"
+#include "runtime/engine.h"
 #include "tests/gpu/device_array.h"
 #include "tests/gpu/schedules.h"
 #include "tests/placement/random_instances.h"
@@ -53,8 +54,11 @@ class VirtualRank {
              }});
     RequireOk(backend.status());
     backend_ = *std::move(backend);
+    EngineOptions options;
+    options.dtype = dtype;
+    options.scheduler.max_batch_tokens = kMaxTokens;
     auto decoder = Decoder::Create(
-        checkpoint, {.dtype = dtype, .max_tokens = kMaxTokens, .max_logits = kMaxSequences},
+        checkpoint, {.moe = MoeOptionsOf(options, config), .max_logits = kMaxSequences},
         backend_.get());
     RequireOk(decoder.status());
     decoder_ = *std::move(decoder);

@@ -4,6 +4,7 @@
 #include <array>
 
 #include "base/status.h"
+#include "runtime/engine.h"
 
 namespace ballast::testing {
 
@@ -16,9 +17,12 @@ absl::StatusOr<std::unique_ptr<SingleRankModel>> SingleRankModel::Load(const std
       std::make_unique<Communicator>(model->transport_.get(), Communicator::Options{});
   BALLAST_ASSIGN_OR_RETURN(model->checkpoint_, Checkpoint::Open(folder));
   const ModelConfig& config = model->checkpoint_->config();
+  EngineOptions options;
+  options.dtype = dtype;
   model->backend_ = std::make_unique<HostBackend>(kernels);
-  BALLAST_ASSIGN_OR_RETURN(model->decoder_, Decoder::Create(*model->checkpoint_, {.dtype = dtype},
-                                                            model->backend_.get()));
+  BALLAST_ASSIGN_OR_RETURN(
+      model->decoder_, Decoder::Create(*model->checkpoint_, {.moe = MoeOptionsOf(options, config)},
+                                       model->backend_.get()));
   const int32_t experts = config.gate.num_experts, layers = config.num_moe_layers();
   const int64_t blocks = (config.context_tokens + kKvBlockTokens - 1) / kKvBlockTokens;
   model->cache_ =

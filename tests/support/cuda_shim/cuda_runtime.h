@@ -309,6 +309,7 @@ enum cudaDeviceAttr {
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 cudaError_t cudaMalloc(void** block, size_t bytes);
 cudaError_t cudaFree(void* block);
+cudaError_t cudaMemGetInfo(size_t* left, size_t* all);
 inline constexpr unsigned cudaHostAllocPortable = 1;
 cudaError_t cudaHostAlloc(void** block, size_t bytes, unsigned flags);
 cudaError_t cudaFreeHost(void* block);
