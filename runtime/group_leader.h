@@ -52,8 +52,8 @@ class GroupLeader {
   // Otherwise, when the grace has passed since the first complaint, all are lost that any of them
   // names and that have not complained. Nobody is spared because a complaint does not name it: what
   // that rank waited for may have been sent just before the end. Where all have complained they
-  // wait for each other, so a link is broken, and the one that most wait for is lost. Complaints of
-  // other generations are ignored. ORDER the lowest rank, of those that as many wait for
+  // wait for each other, so a link is broken, and the one that most wait for is lost; of several,
+  // the lowest. Complaints of other generations are ignored.
   void OnTrouble(int32_t rank, const TroubleFrame& trouble, int64_t now_ns);
   // A rank says where it stands. Reports of other generations are ignored.
   void OnHalted(int32_t rank, const HaltedFrame& report, int64_t now_ns);

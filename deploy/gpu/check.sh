@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # On a machine with a GPU: builds the kernels alone, runs their tests, also under compute-sanitizer where it is installed,
-# measures them, and prints one table. Nothing is installed.
+# measures them, and prints one table; where python3 has PyTorch, a second one beside it of what that needs for the same
+# layers. Nothing is installed.
 # Usage: deploy/gpu/check.sh [--prefix FOLDER] [--out FOLDER]
 #   --prefix  where Abseil, Catch2 and nlohmann-json are (deploy/gpu/prefix.sh); default: where CMake finds them
-#   --out     gets gpu-results.md and gpu-results.json; default: build/gpu-kernels
+#   --out     gets gpu-results.md, gpu-results.json and, of PyTorch, peers.json; default: build/gpu-kernels
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 prefix="" out=build/gpu-kernels
@@ -44,12 +45,21 @@ if command -v compute-sanitizer >/dev/null; then
 fi
 echo "== measurements"
 $build/ballast-bench-gpu --json "$out/gpu-results.json" >"$out/table.md"
+if ! python3 -c 'import torch' 2>/dev/null; then
+  peers="PyTorch: not measured, as python3 here has none"
+elif python3 tests/bench/peers.py >"$out/peers.json"; then
+  peers=$(python3 tests/bench/peers.py --merge "$out/gpu-results.json" "$out/peers.json")
+else
+  peers="PyTorch: not measured, as tests/bench/peers.py failed"
+fi
 {
   echo "commit $(git rev-parse --short HEAD 2>/dev/null || echo unknown), driver" \
     "$(nvidia-smi --query-gpu=driver_version --format=csv,noheader | head -n 1), $(date -u +%F);" \
     "tests passed, compute-sanitizer $sanitized"
   echo
   cat "$out/table.md"
+  echo
+  echo "$peers"
 } >"$out/gpu-results.md"
 rm "$out/table.md"
 cat "$out/gpu-results.md"
