@@ -12,6 +12,9 @@ set(BALLAST_DEVICE_SOURCES
   kernels/grouped_mlp_fp8.cu
   kernels/grouped_mlp_tensor.cu)
 
+# What the serving runtime has for devices, likewise.
+set(BALLAST_RUNTIME_DEVICE_SOURCES runtime/device_backend.cc runtime/device_blocks.cc runtime/device_moe_layers.cc)
+
 if(BALLAST_WITH_CUDA)
   enable_language(CUDA)
   find_package(CUDAToolkit REQUIRED)
@@ -47,13 +50,13 @@ function(ballast_device_test name)
     ballast_shim_wrapper(${source} wrapper)
     list(APPEND wrappers "${wrapper}")
   endforeach()
-  ballast_test(${name}_shim SOURCES ${arg_SOURCES} ${wrappers} LIBS ballast_kernels_shim ${arg_LIBS})
+  ballast_test(${name}_shim SOURCES ${arg_SOURCES} ${wrappers} LIBS ${arg_SHIM_LIB} ballast_kernels_shim ${arg_LIBS})
   if(BALLAST_WITH_CUDA)
     add_executable(${name}_gpu_test
       ${arg_SOURCES} ${arg_DEVICE_SOURCES} ${arg_KERNELS} tests/gpu/main.cc tests/gpu/schedules.cc)
     target_compile_options(${name}_gpu_test PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-std=c++20>)
     target_link_libraries(${name}_gpu_test PRIVATE
-      ${arg_LIBS} ballast_kernels_cuda ballast_flags CUDA::cudart Catch2::Catch2)
+      ${arg_DEVICE_LIB} ${arg_LIBS} ballast_kernels_cuda ballast_flags CUDA::cudart Catch2::Catch2)
     catch_discover_tests(${name}_gpu_test TEST_PREFIX "${name}: gpu: "
       PROPERTIES LABELS gpu TIMEOUT 300 SKIP_RETURN_CODE 77 RESOURCE_LOCK gpu)
   endif()
@@ -113,12 +116,19 @@ function(ballast_add_device_tests)
     KERNELS tests/gpu/hopper_probe.cu
     LIBS ballast_kernels ballast_placement nlohmann_json::nlohmann_json)
   if(TARGET ballast_test_support)
+    # CUDA's own build of these is in ballast_runtime_device.
+    add_library(ballast_runtime_shim STATIC
+      ${BALLAST_RUNTIME_DEVICE_SOURCES} comm/cuda_memory.cc tests/support/shim_kernels.cc)
+    target_link_libraries(ballast_runtime_shim PUBLIC ballast_kernels_shim ballast_runtime PRIVATE ballast_flags)
     ballast_device_test(device_runtime
-      SOURCES
-        runtime/device_backend.cc
-        runtime/device_moe_layers.cc
-        tests/gpu/decoder_device_test.cc
-      LIBS ballast_test_support)
+      SOURCES tests/gpu/decoder_device_test.cc
+      LIBS ballast_test_support
+      DEVICE_LIB ballast_runtime_device
+      SHIM_LIB ballast_runtime_shim)
+    # The command with --device cuda, on the emulator.
+    add_executable(ballast_emulated ${BALLAST_COMMAND_SOURCES} deploy/gpu/bench_gpu_none.cc deploy/device_cuda.cc)
+    target_link_libraries(ballast_emulated PRIVATE ballast_runtime_shim ${BALLAST_COMMAND_LIBS})
+    target_compile_definitions(ballast_emulated PRIVATE BALLAST_VERSION="${PROJECT_VERSION}" BALLAST_COMMIT="emulated")
   endif()
   if(BALLAST_WITH_CUDA)
     add_test(NAME spills

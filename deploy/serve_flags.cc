@@ -48,8 +48,9 @@ void AddServerFlags(CLI::App* app, ServeFlags* f) {
 
 void AddEngineFlags(CLI::App* app, ServeFlags* f) {
   const char* group = "Engine";
-  app->add_option("--device", f->device, "Where the model runs")
-      ->check(CLI::IsMember({"cpu"}))
+  app->add_option("--device", f->device,
+                  "Where the model runs: cuda takes this machine's devices in turn, one a rank")
+      ->check(CLI::IsMember({"cpu", "cuda"}))
       ->group(group);
   app->add_option("--dtype", f->dtype,
                   "Activations and packed parameters; auto: bf16 where the "

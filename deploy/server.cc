@@ -16,6 +16,7 @@
 #include "base/log.h"
 #include "base/status.h"
 #include "deploy/commands.h"
+#include "deploy/device.h"
 #include "deploy/idle_flags.h"
 #include "deploy/lab.h"
 #include "placement/policy.h"
@@ -64,6 +65,9 @@ sigset_t StopSignals() {
 }
 
 absl::Status Server::Prepare() {
+  transport_ = mpi_->MakeTransport();
+  communicator_ = std::make_unique<Communicator>(
+      transport_.get(), Communicator::Options{.deadline_ms = flags_.step_timeout_ms});
   BALLAST_ASSIGN_OR_RETURN(checkpoint_, Checkpoint::Open(flags_.model));
   BALLAST_ASSIGN_OR_RETURN(Tokenizer tokenizer, Tokenizer::Load(flags_.model));
   tokenizer_ = std::move(tokenizer);
@@ -91,9 +95,10 @@ absl::Status Server::RemoveReadyFile() const {
                                                  ": cannot be removed: ", std::strerror(errno)));
 }
 
-// The ranks of this machine together must find room in it.
+// The ranks of this machine together must find room in it, or this rank on its device.
 absl::Status Server::CheckMemory() const {
   const Topology& topology = placement_->topology();
+  if (backend_->has_own_memory()) return CheckDeviceMemory();
   int64_t needed = 0;
   int32_t ranks = 0;
   for (int32_t r = 0; r < topology.num_ranks(); ++r) {
@@ -111,6 +116,17 @@ absl::Status Server::CheckMemory() const {
                    " bytes of memory, allowed: up to ", MachineMemory(), ", which it has\n", each));
 }
 
+absl::Status Server::CheckDeviceMemory() const {
+  BALLAST_ASSIGN_OR_RETURN(const MemoryPlan plan,
+                           PlanMemory(MakeEngineOptions(), checkpoint_->config(), *backend_,
+                                      placement_->topology(), mpi_->rank()));
+  if (plan.total() <= backend_->all_memory()) return absl::OkStatus();
+  BALLAST_ASSIGN_OR_RETURN(const std::string each, DescribeMemory());
+  return absl::InvalidArgumentError(absl::StrCat("rank ", mpi_->rank(), " needs ", plan.total(),
+                                                 " bytes of its device's memory, allowed: up to ",
+                                                 backend_->all_memory(), ", which it has\n", each));
+}
+
 absl::StatusOr<std::string> Server::DescribeMemory() const {
   BALLAST_ASSIGN_OR_RETURN(const MemoryPlan plan,
                            PlanMemory(MakeEngineOptions(), checkpoint_->config(), *backend_,
@@ -123,6 +139,7 @@ absl::StatusOr<std::string> Server::DescribeMemory() const {
   add("experts in its slots (--slots-per-rank)", plan.experts);
   add("copies on their way (--staging-experts)", plan.transfers);
   add("key-value cache (--kv-bytes)", plan.kv_cache);
+  if (plan.moe_layers > 0) add("rows of a step (--max-batch-tokens)", plan.moe_layers);
   add("in all", plan.total());
   return FormatTable(rows);
 }
@@ -133,6 +150,18 @@ absl::Status Server::ChooseTypes() {
     return absl::InvalidArgumentError(
         "--split is cost, allowed in serve: exact, price, even, roundrobin, hash; all ranks would "
         "need the same constants, so cost is for replay and bench");
+  }
+  if (flags_.device == "cuda") {
+    if (split_ != SplitMode::kExact) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("--split is ", flags_.split, ", allowed with --device cuda: exact"));
+    }
+    dtype_ = flags_.dtype == "fp32" ? DType::kF32 : DType::kBF16;
+    const std::vector<int32_t> nodes = mpi_->node_of_rank();
+    const auto node_rank = std::count(nodes.begin(), nodes.begin() + mpi_->rank(), mpi_->node());
+    BALLAST_ASSIGN_OR_RETURN(
+        backend_, MakeDeviceBackend(static_cast<int32_t>(node_rank), communicator_.get()));
+    return absl::OkStatus();
   }
   dtype_ = DTypeOfFlag(flags_.dtype);
   backend_ = std::make_unique<HostBackend>(

@@ -63,6 +63,7 @@ class Server {
   absl::Status MakePlacement();
   EngineOptions MakeEngineOptions() const;
   absl::Status CheckMemory() const;
+  absl::Status CheckDeviceMemory() const;
   absl::Status StartMetrics();
   absl::StatusOr<ServerState> ReadState() const;
   absl::StatusOr<std::string> TakeUpState();
@@ -84,6 +85,8 @@ class Server {
   MpiRuntime* mpi_;
   std::unique_ptr<Checkpoint> checkpoint_;
   std::optional<Tokenizer> tokenizer_;
+  std::unique_ptr<Transport> transport_;
+  std::unique_ptr<Communicator> communicator_;
   std::unique_ptr<Backend> backend_;
   DType dtype_ = DType::kF32;
   SplitMode split_ = SplitMode::kExact;
@@ -92,8 +95,6 @@ class Server {
   std::unique_ptr<RankMetrics> metrics_;
   std::unique_ptr<MetricsExporter> exporter_;
   std::unique_ptr<TraceRecorder> recorder_;  // of the leader
-  std::unique_ptr<Transport> transport_;
-  std::unique_ptr<Communicator> communicator_;
   std::unique_ptr<ControlChannel> channel_;
   std::unique_ptr<Verification> verification_;
   std::unique_ptr<Frontend> frontend_;

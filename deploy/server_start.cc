@@ -60,9 +60,6 @@ void EndJob(int rank, const absl::Status& status) {
 }  // namespace
 
 absl::Status Server::Start() {
-  transport_ = mpi_->MakeTransport();
-  communicator_ = std::make_unique<Communicator>(
-      transport_.get(), Communicator::Options{.deadline_ms = flags_.step_timeout_ms});
   BALLAST_RETURN_IF_ERROR(ResumeState());
   BALLAST_RETURN_IF_ERROR(ChooseThreads());
   BALLAST_RETURN_IF_ERROR(Agree(ConnectControl(), "connecting the ranks"));

@@ -15,6 +15,10 @@ absl::StatusOr<std::unique_ptr<MoeLayers>> HostBackend::MakeMoeLayers(
   return HostMoeLayers::Create(options, kernels_);
 }
 
+absl::StatusOr<std::unique_ptr<BlockMemory>> HostBackend::MakeBlocks(size_t block_bytes, int32_t) {
+  return std::make_unique<HostBlocks>(block_bytes);
+}
+
 int64_t HostBackend::all_memory() const {
   return MachineMemory();
 }

@@ -8,6 +8,7 @@
 #include "absl/status/statusor.h"
 #include "kernels/kernel_set.h"
 #include "kernels/stream.h"
+#include "runtime/block_memory.h"
 #include "runtime/checkpoint.h"
 #include "runtime/expert_reader.h"
 #include "runtime/moe_layers.h"
@@ -29,6 +30,10 @@ class Backend {
   virtual Stream stream() const = 0;
   virtual absl::StatusOr<std::unique_ptr<MoeLayers>> MakeMoeLayers(
       const MoeLayers::Options& options) = 0;
+  // The memory of this rank's experts. COLLECTIVE on a device: all ranks of the job, with the same
+  // numbers. ERRORS kResourceExhausted, and those of lending memory to other ranks
+  virtual absl::StatusOr<std::unique_ptr<BlockMemory>> MakeBlocks(size_t block_bytes,
+                                                                  int32_t num_blocks) = 0;
   // Bytes that such layers take besides what the decoder and the experts do.
   virtual int64_t MoeLayersBytes(const MoeLayers::Options& options,
                                  const Topology& topology) const = 0;
@@ -48,6 +53,8 @@ class HostBackend : public Backend {
   Stream stream() const override { return nullptr; }
   absl::StatusOr<std::unique_ptr<MoeLayers>> MakeMoeLayers(
       const MoeLayers::Options& options) override;
+  absl::StatusOr<std::unique_ptr<BlockMemory>> MakeBlocks(size_t block_bytes,
+                                                          int32_t num_blocks) override;
   int64_t MoeLayersBytes(const MoeLayers::Options&, const Topology&) const override { return 0; }
   int64_t all_memory() const override;
   bool has_own_memory() const override { return false; }

@@ -6,11 +6,18 @@
 #include <utility>
 
 #include "absl/status/statusor.h"
+#include "comm/communicator.h"
+#include "comm/peer_memory.h"
 #include "kernels/device_memory.h"
 #include "runtime/backend.h"
+#include "runtime/device_blocks.h"
 #include "runtime/device_moe_layers.h"
 
 namespace ballast {
+
+// Memory that the ranks of `world`, processes of one machine, lend each other as CUDA's IPC does;
+// one that is alone has its own. REQUIRES `world` outlives it and is used by nothing else then
+LendMemory LendByIpc(Communicator* world);
 
 // The device that is current when it is made: one rank's.
 class DeviceBackend : public Backend {
@@ -19,8 +26,8 @@ class DeviceBackend : public Backend {
     const KernelSet* kernels = nullptr;  // a device's
     MlpPath path = MlpPath::kBest;
     int32_t max_blocks = 1056;  // of a kernel of the exchange (kernels/exchange.h)
-    LendArenas lend;
-    std::function<ExpertArena()> experts;  // asked once a layer and step
+    int32_t rank = 0;           // in the job
+    LendMemory lend;            // for the arenas of the exchange, and for the experts
   };
   // ERRORS kInternal: no stream
   static absl::StatusOr<std::unique_ptr<DeviceBackend>> Create(Options options);
@@ -29,6 +36,9 @@ class DeviceBackend : public Backend {
   Stream stream() const override { return stream_.get(); }
   absl::StatusOr<std::unique_ptr<MoeLayers>> MakeMoeLayers(
       const MoeLayers::Options& options) override;
+  // REQUIRES they live as long as MoE layers run
+  absl::StatusOr<std::unique_ptr<BlockMemory>> MakeBlocks(size_t block_bytes,
+                                                          int32_t num_blocks) override;
   int64_t MoeLayersBytes(const MoeLayers::Options& options,
                          const Topology& topology) const override {
     return static_cast<int64_t>(DeviceMoeLayers::MemoryBytes(options, topology));
@@ -43,6 +53,7 @@ class DeviceBackend : public Backend {
 
   const Options options_;
   const cuda::OwnedStream stream_;
+  const DeviceBlocks* blocks_ = nullptr;  // made last
 };
 
 }  // namespace ballast

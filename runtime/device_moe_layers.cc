@@ -173,7 +173,7 @@ absl::Status DeviceMoeLayers::TakeMemory(const Topology& topology) {
   BALLAST_RETURN_IF_ERROR(staged_tables_.EnsureSize(tables_.size()));
   BALLAST_RETURN_IF_ERROR(read_log_.EnsureSize(log_.size()));
   BALLAST_RETURN_IF_ERROR(word_.EnsureSize(2 * sizeof(uint32_t)));
-  BALLAST_ASSIGN_OR_RETURN(arenas_, device_.lend(comm_, exchange_.shape.bytes()));
+  BALLAST_ASSIGN_OR_RETURN(arenas_, device_.lend(exchange_.shape.bytes()));
   return absl::OkStatus();
 }
 

@@ -24,10 +24,9 @@ struct ExpertArena {
   int32_t num_blocks = 0;
 };
 
-// Device memory that all ranks of `communicator` can address: this rank's own, zeroed, and where
-// the others' are. They stay until the process ends. COLLECTIVE. SHAPES the result [R]
-using LendArenas = std::function<absl::StatusOr<std::vector<std::byte*>>(Communicator* communicator,
-                                                                         size_t bytes)>;
+// Device memory that ranks of the job can address: this rank's own, zeroed, and where the others'
+// are. They stay until the process ends. COLLECTIVE all ranks of the job. SHAPES the result [R]
+using LendMemory = std::function<absl::StatusOr<std::vector<std::byte*>>(size_t bytes)>;
 
 // MoE layers on a device: gate, counts, split, route, dispatch, expand, experts, combine
 // (kernels/exchange.h), all put on one stream without a word to the host. What the host needs of
@@ -43,7 +42,7 @@ class DeviceMoeLayers : public MoeLayers {
     Stream stream = nullptr;  // of everything but a word that ends an exchange
     MlpPath path = MlpPath::kBest;
     int32_t max_blocks = 1056;  // Exchange
-    LendArenas lend;
+    LendMemory lend;
     std::function<ExpertArena()> experts;
   };
   // ERRORS kUnimplemented: another split than exact; kInvalidArgument: a shape that kernels refuse

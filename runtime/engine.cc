@@ -96,7 +96,7 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& opti
   Group group;
   group.member = transport->rank();
   for (int32_t r = 0; r < transport->size(); ++r) group.ranks.push_back(r);
-  engine->MakeStore(initial);
+  BALLAST_RETURN_IF_ERROR(engine->MakeStore(initial));
   BALLAST_RETURN_IF_ERROR(engine->JoinGroup(std::move(group), /*last_step=*/0));
   return engine;
 }
@@ -114,24 +114,27 @@ MemoryPlan Engine::memory() const {
                                                  placement.topology())};
 }
 
-void Engine::MakeStore(const Placement& initial) {
+absl::Status Engine::MakeStore(const Placement& initial) {
   const ModelConfig& config = checkpoint_.config();
   const int32_t rank = base_transport_->rank();
   int32_t most_slots = 0;
   for (int32_t r = 0; r < base_transport_->size(); ++r) {
     most_slots = std::max(most_slots, initial.topology().slots_on(r));
   }
+  const int32_t resident = initial.topology().slots_on(rank) * config.num_moe_layers();
+  const int32_t staging = options_.staging_experts > 0 ? options_.staging_experts : most_slots;
+  BALLAST_ASSIGN_OR_RETURN(auto blocks,
+                           backend_->MakeBlocks(decoder_->expert_bytes(), resident + staging));
   store_ = std::make_unique<ExpertStore>(
-      ExpertStore::Options{
-          .rank = rank,
-          .num_layers = config.num_moe_layers(),
-          .num_experts = config.gate.num_experts,
-          .block_bytes = decoder_->expert_bytes(),
-          .resident_blocks = initial.topology().slots_on(rank) * config.num_moe_layers(),
-          .staging_blocks = options_.staging_experts > 0 ? options_.staging_experts : most_slots,
-          .chunk_bytes = options_.chunk_bytes,
-          .read = ReaderOf(checkpoint_, *backend_, options_.dtype)},
-      base_transport_);
+      ExpertStore::Options{.rank = rank,
+                           .num_layers = config.num_moe_layers(),
+                           .num_experts = config.gate.num_experts,
+                           .block_bytes = decoder_->expert_bytes(),
+                           .resident_blocks = resident,
+                           .staging_blocks = staging,
+                           .chunk_bytes = options_.chunk_bytes,
+                           .read = ReaderOf(checkpoint_, *backend_, options_.dtype)},
+      base_transport_, std::move(blocks));
   verifier_ = std::make_unique<Verifier>(
       Verifier::Options{.num_layers = config.num_moe_layers(),
                         .num_experts = config.gate.num_experts,
@@ -142,6 +145,7 @@ void Engine::MakeStore(const Placement& initial) {
   rebalancer_ = std::make_unique<Rebalancer>(
       rebalancer, store_.get(), initial,
       [this](const Placement& placement) { used_ = decoder_->moe().Use(placement, *store_); });
+  return absl::OkStatus();
 }
 
 // Reads the experts that `placement` gives to this rank and that it has not got, or not whole.

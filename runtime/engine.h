@@ -152,7 +152,7 @@ class Engine {
  private:
   Engine(const EngineOptions& options, const Checkpoint& checkpoint, Backend* backend,
          Transport* transport, ControlChannel* channel, EngineObserver* observer);
-  void MakeStore(const Placement& initial);
+  absl::Status MakeStore(const Placement& initial);
   absl::Status LoadMissing(const Placement& placement);
   absl::Status ReadExpert(int32_t layer, int32_t expert);
   absl::Status ReadExpertPatiently(int32_t layer, int32_t expert);

@@ -42,16 +42,19 @@ class VirtualRank {
               const std::vector<std::byte*>* arenas)
       : transport_(fabric->MakeTransport(rank)), comm_(transport_.get(), {}) {
     const ModelConfig& config = checkpoint.config();
-    auto backend = DeviceBackend::Create(
-        {.kernels = &PlainDeviceKernels(),
-         .path = MlpPath::kPlain,
-         .max_blocks = 12,  // of all ranks together they fit
-         .lend = [arenas](Communicator*, size_t) { return *arenas; },
-         .experts =
-             [this] {
-               return ExpertArena{experts_->data(), store_->block_bytes(),
-                                  static_cast<int32_t>(experts_->size() / store_->block_bytes())};
-             }});
+    // First for the experts, which are this rank's alone, then for the arenas of all.
+    const auto lend = [this, arenas](size_t bytes) -> std::vector<std::byte*> {
+      if (experts_ != nullptr) return *arenas;
+      experts_ = std::make_unique<testing::DeviceArray<std::byte>>(bytes);
+      std::vector<std::byte*> own(arenas->size());
+      own[comm_.rank()] = experts_->data();
+      return own;
+    };
+    auto backend = DeviceBackend::Create({.kernels = &PlainDeviceKernels(),
+                                          .path = MlpPath::kPlain,
+                                          .max_blocks = 12,  // of all ranks together they fit
+                                          .rank = rank,
+                                          .lend = lend});
     RequireOk(backend.status());
     backend_ = *std::move(backend);
     EngineOptions options;
@@ -89,22 +92,21 @@ class VirtualRank {
   void LoadExperts(const Checkpoint& checkpoint) {
     const int32_t layers = checkpoint.config().num_moe_layers();
     const int32_t experts = checkpoint.config().gate.num_experts;
+    auto blocks = backend_->MakeBlocks(decoder_->expert_bytes(), layers * experts);
+    RequireOk(blocks.status());
     store_ =
         std::make_unique<ExpertStore>(ExpertStore::Options{.rank = comm_.rank(),
                                                            .num_layers = layers,
                                                            .num_experts = experts,
                                                            .block_bytes = decoder_->expert_bytes(),
                                                            .resident_blocks = layers * experts},
-                                      transport_.get());
-    std::vector<std::byte> blocks(store_->block_bytes() * layers * experts);
+                                      transport_.get(), *std::move(blocks));
     for (int32_t layer = 0; layer < layers; ++layer) {
       for (int32_t e = 0; e < experts; ++e) {
-        store_->Allocate(layer, e);
-        std::byte* const block = blocks.data() + store_->BlockOf(layer, e) * store_->block_bytes();
-        RequireOk(decoder_->LoadExpert(checkpoint, layer, e, block));
+        RequireOk(decoder_->LoadExpert(checkpoint, layer, e, store_->Allocate(layer, e).data()));
+        RequireOk(store_->Seal(layer, e));
       }
     }
-    experts_ = std::make_unique<testing::DeviceArray<std::byte>>(blocks);
   }
 
   std::unique_ptr<Transport> transport_;

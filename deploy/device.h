@@ -1,0 +1,21 @@
+// Devices that models can run on (--device), as far as this build has any.
+#ifndef BALLAST_DEPLOY_DEVICE_H_
+#define BALLAST_DEPLOY_DEVICE_H_
+
+#include <cstdint>
+#include <memory>
+
+#include "absl/status/statusor.h"
+#include "comm/communicator.h"
+#include "runtime/backend.h"
+
+namespace ballast {
+
+// Takes a device of this machine for a rank: the ranks that `node_rank` counts take them in turn.
+// `world`, over which ranks lend each other memory, must outlive it.
+// ERRORS kInvalidArgument: this build has no CUDA, or the machine no device that it runs on
+absl::StatusOr<std::unique_ptr<Backend>> MakeDeviceBackend(int32_t node_rank, Communicator* world);
+
+}  // namespace ballast
+
+#endif  // BALLAST_DEPLOY_DEVICE_H_
