@@ -103,6 +103,14 @@ function(ballast_add_device_tests)
       tests/gpu/split_device_test.cc
     KERNELS tests/gpu/hopper_probe.cu
     LIBS ballast_kernels ballast_placement nlohmann_json::nlohmann_json)
+  if(TARGET ballast_test_support)
+    ballast_device_test(device_store
+      SOURCES
+        runtime/device_blocks.cc
+        tests/gpu/device_blocks_test.cc
+        tests/gpu/expert_store_device_test.cc
+      LIBS ballast_test_support)
+  endif()
   if(BALLAST_WITH_CUDA)
     add_test(NAME spills
       COMMAND ${CMAKE_COMMAND} -DROOT=${PROJECT_SOURCE_DIR} -DNVCC=${CMAKE_CUDA_COMPILER}
