@@ -44,7 +44,7 @@ endfunction()
 # CUDA <name>_gpu_test (label gpu), which is skipped where there is no device unless BALLAST_REQUIRE_GPU=1. DEVICE_SOURCES
 # test what the emulator does not have.
 function(ballast_device_test name)
-  cmake_parse_arguments(arg "" "" "SOURCES;DEVICE_SOURCES;KERNELS;LIBS" ${ARGN})
+  cmake_parse_arguments(arg "" "SHIM_LIB;DEVICE_LIB" "SOURCES;DEVICE_SOURCES;KERNELS;LIBS" ${ARGN})
   set(wrappers "")
   foreach(source IN LISTS arg_KERNELS)
     ballast_shim_wrapper(${source} wrapper)
@@ -121,7 +121,10 @@ function(ballast_add_device_tests)
       ${BALLAST_RUNTIME_DEVICE_SOURCES} comm/cuda_memory.cc tests/support/shim_kernels.cc)
     target_link_libraries(ballast_runtime_shim PUBLIC ballast_kernels_shim ballast_runtime PRIVATE ballast_flags)
     ballast_device_test(device_runtime
-      SOURCES tests/gpu/decoder_device_test.cc
+      SOURCES
+        tests/gpu/decoder_device_test.cc
+        tests/gpu/device_blocks_test.cc
+        tests/gpu/expert_store_device_test.cc
       LIBS ballast_test_support
       DEVICE_LIB ballast_runtime_device
       SHIM_LIB ballast_runtime_shim)

@@ -11,4 +11,8 @@ uint64_t ShortDeadlineNs() {
   return 500'000'000;
 }
 
+uint64_t BlockingCalls() {
+  return 0;
+}
+
 }  // namespace ballast::testing

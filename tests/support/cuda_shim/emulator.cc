@@ -438,8 +438,9 @@ bool RunUntilIdle(CUstream_st* stream, bool all) {
   return TheEmulator().Run(stream, all, /*most_turns=*/0);
 }
 void RunAWhile() {
-  constexpr unsigned kTurns = 4096;
-  static_cast<void>(TheEmulator().Run(nullptr, true, kTurns));
+  constexpr uint64_t kMostDoublings = 12;
+  const unsigned turns = 1u << (TheEmulator().Noise() % (kMostDoublings + 1));
+  static_cast<void>(TheEmulator().Run(nullptr, true, turns));
 }
 const char* LastFailure() {
   return TheEmulator().failure_.c_str();

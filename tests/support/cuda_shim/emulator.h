@@ -65,7 +65,7 @@ bool IsIdle(CUstream_st* stream);
 // Runs until the stream (nullptr of `all`: every stream) has nothing left. False: a kernel failed
 // or nothing can go on; the reason is LastFailure().
 bool RunUntilIdle(CUstream_st* stream, bool all);
-// Who asks how far the device is finds it a little further.
+// Who asks how far the device is finds it a little further, how far is a matter of luck.
 void RunAWhile();
 const char* LastFailure();  // empty: none
 
@@ -94,6 +94,8 @@ bool CloseDevice(void* opened);
 // Begins a schedule: every choice, and what fresh memory holds, follows from the seed.
 // REQUIRES all streams are idle
 void Reseed(uint64_t seed);
+// Calls of the runtime so far that wait for a device or may take its driver's lock for long.
+uint64_t BlockingCalls();
 
 }  // namespace cuda_shim
 

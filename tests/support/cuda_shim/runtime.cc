@@ -20,13 +20,20 @@ cudaError_t Sound() {
   return Note(cuda_shim::LastFailure()[0] == '\0' ? cudaSuccess : cudaErrorLaunchFailure);
 }
 
+uint64_t blocking_calls = 0;
+
 cudaError_t Settle(CUstream_st* stream, bool all) {
+  ++blocking_calls;
   if (stream != nullptr && stream->captured != nullptr) return Note(cudaErrorInvalidValue);
   if (!cuda_shim::RunUntilIdle(stream, all)) return Note(cudaErrorLaunchFailure);
   return Note(cuda_shim::CheckDeviceBlocks() ? cudaSuccess : cudaErrorLaunchFailure);
 }
 
 }  // namespace
+
+uint64_t cuda_shim::BlockingCalls() {
+  return blocking_calls;
+}
 
 struct CUevent_st {
   // One more for each record; a wait is for the number at the time that it was asked for.
@@ -89,6 +96,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
 }
 
 cudaError_t cudaMalloc(void** block, size_t bytes) {
+  ++blocking_calls;
   *block = cuda_shim::AllocateDevice(bytes);
   return cudaSuccess;
 }
@@ -103,11 +111,13 @@ cudaError_t cudaMemGetInfo(size_t* left, size_t* all) {
   return cudaSuccess;
 }
 cudaError_t cudaHostAlloc(void** block, size_t bytes, unsigned) {
+  ++blocking_calls;
   *block = cuda_shim::AllocatePinned(bytes);
   return cudaSuccess;
 }
 cudaError_t cudaFreeHost(void* block) {
   if (block == nullptr) return cudaSuccess;
+  ++blocking_calls;
   return cuda_shim::FreePinned(block) ? Sound() : Note(cudaErrorInvalidValue);
 }
 
@@ -119,6 +129,7 @@ cudaError_t cudaIpcGetMemHandle(cudaIpcMemHandle_t* handle, void* block) {
   return cudaSuccess;
 }
 cudaError_t cudaIpcOpenMemHandle(void** block, cudaIpcMemHandle_t handle, unsigned) {
+  ++blocking_calls;
   cuda_shim::SharedBlock shared;
   std::memcpy(&shared, &handle, sizeof shared);
   *block = cuda_shim::OpenDevice(shared);
@@ -132,6 +143,8 @@ cudaError_t cudaIpcCloseMemHandle(void* opened) {
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind,
                             cudaStream_t stream) {
   if (bytes == 0) return Sound();
+  // The driver copies memory that is not pinned by itself.
+  blocking_calls += !cuda_shim::IsReadLate(from) || !cuda_shim::IsReadLate(to);
   if (cuda_shim::IsReadLate(from)) {
     cuda_shim::Enqueue(stream, [=] { std::memcpy(to, from, bytes); });
   } else {
@@ -169,6 +182,7 @@ cudaError_t cudaStreamQuery(cudaStream_t stream) {
 }
 
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
+  ++blocking_calls;
   *event = new CUevent_st;
   return cudaSuccess;
 }
@@ -260,6 +274,7 @@ cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
   return cudaSuccess;
 }
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t* exec, cudaGraph_t graph, unsigned long long) {
+  ++blocking_calls;
   *exec = new CUgraphExec_st{graph->work};
   return cudaSuccess;
 }

@@ -17,4 +17,8 @@ uint64_t ShortDeadlineNs() {
   return 5'000'000;
 }
 
+uint64_t BlockingCalls() {
+  return cuda_shim::BlockingCalls();
+}
+
 }  // namespace ballast::testing
