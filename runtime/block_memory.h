@@ -68,6 +68,8 @@ class BlockMemory {
                                        PeerBlock from) = 0;
   // Whether the peer can Fetch what lies here.
   virtual bool IsOpenTo(int peer) const = 0;
+  // Who the peers were counts no more: nobody can fetch from here, until they are told anew.
+  virtual void ForgetPeers() = 0;
   // ERRORS what was under way has failed; nothing of it counts
   virtual absl::StatusOr<bool> IsDone(Ticket ticket) = 0;
   // The BlockChecksum of what Write or Fetch brought, as it lies in the block.
@@ -112,6 +114,7 @@ class HostBlocks : public BlockMemory {
                                std::span<const std::byte> from) override;
   absl::StatusOr<Ticket> Fetch(int32_t, size_t, size_t, PeerBlock) override;
   bool IsOpenTo(int) const override { return false; }
+  void ForgetPeers() override {}
   absl::StatusOr<bool> IsDone(Ticket) override { return true; }
   uint64_t Written(int32_t block) const override { return written_[block]; }
   absl::StatusOr<bool> Advance(Reading* reading) override;

@@ -111,7 +111,7 @@ absl::Status DeviceBlocks::AddBlocks(int32_t count) {
     told_ = std::move(told);
     arena_ = own_arena_.data();
     capacity_ = wanted;
-    peers_.clear();
+    ForgetPeers();
   }
   num_blocks_ = wanted;
   return absl::OkStatus();

@@ -53,10 +53,10 @@ class DeviceBlocks : public BlockMemory {
   size_t stride() const { return StrideOf(block_bytes()); }
   int32_t num_blocks() const override { return num_blocks_; }
 
-  // From now on the blocks of other ranks lie at `arenas`, at this process' addresses, in arenas of
-  // the same stride, and those ranks know this arena's address too. Waits.
-  // SHAPES [ranks], null: not to be reached, as this rank itself
-  // REQUIRES no plan is staged. ERRORS kInternal: one cannot be read
+  // Until ForgetPeers the blocks of other ranks lie at `arenas`, at this process' addresses, in
+  // arenas of the same stride, and those ranks know this arena's address too. Waits. SHAPES
+  // [ranks], null: not to be reached, as this rank itself REQUIRES no plan is staged. ERRORS
+  // kInternal: one cannot be read
   absl::Status SetPeers(std::vector<const std::byte*> arenas);
 
   std::byte* Address(int32_t block) const override {
@@ -79,6 +79,7 @@ class DeviceBlocks : public BlockMemory {
                                std::span<const std::byte> from) override;
   absl::StatusOr<Ticket> Fetch(int32_t block, size_t offset, size_t bytes, PeerBlock from) override;
   bool IsOpenTo(int peer) const override;
+  void ForgetPeers() override { peers_.clear(); }
   absl::StatusOr<bool> IsDone(Ticket ticket) override;
   uint64_t Written(int32_t block) const override { return told_.as<uint64_t>()[block]; }
   absl::StatusOr<bool> Advance(Reading* reading) override;

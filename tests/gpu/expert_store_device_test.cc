@@ -215,6 +215,8 @@ TEST_CASE("ranks that abandon a plan on a device go on with the next one", "[dev
       REQUIRE(machine.store(rank).Regroup(rank, transports[rank].get(), initial).ok());
     }
     machine.RequireHolds(initial);
+    REQUIRE_FALSE(machine.blocks(0).IsOpenTo(1));
+    if (open) machine.SetPeers();
     const MigrationPlan plan = Relay(initial, 2);
     machine.Stage(plan, initial);
     machine.PollUntilStaged(1 << 20);
