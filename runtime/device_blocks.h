@@ -20,10 +20,10 @@ namespace ballast {
 //
 // All of it goes over a side stream of its own, of the lowest priority: a step's stream waits for
 // none of it. Pieces come from and go to pinned memory of the host, or straight from the arena of
-// another rank (SetPeers). Checksums are the device's, of what lies in the block, by few thread
-// blocks. Once made, nothing but AddBlocks, SetPeers, Fill and Wait allocates, frees or waits, so
-// nothing takes a lock of the driver for long: memory is there, kernels are loaded, and every kind
-// of copy has been made once.
+// another rank (SetPeers). Checksums are the device's, of a whole block as it lies there when its
+// last piece has come, by few thread blocks. Once made, nothing but AddBlocks, SetPeers, Fill and
+// Wait allocates, frees or waits, so nothing takes a lock of the driver for long: memory is there,
+// kernels are loaded, and every kind of copy has been made once.
 //
 // Who brings a block into use again after a flip sees to it that no kernel reads it by the tables
 // from before: the side stream waits for the streams of steps no more than they for it.
@@ -90,9 +90,7 @@ class DeviceBlocks : public BlockMemory {
   absl::Status Make();
   absl::Status TryAll();
   absl::StatusOr<Ticket> BringIn(int32_t block, size_t offset, const std::byte* from, size_t bytes);
-  absl::Status BeginSum(int32_t word);
-  absl::Status AddToSum(int32_t word, int32_t block, size_t offset, size_t bytes);
-  absl::Status TellSum(int32_t word);
+  absl::Status TakeSum(int32_t block, int32_t word);
   absl::StatusOr<Ticket> Mark();
   absl::Status LookAround();
   std::span<std::byte> Room(int32_t room) const;
