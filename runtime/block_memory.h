@@ -55,8 +55,8 @@ class BlockMemory {
   virtual bool IsFull() = 0;
   // Starts to copy a piece out of a block. REQUIRES !IsFull(), offset a multiple of 16, as below
   virtual absl::StatusOr<Ticket> Read(int32_t block, size_t offset, std::span<std::byte> to) = 0;
-  // Starts to copy a piece into a block, from a message or a room, and to add its checksum to
-  // Written(block). A block is written from its begin to its end, without gaps.
+  // Starts to copy a piece into a block, from a message or a room. A block is written from its
+  // begin to its end, without gaps.
   virtual absl::StatusOr<Ticket> Write(int32_t block, size_t offset,
                                        std::span<const std::byte> from) = 0;
   // Write from the same place of a block of another rank, at an address that it need not send.
@@ -68,10 +68,13 @@ class BlockMemory {
                                        PeerBlock from) = 0;
   // Whether the peer can Fetch what lies here.
   virtual bool IsOpenTo(int peer) const = 0;
+  // Who the peers were counts no more: nobody can fetch from here, until they are told anew.
+  virtual void ForgetPeers() = 0;
   // ERRORS what was under way has failed; nothing of it counts
   virtual absl::StatusOr<bool> IsDone(Ticket ticket) = 0;
-  // The BlockChecksum of what Write or Fetch brought, as it lies in the block.
-  // REQUIRES the block has been written to its end, and all of that is done
+  // The BlockChecksum of what Write and Fetch brought, as it lies in the block: of each piece when
+  // it had come, or of all when the last one had. REQUIRES the block has been written to its end,
+  // and all of that is done
   virtual uint64_t Written(int32_t block) const = 0;
 
   // A block whose checksum is taken, a part at a time.
@@ -112,6 +115,7 @@ class HostBlocks : public BlockMemory {
                                std::span<const std::byte> from) override;
   absl::StatusOr<Ticket> Fetch(int32_t, size_t, size_t, PeerBlock) override;
   bool IsOpenTo(int) const override { return false; }
+  void ForgetPeers() override {}
   absl::StatusOr<bool> IsDone(Ticket) override { return true; }
   uint64_t Written(int32_t block) const override { return written_[block]; }
   absl::StatusOr<bool> Advance(Reading* reading) override;

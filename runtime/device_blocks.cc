@@ -111,7 +111,7 @@ absl::Status DeviceBlocks::AddBlocks(int32_t count) {
     told_ = std::move(told);
     arena_ = own_arena_.data();
     capacity_ = wanted;
-    peers_.clear();
+    ForgetPeers();
   }
   num_blocks_ = wanted;
   return absl::OkStatus();
@@ -189,22 +189,14 @@ absl::Status DeviceBlocks::Wait() {
   return absl::OkStatus();
 }
 
-absl::Status DeviceBlocks::BeginSum(int32_t word) {
-  return cuda::Copy(sums_.as<uint64_t>() + word, empty_sum_.data(), sizeof(uint64_t), side_.get());
-}
-
-absl::Status DeviceBlocks::AddToSum(int32_t word, int32_t block, size_t offset, size_t bytes) {
+// Of the whole block as it lies there, when all before this is done.
+absl::Status DeviceBlocks::TakeSum(int32_t block, int32_t word) {
+  uint64_t* const sum = sums_.as<uint64_t>() + word;
+  BALLAST_RETURN_IF_ERROR(cuda::Copy(sum, empty_sum_.data(), sizeof *sum, side_.get()));
   BlockChecksumArgs args{.num_pieces = 1, .num_thread_blocks = options_.checksum_thread_blocks};
-  args.pieces[0] = {.at = Address(block) + offset,
-                    .bytes = bytes,
-                    .offset = offset,
-                    .sum = sums_.as<uint64_t>() + word};
-  return cuda::AddBlockChecksums(args, side_.get());
-}
-
-absl::Status DeviceBlocks::TellSum(int32_t word) {
-  return cuda::Copy(told_.as<uint64_t>() + word, sums_.as<uint64_t>() + word, sizeof(uint64_t),
-                    side_.get());
+  args.pieces[0] = {.at = Address(block), .bytes = block_bytes(), .offset = 0, .sum = sum};
+  BALLAST_RETURN_IF_ERROR(cuda::AddBlockChecksums(args, side_.get()));
+  return cuda::Copy(told_.as<uint64_t>() + word, sum, sizeof *sum, side_.get());
 }
 
 absl::StatusOr<BlockMemory::Ticket> DeviceBlocks::Read(int32_t block, size_t offset,
@@ -216,9 +208,7 @@ absl::StatusOr<BlockMemory::Ticket> DeviceBlocks::Read(int32_t block, size_t off
 absl::StatusOr<BlockMemory::Ticket> DeviceBlocks::BringIn(int32_t block, size_t offset,
                                                           const std::byte* from, size_t bytes) {
   BALLAST_RETURN_IF_ERROR(cuda::Copy(Address(block) + offset, from, bytes, side_.get()));
-  if (offset == 0) BALLAST_RETURN_IF_ERROR(BeginSum(block));
-  BALLAST_RETURN_IF_ERROR(AddToSum(block, block, offset, bytes));
-  if (offset + bytes == block_bytes()) BALLAST_RETURN_IF_ERROR(TellSum(block));
+  if (offset + bytes == block_bytes()) BALLAST_RETURN_IF_ERROR(TakeSum(block, block));
   return Mark();
 }
 
@@ -245,9 +235,7 @@ bool DeviceBlocks::IsOpenTo(int peer) const {
 absl::StatusOr<bool> DeviceBlocks::Advance(Reading* reading) {
   const int32_t word = capacity_ + reading->block;
   if (reading->offset == 0) {
-    BALLAST_RETURN_IF_ERROR(BeginSum(word));
-    BALLAST_RETURN_IF_ERROR(AddToSum(word, reading->block, 0, block_bytes()));
-    BALLAST_RETURN_IF_ERROR(TellSum(word));
+    BALLAST_RETURN_IF_ERROR(TakeSum(reading->block, word));
     BALLAST_ASSIGN_OR_RETURN(reading->ticket, Mark());
     reading->offset = block_bytes();
     return false;

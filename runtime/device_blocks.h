@@ -20,10 +20,10 @@ namespace ballast {
 //
 // All of it goes over a side stream of its own, of the lowest priority: a step's stream waits for
 // none of it. Pieces come from and go to pinned memory of the host, or straight from the arena of
-// another rank (SetPeers). Checksums are the device's, of what lies in the block, by few thread
-// blocks. Once made, nothing but AddBlocks, SetPeers, Fill and Wait allocates, frees or waits, so
-// nothing takes a lock of the driver for long: memory is there, kernels are loaded, and every kind
-// of copy has been made once.
+// another rank (SetPeers). Checksums are the device's, of a whole block as it lies there when its
+// last piece has come, by few thread blocks. Once made, nothing but AddBlocks, SetPeers, Fill and
+// Wait allocates, frees or waits, so nothing takes a lock of the driver for long: memory is there,
+// kernels are loaded, and every kind of copy has been made once.
 //
 // Who brings a block into use again after a flip sees to it that no kernel reads it by the tables
 // from before: the side stream waits for the streams of steps no more than they for it.
@@ -53,10 +53,10 @@ class DeviceBlocks : public BlockMemory {
   size_t stride() const { return StrideOf(block_bytes()); }
   int32_t num_blocks() const override { return num_blocks_; }
 
-  // From now on the blocks of other ranks lie at `arenas`, at this process' addresses, in arenas of
-  // the same stride, and those ranks know this arena's address too. Waits.
-  // SHAPES [ranks], null: not to be reached, as this rank itself
-  // REQUIRES no plan is staged. ERRORS kInternal: one cannot be read
+  // Until ForgetPeers the blocks of other ranks lie at `arenas`, at this process' addresses, in
+  // arenas of the same stride, and those ranks know this arena's address too. Waits. SHAPES
+  // [ranks], null: not to be reached, as this rank itself REQUIRES no plan is staged. ERRORS
+  // kInternal: one cannot be read
   absl::Status SetPeers(std::vector<const std::byte*> arenas);
 
   std::byte* Address(int32_t block) const override {
@@ -79,6 +79,7 @@ class DeviceBlocks : public BlockMemory {
                                std::span<const std::byte> from) override;
   absl::StatusOr<Ticket> Fetch(int32_t block, size_t offset, size_t bytes, PeerBlock from) override;
   bool IsOpenTo(int peer) const override;
+  void ForgetPeers() override { peers_.clear(); }
   absl::StatusOr<bool> IsDone(Ticket ticket) override;
   uint64_t Written(int32_t block) const override { return told_.as<uint64_t>()[block]; }
   absl::StatusOr<bool> Advance(Reading* reading) override;
@@ -89,9 +90,7 @@ class DeviceBlocks : public BlockMemory {
   absl::Status Make();
   absl::Status TryAll();
   absl::StatusOr<Ticket> BringIn(int32_t block, size_t offset, const std::byte* from, size_t bytes);
-  absl::Status BeginSum(int32_t word);
-  absl::Status AddToSum(int32_t word, int32_t block, size_t offset, size_t bytes);
-  absl::Status TellSum(int32_t word);
+  absl::Status TakeSum(int32_t block, int32_t word);
   absl::StatusOr<Ticket> Mark();
   absl::Status LookAround();
   std::span<std::byte> Room(int32_t room) const;

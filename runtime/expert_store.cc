@@ -239,6 +239,7 @@ void ExpertStore::Abandon() {
 absl::Status ExpertStore::Regroup(int32_t rank, Transport* transport, const Placement& placement) {
   BALLAST_CHECK(!plan_.has_value());
   BALLAST_RETURN_IF_ERROR(memory_->Wait());  // some may still come from or go to messages
+  memory_->ForgetPeers();
   options_.rank = rank;
   transport_ = transport;
   MakeFlows();

@@ -112,7 +112,8 @@ class ExpertStore : public CopyStore {
 
   // Other ranks than before go on: this one as `rank`, over `transport`. Copies that `placement`
   // does not give to it are dropped, and there is room for all it gives, and to stage as many as
-  // the largest rank has slots in a layer. Waits for the memory, and may make it grow.
+  // the largest rank has slots in a layer. Waits for the memory, and may make it grow; who its
+  // peers are it has to be told again.
   // REQUIRES not staging(), no step runs. ERRORS those of the memory
   absl::Status Regroup(int32_t rank, Transport* transport, const Placement& placement);
 

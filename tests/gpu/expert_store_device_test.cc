@@ -2,7 +2,8 @@
 #include <algorithm>
 #include <atomic>
 #include <catch2/catch.hpp>
-#include <thread>
+#include <optional>
+#include <vector>
 
 #include "runtime/expert_store.h"
 #include "runtime/verifier.h"
@@ -131,23 +132,36 @@ TEST_CASE("what was corrupted on its way to a device is found", "[device][store]
   machine.RequireHolds(initial);
 }
 
-// A block that was fetched is looked at where it lies, not where it came from.
-TEST_CASE("what was corrupted in the block of a copy that arrives is found", "[device][store]") {
+TEST_CASE("what was corrupted in a device's block while the rest of it came is found",
+          "[device][store]") {
   const Placement initial = Initial();
   for (const bool open : {false, true}) {
     CAPTURE(open);
-    StoreMachine machine(initial, {.open = open, .chunk_bytes = 1024});
-    const MigrationPlan plan = Relay(initial, 1);
-    const std::vector<std::byte> before(kBlockBytes);
-    // The block that it will come into is the only one that changes at rank 1.
-    machine.Stage(plan, initial);
-    for (int i = 0; machine.store(1).bytes_received() == 0; ++i) {
+    StoreMachine machine(initial, {.open = open, .chunk_bytes = 208});
+    machine.Stage(Relay(initial, 1), initial);
+    // Rank 1 holds four experts: the next block is the fifth.
+    for (int i = 0; machine.store(1).bytes_received() < 3 * 208; ++i) {
       REQUIRE(i < 100'000);
       machine.PollAll(1);
     }
-    machine.PollUntilStaged(1 << 20);
-    machine.CommitAll(*plan.Apply(initial));
-    machine.FlipByte(1, machine.store(1).BlockOf(0, 0), 3);
+    machine.FlipByte(1, 4, 5);
+    for (int i = 0; machine.error(1).ok(); ++i) {
+      REQUIRE(i < 100'000);
+      machine.PollAll(1 << 20);
+    }
+    REQUIRE(machine.error(1).code() == absl::StatusCode::kDataLoss);
+    machine.DiscardAll();
+    machine.RequireHolds(initial);
+  }
+}
+
+TEST_CASE("a verifier has a device read its memory and waits for nothing", "[device][store]") {
+  const Placement initial = Initial();
+  ForEachSchedule([&](int round) {
+    StoreMachine machine(initial, {});
+    const int32_t layer = round % 2, expert = 2 + round / 2 % 2;  // of rank 1
+    const int32_t block = machine.store(1).BlockOf(layer, expert);
+    machine.FlipByte(1, block, static_cast<size_t>(round) * 50);
     Verifier verifier({.num_layers = kLayers, .num_experts = kExperts}, &machine.store(1));
     verifier.Ask();
     const uint64_t calls = BlockingCalls();
@@ -158,18 +172,18 @@ TEST_CASE("what was corrupted in the block of a copy that arrives is found", "[d
       pass = verifier.TakePass();
     }
     REQUIRE(BlockingCalls() == calls);
-    REQUIRE(pass->size() == 5);
+    REQUIRE(pass->size() == 4);
     const std::vector<VerifiedCopy> corrupted = verifier.TakeCorrupted();
     REQUIRE(corrupted.size() == 1);
-    REQUIRE(corrupted[0].layer == 0);
-    REQUIRE(corrupted[0].expert == 0);
+    REQUIRE(corrupted[0].layer == layer);
+    REQUIRE(corrupted[0].expert == expert);
     // It is loaded again into the same block.
-    const int32_t block = machine.store(1).BlockOf(0, 0);
-    std::ranges::copy(StoreMachine::ExpertBytes(0, 0), machine.store(1).Allocate(0, 0).begin());
-    REQUIRE(machine.store(1).Seal(0, 0).ok());
-    REQUIRE(machine.store(1).BlockOf(0, 0) == block);
-    machine.RequireHolds(*plan.Apply(initial));
-  }
+    std::ranges::copy(StoreMachine::ExpertBytes(layer, expert),
+                      machine.store(1).Allocate(layer, expert).begin());
+    REQUIRE(machine.store(1).Seal(layer, expert).ok());
+    REQUIRE(machine.store(1).BlockOf(layer, expert) == block);
+    machine.RequireHolds(initial);
+  });
 }
 
 TEST_CASE("a plan on a device given up at any moment leaves everything as it was",
@@ -215,6 +229,8 @@ TEST_CASE("ranks that abandon a plan on a device go on with the next one", "[dev
       REQUIRE(machine.store(rank).Regroup(rank, transports[rank].get(), initial).ok());
     }
     machine.RequireHolds(initial);
+    REQUIRE_FALSE(machine.blocks(0).IsOpenTo(1));
+    if (open) machine.SetPeers();
     const MigrationPlan plan = Relay(initial, 2);
     machine.Stage(plan, initial);
     machine.PollUntilStaged(1 << 20);
