@@ -82,17 +82,20 @@ function(ballast_mpi_test name)
   endforeach()
 endfunction()
 
-# ballast_serve_test(name [ALONE] SOURCES ... LIBS ...)
-# One Catch2 program that runs the command with mpirun, registered as one test per case under the label `serve`. ALONE: no
+# ballast_serve_test(name [ALONE] [COMMAND target] SOURCES ... LIBS ...)
+# One Catch2 program that runs the command (or another target) with mpirun, registered as one test per case under the label `serve`. ALONE: no
 # other test runs meanwhile, for the time within which a server hears a signal.
 function(ballast_serve_test name)
-  cmake_parse_arguments(arg "ALONE" "" "SOURCES;LIBS" ${ARGN})
+  cmake_parse_arguments(arg "ALONE" "COMMAND" "SOURCES;LIBS" ${ARGN})
+  if(NOT arg_COMMAND)
+    set(arg_COMMAND ballast)
+  endif()
   add_executable(${name}_test ${arg_SOURCES})
   target_link_libraries(${name}_test PRIVATE ${arg_LIBS} ballast_flags Catch2::Catch2WithMain)
   target_compile_definitions(${name}_test PRIVATE
-    BALLAST_SOURCE_DIR="${PROJECT_SOURCE_DIR}" BALLAST_COMMAND="$<TARGET_FILE:ballast>")
+    BALLAST_SOURCE_DIR="${PROJECT_SOURCE_DIR}" BALLAST_COMMAND="$<TARGET_FILE:${arg_COMMAND}>")
   ballast_compile_quickly(${name}_test)
-  add_dependencies(${name}_test ballast)
+  add_dependencies(${name}_test ${arg_COMMAND})
   # Open MPI leaks by design. Under a sanitizer a part of them has to do: they take minutes.
   if(BALLAST_SANITIZE)
     set(cases TEST_SPEC "[sanitized]")

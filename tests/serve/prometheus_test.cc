@@ -70,14 +70,14 @@ class Prometheus {
     config = Replace(config, "scrape_interval: 5s", "scrape_interval: 1s");
     config = Replace(config, "evaluation_interval: 5s", "evaluation_interval: 1s");
     REQUIRE(config.find("targets/*.json") != std::string::npos);
-    WriteText(dir_ / "prometheus.yml", config);
-    WriteText(dir_ / "rules.yml", ReadText(BALLAST_SOURCE_DIR "/deploy/prometheus/rules.yml"));
+    PutText(dir_ / "prometheus.yml", config);
+    PutText(dir_ / "rules.yml", ReadText(BALLAST_SOURCE_DIR "/deploy/prometheus/rules.yml"));
     json targets = json::array();
     for (const int port : server.metrics_ports()) {
       targets.push_back("127.0.0.1:" + std::to_string(port));
     }
     std::filesystem::create_directory(dir_ / "targets");
-    WriteText(dir_ / "targets/local.json",
+    PutText(dir_ / "targets/local.json",
               json::array({{{"targets", targets}, {"labels", {{"cluster", "local"}}}}}).dump());
     process_ = std::make_unique<Process>(
         std::vector<std::string>{kPrometheus, "--config.file=" + (dir_ / "prometheus.yml"),

@@ -224,7 +224,7 @@ TEST_CASE("the metrics count every token request and copy", "[serve][sanitized]"
     REQUIRE(scrape.Sum("process_open_fds") > 3);
     REQUIRE(scrape.Sum("ballast_imbalance_ratio") >= kMoeLayers);
     if (std::filesystem::exists("/usr/bin/promtool")) {
-      WriteText(dir / "metrics", scrape.text);
+      PutText(dir / "metrics", scrape.text);
       Process promtool({"bash", "-c", "promtool check metrics < " + (dir / "metrics")}, {},
                        dir / "out", dir / "out");
       INFO(ReadText(dir / "out"));

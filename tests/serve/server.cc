@@ -60,7 +60,7 @@ std::string ReadText(const std::string& path) {
   return std::move(text).str();
 }
 
-void WriteText(const std::string& path, const std::string& text) {
+void PutText(const std::string& path, const std::string& text) {
   std::ofstream(path, std::ios::binary) << text;
 }
 
@@ -202,8 +202,11 @@ int Scrape::Count(const std::string& name) const {
 Server::Server(int ranks, const std::vector<std::string>& flags, const Environment& environment)
     : ranks_(ranks) {
   const std::string ready = ready_path();
-  std::vector<std::string> arguments = {"serve",          "--model", DemoModel(),    "--port", "0",
-                                        "--metrics-port", "0",       "--ready-file", ready};
+  std::vector<std::string> arguments = {"serve", "--port",       "0",  "--metrics-port",
+                                        "0",     "--ready-file", ready};
+  if (std::ranges::find(flags, "--model") == flags.end()) {
+    arguments.insert(arguments.end(), {"--model", DemoModel()});
+  }
   arguments.insert(arguments.end(), flags.begin(), flags.end());
   process_ = std::make_unique<Process>(MpirunBallast(ranks, arguments), environment, dir_ / "log",
                                        dir_ / "log");

@@ -32,7 +32,7 @@ class TempDir {
 };
 
 std::string ReadText(const std::string& path);
-void WriteText(const std::string& path, const std::string& text);
+void PutText(const std::string& path, const std::string& text);
 std::string DemoModel();
 
 // A child of the test with its output in files. Killed, with its own children, on destruction.
@@ -93,7 +93,8 @@ class Scrape {
 
 class Server {
  public:
-  // Waits until the server is ready; a Catch assertion fails if it never is.
+  // Waits until the server is ready; a Catch assertion fails if it never is. Serves the demo's
+  // model where the flags name none.
   Server(int ranks, const std::vector<std::string>& flags, const Environment& environment = {});
   ~Server();
 

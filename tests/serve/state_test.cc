@@ -77,7 +77,7 @@ TEST_CASE("a restart goes on from the placement that was in force", "[serve]") {
 TEST_CASE("a state file that is broken is said to be, and serving starts afresh",
           "[serve][fault]") {
   TempDir dir;
-  WriteText(dir / "state.json", "{\"schema\":1,\"model\":");
+  PutText(dir / "state.json", "{\"schema\":1,\"model\":");
   Server server(1, {"--state-file", dir / "state.json"});
   CHECK(server.Log().find("state: JSON: allowed: an object") != std::string::npos);
   CHECK(server.Epoch() == 0);

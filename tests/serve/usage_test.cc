@@ -88,12 +88,12 @@ class ModelCopy {
   void EditConfig(const std::function<void(json&)>& edit) {
     json config = json::parse(ReadText(dir_ / "config.json"));
     edit(config);
-    WriteText(dir_ / "config.json", config.dump());
+    PutText(dir_ / "config.json", config.dump());
   }
   void WriteWeights() {
     const std::string text = header.dump();
     const uint64_t length = text.size();
-    WriteText(weights_path(),
+    PutText(weights_path(),
               std::string(reinterpret_cast<const char*>(&length), sizeof length) + text + data);
   }
 
@@ -171,7 +171,7 @@ TEST_CASE("a bad configuration file is named with the key and the value", "[serv
   TempDir dir;
   const std::string path = dir / "ballast.json";
   const auto refused = [&](const std::string& text, std::vector<std::string> parts) {
-    WriteText(path, text);
+    PutText(path, text);
     parts.push_back(path);
     RequireRefusal(OnFreePorts(DemoModel(), {"--config", path}), parts);
   };
@@ -189,7 +189,7 @@ TEST_CASE("a bad configuration file is named with the key and the value", "[serv
 TEST_CASE("a flag wins over the environment over the file over the default", "[serve]") {
   TempDir dir;
   const std::string path = dir / "ballast.json";
-  WriteText(
+  PutText(
       path,
       json{{"model", DemoModel()}, {"policy", "static"}, {"split", "even"}, {"slots-per-rank", 20}}
           .dump());
@@ -200,9 +200,9 @@ TEST_CASE("a flag wins over the environment over the file over the default", "[s
   REQUIRE(server.Log().find("20 slots per rank, policy never, split hash") != std::string::npos);
   REQUIRE(server.Stop() == 0);
 
-  WriteText(path, json{{"model", DemoModel()}, {"max-seqs", 0}}.dump());
+  PutText(path, json{{"model", DemoModel()}, {"max-seqs", 0}}.dump());
   RequireRefusal({"--config", path}, {"max-seqs", "0"});
-  WriteText(path, json{{"model", "/nowhere/of-the-file"}}.dump());
+  PutText(path, json{{"model", "/nowhere/of-the-file"}}.dump());
   RequireRefusal({"--config", path}, {"/nowhere/of-the-file"});
 }
 
@@ -300,7 +300,7 @@ TEST_CASE("the file of an earlier server's readiness goes away at a start only",
     INFO(ended.err);
     return ended.code;
   };
-  WriteText(ready, "{}");
+  PutText(ready, "{}");
   // Another server may be running, and it may be its file.
   REQUIRE(refused({"--port", "0", "--metrics-port", taken.port()}) == 2);
   REQUIRE(refused({"--port", "0", "--metrics-port", "0", "--dry-run"}) == 0);
@@ -312,7 +312,7 @@ TEST_CASE("the file of an earlier server's readiness goes away at a start only",
 TEST_CASE("a state file that can be neither used nor put aside is refused and left", "[serve]") {
   TempDir dir;
   const std::string state = dir / "state";
-  WriteText(state, "no state");
+  PutText(state, "no state");
   std::filesystem::create_directory(state + ".rejected");
   RequireRefusal(OnFreePorts(DemoModel(), {"--state-file", state}),
                  {"--state-file: " + state, "state: JSON: allowed: an object",
