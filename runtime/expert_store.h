@@ -105,6 +105,7 @@ class ExpertStore : public CopyStore {
   // REQUIRES no kernel on a device goes by the tables from before any more
   void Commit(const Placement& target) override;
   void Discard() override;
+  // May allocate: a message that is still posted is never used again.
   void Abandon() override;
   bool staging() const override { return plan_.has_value(); }
   bool draining() const override { return draining_; }
