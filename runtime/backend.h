@@ -34,6 +34,11 @@ class Backend {
   // numbers. ERRORS kResourceExhausted, and those of lending memory to other ranks
   virtual absl::StatusOr<std::unique_ptr<BlockMemory>> MakeBlocks(size_t block_bytes,
                                                                   int32_t num_blocks) = 0;
+  // The ranks that share a generation from now on: whose blocks can be fetched.
+  // SHAPES job_ranks as in MoeLayers::Connect. COLLECTIVE. ERRORS those of AllGather and of a
+  // device
+  virtual absl::Status ConnectBlocks(Communicator* communicator,
+                                     std::span<const int32_t> job_ranks) = 0;
   // Bytes that such layers take besides what the decoder and the experts do.
   virtual int64_t MoeLayersBytes(const MoeLayers::Options& options,
                                  const Topology& topology) const = 0;
@@ -55,6 +60,9 @@ class HostBackend : public Backend {
       const MoeLayers::Options& options) override;
   absl::StatusOr<std::unique_ptr<BlockMemory>> MakeBlocks(size_t block_bytes,
                                                           int32_t num_blocks) override;
+  absl::Status ConnectBlocks(Communicator*, std::span<const int32_t>) override {
+    return absl::OkStatus();
+  }
   int64_t MoeLayersBytes(const MoeLayers::Options&, const Topology&) const override { return 0; }
   int64_t all_memory() const override;
   bool has_own_memory() const override { return false; }

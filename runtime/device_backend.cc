@@ -40,16 +40,28 @@ absl::StatusOr<std::unique_ptr<MoeLayers>> DeviceBackend::MakeMoeLayers(
 absl::StatusOr<std::unique_ptr<BlockMemory>> DeviceBackend::MakeBlocks(size_t block_bytes,
                                                                        int32_t num_blocks) {
   const size_t bytes = DeviceBlocks::StrideOf(block_bytes) * static_cast<size_t>(num_blocks);
-  BALLAST_ASSIGN_OR_RETURN(const std::vector<std::byte*> lent, options_.lend(bytes));
-  BALLAST_ASSIGN_OR_RETURN(auto blocks,
-                           DeviceBlocks::Create({.block_bytes = block_bytes,
-                                                 .num_blocks = num_blocks,
-                                                 .arena = {lent[options_.rank], bytes}}));
-  std::vector<const std::byte*> peers(lent.begin(), lent.end());
-  peers[options_.rank] = nullptr;
-  BALLAST_RETURN_IF_ERROR(blocks->SetPeers(std::move(peers)));
+  BALLAST_ASSIGN_OR_RETURN(lent_for_blocks_, options_.lend(bytes));
+  BALLAST_ASSIGN_OR_RETURN(
+      auto blocks, DeviceBlocks::Create({.block_bytes = block_bytes,
+                                         .num_blocks = num_blocks,
+                                         .arena = {lent_for_blocks_[options_.rank], bytes}}));
   blocks_ = blocks.get();
   return blocks;
+}
+
+absl::Status DeviceBackend::ConnectBlocks(Communicator* communicator,
+                                          std::span<const int32_t> job_ranks) {
+  // Who has needed more blocks than it had at first has them in memory that others do not know.
+  const uint8_t lent = blocks_->arena() == lent_for_blocks_[options_.rank];
+  std::vector<uint8_t> all(job_ranks.size());
+  BALLAST_RETURN_IF_ERROR(communicator->AllGather(/*epoch=*/0, std::as_bytes(std::span(&lent, 1)),
+                                                  std::as_writable_bytes(std::span(all))));
+  std::vector<const std::byte*> peers(job_ranks.size());
+  for (size_t member = 0; member < peers.size(); ++member) {
+    const bool open = lent != 0 && all[member] != 0 && job_ranks[member] != options_.rank;
+    peers[member] = open ? lent_for_blocks_[job_ranks[member]] : nullptr;
+  }
+  return blocks_->SetPeers(std::move(peers));
 }
 
 absl::StatusOr<ExpertForm> DeviceBackend::MakeExpertForm(int hidden, int inter, DType dtype) const {

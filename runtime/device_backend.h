@@ -39,6 +39,8 @@ class DeviceBackend : public Backend {
   // REQUIRES they live as long as MoE layers run
   absl::StatusOr<std::unique_ptr<BlockMemory>> MakeBlocks(size_t block_bytes,
                                                           int32_t num_blocks) override;
+  absl::Status ConnectBlocks(Communicator* communicator,
+                             std::span<const int32_t> job_ranks) override;
   int64_t MoeLayersBytes(const MoeLayers::Options& options,
                          const Topology& topology) const override {
     return static_cast<int64_t>(DeviceMoeLayers::MemoryBytes(options, topology));
@@ -53,7 +55,8 @@ class DeviceBackend : public Backend {
 
   const Options options_;
   const cuda::OwnedStream stream_;
-  const DeviceBlocks* blocks_ = nullptr;  // made last
+  DeviceBlocks* blocks_ = nullptr;           // made last
+  std::vector<std::byte*> lent_for_blocks_;  // [ranks of the job]
 };
 
 }  // namespace ballast

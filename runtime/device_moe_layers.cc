@@ -40,7 +40,7 @@ struct DeviceMoeLayers::Layout {
   std::array<size_t, kNumParts> PartBytes(const Options& options) const;
 
   int32_t places;                 // ranks of the job
-  int32_t max_hosts, max_groups;  // of a layer, of a rank in a layer
+  int32_t max_hosts, max_groups;  // of a layer, of a rank in a layer; under any placement
   size_t table_stride;            // bytes of a layer
   size_t log_stride;              // words of a layer: counts, quota, load
   ArenaShape shape;
@@ -48,10 +48,12 @@ struct DeviceMoeLayers::Layout {
 
 DeviceMoeLayers::Layout::Layout(const Options& o, const Topology& topology)
     : places(topology.num_ranks()),
-      max_hosts(topology.num_slots()),
-      max_groups(0),
+      // Ranks that are left get more slots where theirs do not do, and those that come back have
+      // theirs.
+      max_hosts(std::min(topology.num_slots() + o.gate.num_experts + topology.num_ranks(),
+                         topology.num_ranks() * o.gate.num_experts)),
+      max_groups(o.gate.num_experts),
       table_stride(0) {
-  for (int32_t r = 0; r < places; ++r) max_groups = std::max(max_groups, topology.slots_on(r));
   shape = {.num_ranks = places,
            .num_places = places,
            .num_experts = o.gate.num_experts,
@@ -266,8 +268,12 @@ absl::Status DeviceMoeLayers::MakeTables(const Placement& placement, const Exper
 absl::Status DeviceMoeLayers::Use(const Placement& placement, const ExpertStore& store) {
   BALLAST_RETURN_IF_ERROR(MakeTables(placement, store, &tables_in_use_));
   hosts_of_layer_.clear();
+  num_groups_ = 0;
   for (int32_t layer = 0; layer < placement.num_layers(); ++layer) {
-    hosts_of_layer_.push_back(static_cast<int32_t>(placement.hosts(layer).host_rank.size()));
+    const std::span<const int32_t> ranks = placement.hosts(layer).host_rank;
+    hosts_of_layer_.push_back(static_cast<int32_t>(ranks.size()));
+    num_groups_ =
+        std::max(num_groups_, static_cast<int32_t>(std::ranges::count(ranks, exchange_.rank)));
   }
   // The copy before this one is long done: a step has ended since.
   std::memcpy(staged_tables_.data(), tables_in_use_.data(), tables_in_use_.size());
@@ -357,7 +363,7 @@ absl::Status DeviceMoeLayers::Split(const Args& args) {
                                     .num_experts = shape.num_experts,
                                     .num_ranks = shape.num_ranks,
                                     .max_hosts = layout_->max_hosts,
-                                    .max_groups = layout_->max_groups,
+                                    .max_groups = num_groups_,
                                     .rank = exchange_.rank,
                                     .row_align = 1,
                                     .row_capacity = shape.row_capacity,
@@ -402,11 +408,10 @@ absl::Status DeviceMoeLayers::RunExperts(const Args& args) {
       reinterpret_cast<const int32_t*>(tables_.data() + layout_->TableOf(args.layer).blocks);
   return cuda::GroupedMlp(
       {.shape = expert_,
-       .groups = {.num_groups = layout_->max_groups,
+       .groups = {.num_groups = num_groups_,
                   .num_rows = capacity,
                   .max_rows = static_cast<int32_t>(rows),
-                  .size = rows <= kSmallRows * layout_->max_groups ? GroupSize::kSmall
-                                                                   : GroupSize::kLarge,
+                  .size = rows <= kSmallRows * num_groups_ ? GroupSize::kSmall : GroupSize::kLarge,
                   .begin = group_begin_.as<int32_t>(),
                   .rows = group_rows_.as<int32_t>(),
                   .block = blocks,

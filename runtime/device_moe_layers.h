@@ -95,6 +95,7 @@ class DeviceMoeLayers : public MoeLayers {
   Exchange exchange_;
   std::vector<int32_t> members_;         // their places
   std::vector<int32_t> hosts_of_layer_;  // [layers] number of hosts
+  int32_t num_groups_ = 0;               // most experts of a layer that this rank has
   std::vector<std::byte> tables_in_use_;
   uint64_t choice_hash_ = 0;
   // Of a step.

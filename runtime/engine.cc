@@ -208,6 +208,7 @@ absl::Status Engine::JoinGroup(Group group, int64_t last_step) {
                                              }});
   BALLAST_RETURN_IF_ERROR(decoder_->moe().Connect(comm.get(), group.ranks, placement.topology()));
   BALLAST_RETURN_IF_ERROR(store_->Regroup(group.member, transport.get(), placement));
+  BALLAST_RETURN_IF_ERROR(backend_->ConnectBlocks(comm.get(), group.ranks));
   comm_ = std::move(comm);
   CountSent();
   transport_ = std::move(transport);

@@ -36,7 +36,7 @@ class MoeLayers {
   // The ranks that it works with from now on; what this one has under way is given up. The first
   // time these are all ranks of the job. To be followed by Use.
   // SHAPES job_ranks [communicator->size()]: their numbers in the job, ascending
-  // REQUIRES no rank has ever more slots than in the first topology
+  // REQUIRES never more slots than in the first topology, and one for each expert and rank
   // COLLECTIVE. ERRORS those of the means by which they exchange rows
   virtual absl::Status Connect(Communicator* communicator, std::span<const int32_t> job_ranks,
                                const Topology& topology) = 0;
