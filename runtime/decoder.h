@@ -48,7 +48,7 @@ class Decoder {
  public:
   struct Options {
     MoeLayers::Options moe;  // its dtype is that of all
-    int32_t max_logits = 0;  // of one batch, whose most tokens moe says: a device takes their memory
+    int32_t max_logits = 0;  // of one batch; moe says how many tokens: a device takes the memory
   };
   // REQUIRES `backend` outlives it
   static absl::StatusOr<std::unique_ptr<Decoder>> Create(const Checkpoint& checkpoint,

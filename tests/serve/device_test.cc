@@ -109,7 +109,7 @@ TEST_CASE("a rank that dies with its device costs no request", "[serve]") {
   CHECK(server->Stop() == 0);
 }
 
-TEST_CASE("what a device cannot do is refused", "[serve]") {
+TEST_CASE("what a device cannot do is refused", "[serve][sanitized]") {
   const SmallModel model;
   const auto run = [&](std::vector<std::string> flags) {
     flags.insert(flags.begin(), {"serve", "--model", DemoModel(), "--device", "cuda"});
