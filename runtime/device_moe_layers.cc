@@ -275,7 +275,8 @@ absl::Status DeviceMoeLayers::Use(const Placement& placement, const ExpertStore&
     num_groups_ =
         std::max(num_groups_, static_cast<int32_t>(std::ranges::count(ranks, exchange_.rank)));
   }
-  // The copy before this one is long done: a step has ended since.
+  // The copy before this one may have been put there since the last step; it does not take long.
+  BALLAST_RETURN_IF_ERROR(cuda::Wait(device_.stream));
   std::memcpy(staged_tables_.data(), tables_in_use_.data(), tables_in_use_.size());
   return cuda::Copy(tables_.data(), staged_tables_.data(), tables_in_use_.size(), device_.stream);
 }

@@ -197,8 +197,7 @@ class Scene {
       batches.push_back(rests ? Batch{} : sequences_[r].Next(count));
       ranks_[r]->Begin(batches.back());
     }
-    int64_t copies = 0;
-    for (const Batch& batch : batches) copies += batch.num_tokens() * config().gate.top_k;
+    std::vector<std::vector<LayerCounts>> all_counts;  // [ranks][layers]
     std::vector<uint64_t> hashes;
     for (size_t r = 0; r < ranks_.size(); ++r) {
       CAPTURE(ranks_.size(), r);
@@ -211,13 +210,10 @@ class Scene {
         greedy.push_back(static_cast<int32_t>(std::max_element(at, at + config().vocab_size) - at));
       }
       REQUIRE(ranks_[r]->greedy() == greedy);
-      for (const LayerCounts& layer : of_layers) RequireCounts(layer, copies);
-      MoeLayers& moe = ranks_[r]->decoder().moe();
-      hashes.push_back(moe.TakeChoiceHash());
-      const auto ids = moe.Ids(config().num_moe_layers() - 1);
-      RequireOk(ids.status());
-      REQUIRE(static_cast<int32_t>(ids->size()) == batches[r].num_tokens() * config().gate.top_k);
+      all_counts.push_back(std::move(of_layers));
+      hashes.push_back(ranks_[r]->decoder().moe().TakeChoiceHash());
     }
+    RequireCounts(batches, all_counts);
     REQUIRE(hashes == std::vector<uint64_t>(hashes.size(), hashes[0]));
   }
 
@@ -236,13 +232,32 @@ class Scene {
     }
     return logits;
   }
-  void RequireCounts(const LayerCounts& layer, int64_t copies) const {
-    int64_t counted = 0, load = 0;
-    for (const auto& kind : layer.counts) counted += std::accumulate(kind.begin(), kind.end(), 0);
-    for (const int64_t of_rank : layer.rank_load) load += of_rank;
-    REQUIRE(counted == copies);
-    REQUIRE(load == copies);
-    REQUIRE(layer.rank_load.size() == ranks_.size());
+  // All ranks know what the gates of all have chosen, by layer and kind.
+  void RequireCounts(const std::vector<Batch>& batches,
+                     const std::vector<std::vector<LayerCounts>>& all_counts) {
+    for (int32_t layer = 0; layer < config().num_moe_layers(); ++layer) {
+      PerKind<std::vector<int32_t>> wanted;
+      for (auto& kind : wanted) kind.assign(static_cast<size_t>(config().gate.num_experts), 0);
+      int64_t copies = 0;
+      for (size_t r = 0; r < ranks_.size(); ++r) {
+        const auto ids = ranks_[r]->decoder().moe().Ids(layer);
+        RequireOk(ids.status());
+        REQUIRE(static_cast<int32_t>(ids->size()) == batches[r].num_tokens() * config().gate.top_k);
+        copies += static_cast<int64_t>(ids->size());
+        // These batches are of one kind.
+        const TokenKind kind =
+            batches[r].num_prefill > 0 ? TokenKind::kPrefill : TokenKind::kDecode;
+        for (const int32_t id : *ids) ++wanted[kind][id];
+      }
+      for (const std::vector<LayerCounts>& of_rank : all_counts) {
+        REQUIRE(of_rank[layer].counts == wanted);
+        REQUIRE(of_rank[layer].rank_load == all_counts[0][layer].rank_load);
+        REQUIRE(of_rank[layer].rank_load.size() == ranks_.size());
+      }
+      int64_t load = 0;
+      for (const int64_t of_rank : all_counts[0][layer].rank_load) load += of_rank;
+      REQUIRE(load == copies);
+    }
   }
 
   Random random_;
