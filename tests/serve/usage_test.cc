@@ -110,6 +110,9 @@ TEST_CASE("a bad flag is named with its value and what is allowed", "[serve]") {
   RequireRefusal({"--model", DemoModel(), "--bogus=3"}, {"--bogus"});
   RequireRefusal({"--model", DemoModel(), "--split", "cost"},
                  {"--split is cost", "allowed in serve"});
+  // Without CUDA, or without a device.
+  RequireRefusal(OnFreePorts(DemoModel(), {"--device", "cuda"}),
+                 {"--device is cuda, allowed", "cpu"});
   RequireRefusal({"--port", "0"}, {"--model"});
   RequireRefusal(OnFreePorts(DemoModel(), {"--max-seqs", "0"}), {"--max-seqs", "0", "1 to 65536"});
   RequireRefusal(OnFreePorts(DemoModel(), {"--dtype", "int3"}), {"--dtype", "int3", "bf16"});
