@@ -13,7 +13,8 @@ set(BALLAST_DEVICE_SOURCES
   kernels/grouped_mlp_tensor.cu)
 
 # What the serving runtime has for devices, likewise.
-set(BALLAST_RUNTIME_DEVICE_SOURCES runtime/device_backend.cc runtime/device_blocks.cc runtime/device_moe_layers.cc)
+set(BALLAST_RUNTIME_DEVICE_SOURCES runtime/device_backend.cc runtime/device_blocks.cc runtime/device_moe_layers.cc
+  runtime/step_graphs.cc)
 
 if(BALLAST_WITH_CUDA)
   enable_language(CUDA)

@@ -95,6 +95,11 @@ class Communicator {
   absl::Status LookAround();
   // Likewise: this rank has waited for `peer` in vain.
   void Miss(int peer) { missing_.push_back(peer); }
+  // Likewise: so long it was, and took so much of a processor.
+  void CountWait(int64_t ns, int64_t cpu_ns) {
+    wait_ns_ += ns;
+    wait_cpu_ns_ += cpu_ns;
+  }
   // Ranks that the last wait missed when its deadline passed.
   const std::vector<int>& missing() const { return missing_; }
   // Time, and CPU time, that this rank has spent in Wait and AllGather since the start.

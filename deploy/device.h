@@ -11,7 +11,7 @@
 
 namespace ballast {
 
-// Takes a device of this machine for a rank: the ranks that `node_rank` counts take them in turn.
+// Takes a device of this machine for a rank, the `node_rank`-th of this machine's.
 // `world`, over which ranks lend each other memory, must outlive it.
 // ERRORS kInvalidArgument: this build has no CUDA, or the machine no device that it runs on
 absl::StatusOr<std::unique_ptr<Backend>> MakeDeviceBackend(int32_t node_rank, Communicator* world);

@@ -257,11 +257,14 @@ absl::Status Server::StartMetrics() {
 
 // All ranks go on, or all return the failure of one of them.
 absl::Status Server::Agree(absl::Status mine, const char* what) {
-  const int failed = mpi_->Highest(mine.ok() ? -1 : mpi_->size() - mpi_->rank());
+  // Who only waited in vain for one that failed knows less.
+  const int weight = absl::IsDeadlineExceeded(mine) ? 1 : mpi_->size() + 1;
+  const int own = mine.ok() ? -1 : weight + mpi_->size() - 1 - mpi_->rank();
+  const int failed = mpi_->Highest(own);
   if (failed < 0) return absl::OkStatus();
-  // The lowest rank that failed speaks, and all end with its code. They learn it only after it has
-  // spoken: mpirun kills all ranks when the first one leaves.
-  const bool speaks = mpi_->size() - failed == mpi_->rank();
+  // The lowest of the ranks that failed speaks, and all end with its code. They learn it only after
+  // it has spoken: mpirun kills all ranks when the first one leaves.
+  const bool speaks = failed == own;
   if (speaks) {
     std::fprintf(stderr, "ballast: rank %d: %s\n", mpi_->rank(),
                  std::string(mine.message()).c_str());

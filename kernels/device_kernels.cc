@@ -8,6 +8,7 @@ namespace ballast {
 const KernelSet& PlainDeviceKernels() {
   static const KernelSet plain = {.name = "cuda-plain",
                                   .memory = &cuda::DeviceMemory(),
+                                  .host_memory = &cuda::PinnedMemory(),
                                   .make_matmul = cuda::MakePlainDeviceMatmul,
                                   .gate = cuda::Gate,
                                   .embed = cuda::Embed,

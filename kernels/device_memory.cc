@@ -2,6 +2,7 @@
 
 #include <cuda_runtime.h>
 
+#include <cstdlib>
 #include <cstring>
 
 #include "absl/strings/str_cat.h"
@@ -82,13 +83,24 @@ Memory& PinnedMemory() {
   return memory;
 }
 
-absl::Status UseDevice(int32_t index) {
+absl::Status UseDevice(int32_t device) {
+  constexpr int kLeastConnections = 8;
+  setenv("CUDA_MODULE_LOADING", "EAGER", /*overwrite=*/0);
+  setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", /*overwrite=*/0);
+  const char* const connections = std::getenv("CUDA_DEVICE_MAX_CONNECTIONS");
+  if (std::atoi(connections) < kLeastConnections) {
+    return absl::FailedPreconditionError(absl::StrCat(
+        "CUDA_DEVICE_MAX_CONNECTIONS is ", connections, ", allowed: ", kLeastConnections,
+        " and above: streams must not stand behind each other"));
+  }
   int count = 0;
-  const absl::Status counted =
-      StatusOf(cudaGetDeviceCount(&count), "looking for devices", absl::StatusCode::kUnavailable);
-  if (!counted.ok()) return counted;
-  if (count == 0) return absl::UnavailableError("there is no CUDA device");
-  const int device = index % count;
+  BALLAST_RETURN_IF_ERROR(
+      StatusOf(cudaGetDeviceCount(&count), "looking for devices", absl::StatusCode::kUnavailable));
+  if (device >= count) {
+    return absl::UnavailableError(
+        absl::StrCat("device ", device, " is wanted, the machine has ", count,
+                     "; ranks that share one would wait for each other's kernels"));
+  }
   BALLAST_RETURN_IF_ERROR(StatusOf(cudaSetDevice(device), "cudaSetDevice"));
   int major = 0;
   BALLAST_RETURN_IF_ERROR(
@@ -100,10 +112,10 @@ absl::Status UseDevice(int32_t index) {
                                                     " and above"));
 }
 
-int64_t AllMemory() {
+int64_t FreeMemory() {
   size_t left = 0, all = 0;
   if (cudaMemGetInfo(&left, &all) != cudaSuccess) return 0;
-  return static_cast<int64_t>(all);
+  return static_cast<int64_t>(left);
 }
 
 absl::Status Copy(void* to, const void* from, size_t bytes, Stream stream) {
@@ -161,6 +173,29 @@ absl::StatusOr<bool> Event::IsDone() const {
 
 absl::Status Event::HoldBack(Stream stream) const {
   return StatusOf(cudaStreamWaitEvent(stream, event_, 0), "cudaStreamWaitEvent");
+}
+
+absl::StatusOr<Graph> Graph::Capture(Stream stream, const std::function<absl::Status()>& work) {
+  BALLAST_RETURN_IF_ERROR(
+      StatusOf(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "capture"));
+  absl::Status captured = work();
+  cudaGraph_t graph = nullptr;
+  captured.Update(StatusOf(cudaStreamEndCapture(stream, &graph), "the end of a capture"));
+  cudaGraphExec_t exec = nullptr;
+  if (captured.ok()) {
+    captured = StatusOf(cudaGraphInstantiate(&exec, graph, 0), "cudaGraphInstantiate");
+  }
+  if (graph != nullptr) static_cast<void>(cudaGraphDestroy(graph));
+  if (!captured.ok()) return captured;
+  return Graph(exec);
+}
+
+Graph::~Graph() {
+  if (graph_ != nullptr) static_cast<void>(cudaGraphExecDestroy(graph_));
+}
+
+absl::Status Graph::Launch(Stream stream) const {
+  return StatusOf(cudaGraphLaunch(graph_, stream), "cudaGraphLaunch");
 }
 
 }  // namespace ballast::cuda

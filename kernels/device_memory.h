@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <span>
 #include <utility>
 
@@ -13,6 +14,7 @@
 #include "kernels/stream.h"
 
 struct CUevent_st;
+struct CUgraphExec_st;
 
 namespace ballast::cuda {
 
@@ -22,12 +24,14 @@ Memory& DeviceMemory();
 // The host's, pinned: copies between it and a device run beside what the host does.
 Memory& PinnedMemory();
 
-// Device `index mod the number of devices` is this thread's from now on. ERRORS kUnavailable: there
-// is none; kFailedPrecondition: it is older than what the kernels are for (sm_80)
+// Device `index` is this thread's from now on. Before the first call of CUDA: kernels are loaded at
+// once, since a load in mid-step would wait for kernels that wait for others.
+// ERRORS kUnavailable: there is none of that number; kFailedPrecondition: it is older than what the
+//        kernels are for (sm_80), or CUDA_DEVICE_MAX_CONNECTIONS leaves too few queues
 absl::Status UseDevice(int32_t index);
 
-// Bytes of the memory of the device that is current; 0 where there is none.
-int64_t AllMemory();
+// Bytes of the memory of the device that is current and that nobody has taken; 0: there is none.
+int64_t FreeMemory();
 
 // From and to the device, or within it; the host's memory should be pinned.
 // STREAM asynchronous. ERRORS kInternal
@@ -40,7 +44,7 @@ absl::StatusOr<bool> IsDone(Stream stream);
 // A stream that waits for no other.
 class OwnedStream {
  public:
-  enum class Priority { kNormal, kLow };  // kLow: gets what others leave
+  enum class Priority { kHigh, kLow };  // kLow: gets what others leave
   static absl::StatusOr<OwnedStream> Create(Priority priority);
   OwnedStream(OwnedStream&& other) noexcept : stream_(std::exchange(other.stream_, nullptr)) {}
   OwnedStream& operator=(OwnedStream&& other) noexcept {
@@ -74,6 +78,25 @@ class Event {
  private:
   explicit Event(CUevent_st* event) : event_(event) {}
   CUevent_st* event_;
+};
+
+// Work that a stream was given once, to be launched again and again.
+class Graph {
+ public:
+  // Runs `work`, which puts on `stream` what the graph is to hold, and nothing on others; none of
+  // it is done then. ERRORS those of `work`; kInternal: it cannot be captured
+  static absl::StatusOr<Graph> Capture(Stream stream, const std::function<absl::Status()>& work);
+  Graph(Graph&& other) noexcept : graph_(std::exchange(other.graph_, nullptr)) {}
+  Graph& operator=(Graph&& other) noexcept {
+    std::swap(graph_, other.graph_);
+    return *this;
+  }
+  ~Graph();
+  absl::Status Launch(Stream stream) const;
+
+ private:
+  explicit Graph(CUgraphExec_st* graph) : graph_(graph) {}
+  CUgraphExec_st* graph_;
 };
 
 }  // namespace ballast::cuda

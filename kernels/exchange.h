@@ -110,7 +110,7 @@ absl::Status CheckArenaShape(const ArenaShape& shape);
 // What changes from one exchange to the next, in device memory: a captured graph serves all of
 // them.
 struct ExchangeState {
-  uint32_t status = 0;  // stays what it first became; kernels that find it set do nothing
+  uint32_t status = 0;  // kernels leave it as it first became, and do nothing when it is set
   uint32_t number = 0;  // of the exchange: flags begin as the same; the counts add one
   int32_t blocks_done = 0, blocks_begun = 0;  // of a kernel; the counts clear them
 };

@@ -6,6 +6,7 @@ namespace {
 KernelSet MakeCpuSet(const char* name, decltype(KernelSet::make_matmul) make_matmul) {
   return {.name = name,
           .memory = &HostMemory(),
+          .host_memory = &HostMemory(),
           .make_matmul = make_matmul,
           .gate = cpu::Gate,
           .embed = cpu::Embed,

@@ -14,7 +14,8 @@ namespace ballast {
 // One backend: the same operations, with the same signatures, chosen at start.
 struct KernelSet {
   const char* name;
-  Memory* memory;  // of all arrays that the operations are given
+  Memory* memory;       // of all arrays that the operations are given
+  Memory* host_memory;  // of arrays on the host that are copied from there: pinned for a device
   absl::StatusOr<std::unique_ptr<Matmul>> (*make_matmul)(int n, int k, DType dtype);
   absl::Status (*gate)(const GateArgs&, Stream);
   absl::Status (*embed)(const EmbedArgs&, Stream);

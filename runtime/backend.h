@@ -2,7 +2,10 @@
 #ifndef BALLAST_RUNTIME_BACKEND_H_
 #define BALLAST_RUNTIME_BACKEND_H_
 
+#include <compare>
 #include <cstddef>
+#include <cstdint>
+#include <functional>
 #include <memory>
 
 #include "absl/status/statusor.h"
@@ -14,6 +17,12 @@
 #include "runtime/moe_layers.h"
 
 namespace ballast {
+
+// What decides how a step that decodes is launched, besides what the step before had too.
+struct StepShape {
+  int32_t tokens = 0, logits = 0, greedy = 0;
+  auto operator<=>(const StepShape&) const = default;
+};
 
 // How one routed expert is packed: what travels between ranks, and what its checksum covers.
 struct ExpertForm {
@@ -30,6 +39,9 @@ class Backend {
   virtual Stream stream() const = 0;
   virtual absl::StatusOr<std::unique_ptr<MoeLayers>> MakeMoeLayers(
       const MoeLayers::Options& options) = 0;
+  // Runs `work`, or what it put on the stream when shape and version were the same the last time.
+  virtual absl::Status RunStep(const StepShape& shape, int64_t version,
+                               const std::function<absl::Status()>& work) = 0;
   // The memory of this rank's experts. COLLECTIVE on a device: all ranks of the job, with the same
   // numbers. ERRORS kResourceExhausted, and those of lending memory to other ranks
   virtual absl::StatusOr<std::unique_ptr<BlockMemory>> MakeBlocks(size_t block_bytes,
@@ -42,8 +54,8 @@ class Backend {
   // Bytes that such layers take besides what the decoder and the experts do.
   virtual int64_t MoeLayersBytes(const MoeLayers::Options& options,
                                  const Topology& topology) const = 0;
-  // Bytes of all memory there is, and whether it is for this rank alone (a device), or for all
-  // ranks of the machine.
+  // Bytes of memory that may be taken, and whether they are for this rank alone (a device), or for
+  // all ranks of the machine.
   virtual int64_t all_memory() const = 0;
   virtual bool has_own_memory() const = 0;
   // THREADS any
@@ -58,6 +70,10 @@ class HostBackend : public Backend {
   Stream stream() const override { return nullptr; }
   absl::StatusOr<std::unique_ptr<MoeLayers>> MakeMoeLayers(
       const MoeLayers::Options& options) override;
+  absl::Status RunStep(const StepShape&, int64_t,
+                       const std::function<absl::Status()>& work) override {
+    return work();
+  }
   absl::StatusOr<std::unique_ptr<BlockMemory>> MakeBlocks(size_t block_bytes,
                                                           int32_t num_blocks) override;
   absl::Status ConnectBlocks(Communicator*, std::span<const int32_t>) override {

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <numeric>
+#include <optional>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -57,6 +59,7 @@ void Batch::Clear() {
 Decoder::Decoder(const ModelConfig& config, const Options& options, Backend* backend)
     : config_(config),
       options_(options),
+      backend_(backend),
       kernels_(backend->kernels()),
       stream_(backend->stream()),
       embedding_(kernels_.memory),
@@ -73,7 +76,9 @@ Decoder::Decoder(const ModelConfig& config, const Options& options, Backend* bac
       branch_(kernels_.memory),
       logits_in_(kernels_.memory),
       logits_(kernels_.memory),
-      greedy_(kernels_.memory) {}
+      greedy_(kernels_.memory),
+      host_logits_(kernels_.host_memory),
+      host_greedy_(kernels_.host_memory) {}
 
 Decoder::~Decoder() = default;
 
@@ -101,10 +106,8 @@ absl::StatusOr<std::unique_ptr<Decoder>> Decoder::Create(const Checkpoint& check
   // A device takes its memory before it serves: to take more would hold everything up.
   if (decoder->kernels_.memory != &HostMemory()) {
     BALLAST_RETURN_IF_ERROR(decoder->Reserve(options.moe.max_tokens, options.max_logits));
-    const int32_t blocks = (config.context_tokens + kKvBlockTokens - 1) / kKvBlockTokens;
-    const size_t words = 3 * static_cast<size_t>(options.moe.max_tokens) +
-                         static_cast<size_t>(options.max_logits) * (1 + blocks) +
-                         5 * kCacheLineBytes;
+    const std::array<size_t, 5> room = decoder->InputRoom();
+    const size_t words = std::accumulate(room.begin(), room.end(), 5 * kCacheLineBytes);
     BALLAST_RETURN_IF_ERROR(decoder->inputs_.EnsureSize(words * sizeof(int32_t)));
   }
   return decoder;
@@ -142,7 +145,10 @@ absl::Status Decoder::MakeProducts() {
   BALLAST_ASSIGN_OR_RETURN(qkv_, kernels_.make_matmul(q + 2 * kv, c.hidden, dtype));
   BALLAST_ASSIGN_OR_RETURN(out_, kernels_.make_matmul(c.hidden, q, dtype));
   BALLAST_ASSIGN_OR_RETURN(head_matmul_, kernels_.make_matmul(c.vocab_size, c.hidden, dtype));
-  BALLAST_ASSIGN_OR_RETURN(dense_mlp_, GatedMlp::Create(kernels_, c.hidden, c.dense_inter, dtype));
+  if (c.num_dense_layers > 0) {
+    BALLAST_ASSIGN_OR_RETURN(dense_mlp_,
+                             GatedMlp::Create(kernels_, c.hidden, c.dense_inter, dtype));
+  }
   if (c.shared_inter > 0) {
     BALLAST_ASSIGN_OR_RETURN(shared_mlp_,
                              GatedMlp::Create(kernels_, c.hidden, c.shared_inter, dtype));
@@ -234,10 +240,23 @@ absl::Status Decoder::Reserve(int32_t num_tokens, int32_t num_logits) {
       {&logits_, wanted * static_cast<size_t>(c.vocab_size) * sizeof(float)},
       {&greedy_, wanted * sizeof(int32_t)}};
   for (const auto& [buffer, bytes] : sizes) BALLAST_RETURN_IF_ERROR(buffer->EnsureSize(bytes));
+  if (kernels_.memory != &HostMemory()) {
+    BALLAST_RETURN_IF_ERROR(host_logits_.EnsureSize(logits_.size()));
+    BALLAST_RETURN_IF_ERROR(host_greedy_.EnsureSize(greedy_.size()));
+  }
   for (GatedMlp* mlp : {dense_mlp_.get(), shared_mlp_.get()}) {
     if (mlp != nullptr) BALLAST_RETURN_IF_ERROR(mlp->Reserve(num_tokens));
   }
   return absl::OkStatus();
+}
+
+// How many numbers each part of the inputs may have, as far as that was announced.
+std::array<size_t, 5> Decoder::InputRoom() const {
+  const size_t tokens = static_cast<size_t>(options_.moe.max_tokens);
+  const size_t sequences = static_cast<size_t>(options_.max_logits);
+  const size_t blocks =
+      static_cast<size_t>((config_.context_tokens + kKvBlockTokens - 1) / kKvBlockTokens);
+  return {tokens, tokens, tokens, sequences * blocks, sequences};
 }
 
 // Puts the batch where the kernels read it.
@@ -246,11 +265,13 @@ absl::StatusOr<Decoder::Inputs> Decoder::TakeIn(const Batch& batch) {
   wanted_rows_.insert(wanted_rows_.end(), batch.greedy_rows.begin(), batch.greedy_rows.end());
   const std::vector<int32_t>* const parts[] = {&batch.token, &batch.position, &batch.table_offset,
                                                &batch.block_table, &wanted_rows_};
+  // At the same places in every batch of up to the announced size.
+  const std::array<size_t, 5> room = InputRoom();
   constexpr size_t kLine = kCacheLineBytes / sizeof(int32_t);
   size_t begin[5], end = 0;
   for (size_t i = 0; i < 5; ++i) {
     begin[i] = end;
-    end = RoundUp(end + parts[i]->size(), kLine);
+    end = RoundUp(end + std::max(room[i], parts[i]->size()), kLine);
   }
   input_words_.resize(end);
   for (size_t i = 0; i < 5; ++i) {
@@ -387,9 +408,7 @@ absl::Status Decoder::RunMoe(const Layer& layer, int32_t moe_layer, const Batch&
        .y = residual_.as<float>()});
 }
 
-absl::Status Decoder::MakeLogits(const Batch& batch, const Inputs& inputs) {
-  num_logits_ = batch.logit_rows.size();
-  num_greedy_ = batch.greedy_rows.size();
+absl::Status Decoder::MakeLogits(const Inputs& inputs) {
   const int rows = static_cast<int>(num_logits_ + num_greedy_);
   if (rows == 0) return absl::OkStatus();
   BALLAST_RETURN_IF_ERROR(kernels_.rms_norm({.num_rows = rows,
@@ -414,10 +433,32 @@ absl::Status Decoder::MakeLogits(const Batch& batch, const Inputs& inputs) {
 
 absl::Status Decoder::Begin(const Batch& batch, const KvCache& cache,
                             const std::function<absl::Status()>& between_layers) {
-  BALLAST_RETURN_IF_ERROR(
-      Reserve(batch.num_tokens(),
-              static_cast<int32_t>(batch.logit_rows.size() + batch.greedy_rows.size())));
+  const int32_t wanted = static_cast<int32_t>(batch.logit_rows.size() + batch.greedy_rows.size());
+  BALLAST_RETURN_IF_ERROR(Reserve(batch.num_tokens(), wanted));
   BALLAST_ASSIGN_OR_RETURN(const Inputs inputs, TakeIn(batch));
+  num_logits_ = batch.logit_rows.size();
+  num_greedy_ = batch.greedy_rows.size();
+  const std::optional<int64_t> version = moe_->launch_version();
+  // Batches that decode come again and again; prompts hardly ever have the same length.
+  if (!version.has_value() || batch.num_prefill > 0) {
+    return RunLayers(batch, inputs, cache, [&]() -> absl::Status {
+      BALLAST_RETURN_IF_ERROR(moe_->Pace());
+      return between_layers();
+    });
+  }
+  const StepShape shape{batch.num_tokens(), static_cast<int32_t>(num_logits_),
+                        static_cast<int32_t>(num_greedy_)};
+  BALLAST_RETURN_IF_ERROR(backend_->RunStep(shape, *version, [&] {
+    return RunLayers(batch, inputs, cache, [] { return absl::OkStatus(); });
+  }));
+  for (int32_t i = 0; i < config_.num_moe_layers(); ++i) {
+    BALLAST_RETURN_IF_ERROR(between_layers());
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Decoder::RunLayers(const Batch& batch, const Inputs& inputs, const KvCache& cache,
+                                const std::function<absl::Status()>& between_layers) {
   if (batch.num_tokens() > 0) BALLAST_RETURN_IF_ERROR(Embed(batch, inputs));
   for (int32_t i = 0; i < config_.num_layers; ++i) {
     const Layer& layer = layers_[i];
@@ -439,7 +480,7 @@ absl::Status Decoder::Begin(const Batch& batch, const KvCache& cache,
     BALLAST_RETURN_IF_ERROR(RunMoe(layer, i - config_.num_dense_layers, batch));
     BALLAST_RETURN_IF_ERROR(between_layers());
   }
-  return MakeLogits(batch, inputs);
+  return MakeLogits(inputs);
 }
 
 absl::StatusOr<BatchOutput> Decoder::Finish(std::vector<LayerCounts>* counts) {
@@ -448,16 +489,16 @@ absl::StatusOr<BatchOutput> Decoder::Finish(std::vector<LayerCounts>* counts) {
   if (kernels_.memory == &HostMemory()) {
     return BatchOutput{{logits_.as<float>(), size}, {greedy_.as<int32_t>(), num_greedy_}};
   }
-  host_logits_.resize(size);
-  host_greedy_.resize(num_greedy_);
   Memory& memory = *kernels_.memory;
-  BALLAST_RETURN_IF_ERROR(
-      memory.Read(std::as_writable_bytes(std::span(host_greedy_)), greedy_.data(), stream_));
+  if (num_greedy_ > 0) {
+    BALLAST_RETURN_IF_ERROR(
+        memory.Read({host_greedy_.data(), num_greedy_ * sizeof(int32_t)}, greedy_.data(), stream_));
+  }
   if (size > 0) {
     BALLAST_RETURN_IF_ERROR(
-        memory.Read(std::as_writable_bytes(std::span(host_logits_)), logits_.data(), stream_));
+        memory.Read({host_logits_.data(), size * sizeof(float)}, logits_.data(), stream_));
   }
-  return BatchOutput{host_logits_, host_greedy_};
+  return BatchOutput{{host_logits_.as<float>(), size}, {host_greedy_.as<int32_t>(), num_greedy_}};
 }
 
 }  // namespace ballast

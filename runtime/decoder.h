@@ -1,6 +1,7 @@
 #ifndef BALLAST_RUNTIME_DECODER_H_
 #define BALLAST_RUNTIME_DECODER_H_
 
+#include <array>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -66,7 +67,7 @@ class Decoder {
   MoeLayers& moe() { return *moe_; }
 
   // Runs a batch: Begin, then Finish. On a device Begin puts the work on the backend's stream, and
-  // Finish waits for it. `between_layers` is called after every MoE layer has begun.
+  // Finish waits for it. `between_layers` is called once for every MoE layer, which has begun then.
   // SHAPES counts [num_moe_layers]
   // REQUIRES moe() is connected and knows the placement
   // COLLECTIVE also with an empty batch
@@ -88,6 +89,7 @@ class Decoder {
                        Buffer* to);
   absl::Status LoadLayer(const Checkpoint& checkpoint, int32_t index, Layer* layer);
   absl::Status Reserve(int32_t num_tokens, int32_t num_logits);
+  std::array<size_t, 5> InputRoom() const;
   absl::StatusOr<Inputs> TakeIn(const Batch& batch);
   absl::Status Embed(const Batch& batch, const Inputs& inputs);
   absl::Status AddBranch(int rows);  // to the residual
@@ -95,10 +97,13 @@ class Decoder {
   absl::Status Attend(const Layer& layer, const Inputs& inputs, KvLayerView cache);
   absl::Status RunDense(const Layer& layer, const Batch& batch);
   absl::Status RunMoe(const Layer& layer, int32_t moe_layer, const Batch& batch);
-  absl::Status MakeLogits(const Batch& batch, const Inputs& inputs);
+  absl::Status MakeLogits(const Inputs& inputs);
+  absl::Status RunLayers(const Batch& batch, const Inputs& inputs, const KvCache& cache,
+                         const std::function<absl::Status()>& between_layers);
 
   ModelConfig config_;
   Options options_;
+  Backend* const backend_;
   const KernelSet& kernels_;
   const Stream stream_;
   ExpertForm expert_form_;
@@ -113,8 +118,7 @@ class Decoder {
   Buffer inputs_, residual_, normed_, normed_act_, qkv_out_, attended_, branch_, logits_in_,
       logits_, greedy_;
   size_t num_logits_ = 0, num_greedy_ = 0;
-  std::vector<float> host_logits_;
-  std::vector<int32_t> host_greedy_;
+  Buffer host_logits_, host_greedy_;  // of a device's
 };
 
 }  // namespace ballast

@@ -20,7 +20,7 @@ LendMemory LendByIpc(Communicator* world) {
 
 absl::StatusOr<std::unique_ptr<DeviceBackend>> DeviceBackend::Create(Options options) {
   BALLAST_ASSIGN_OR_RETURN(cuda::OwnedStream stream,
-                           cuda::OwnedStream::Create(cuda::OwnedStream::Priority::kNormal));
+                           cuda::OwnedStream::Create(cuda::OwnedStream::Priority::kHigh));
   return std::unique_ptr<DeviceBackend>(new DeviceBackend(std::move(options), std::move(stream)));
 }
 

@@ -12,6 +12,7 @@
 #include "runtime/backend.h"
 #include "runtime/device_blocks.h"
 #include "runtime/device_moe_layers.h"
+#include "runtime/step_graphs.h"
 
 namespace ballast {
 
@@ -36,6 +37,11 @@ class DeviceBackend : public Backend {
   Stream stream() const override { return stream_.get(); }
   absl::StatusOr<std::unique_ptr<MoeLayers>> MakeMoeLayers(
       const MoeLayers::Options& options) override;
+  absl::Status RunStep(const StepShape& shape, int64_t version,
+                       const std::function<absl::Status()>& work) override {
+    return graphs_.Run(shape, version, work);
+  }
+  const StepGraphs& graphs() const { return graphs_; }
   // REQUIRES they live as long as MoE layers run
   absl::StatusOr<std::unique_ptr<BlockMemory>> MakeBlocks(size_t block_bytes,
                                                           int32_t num_blocks) override;
@@ -45,16 +51,17 @@ class DeviceBackend : public Backend {
                          const Topology& topology) const override {
     return static_cast<int64_t>(DeviceMoeLayers::MemoryBytes(options, topology));
   }
-  int64_t all_memory() const override { return cuda::AllMemory(); }
+  int64_t all_memory() const override { return cuda::FreeMemory(); }
   bool has_own_memory() const override { return true; }
   absl::StatusOr<ExpertForm> MakeExpertForm(int hidden, int inter, DType dtype) const override;
 
  private:
   DeviceBackend(Options options, cuda::OwnedStream stream)
-      : options_(std::move(options)), stream_(std::move(stream)) {}
+      : options_(std::move(options)), stream_(std::move(stream)), graphs_(stream_.get()) {}
 
   const Options options_;
   const cuda::OwnedStream stream_;
+  StepGraphs graphs_;
   DeviceBlocks* blocks_ = nullptr;           // made last
   std::vector<std::byte*> lent_for_blocks_;  // [ranks of the job]
 };

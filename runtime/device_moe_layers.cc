@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "base/clock.h"
 #include "base/status.h"
 #include "comm/relax.h"
 #include "kernels/copy_route.h"
@@ -19,6 +20,9 @@ namespace ballast {
 namespace {
 
 constexpr size_t kPart = 128;  // bytes: parts of tables begin at multiples of it
+
+// Layers that may be under way: the driver's queue has room for some hundreds of launches.
+constexpr size_t kLayersAhead = 8;
 
 size_t Words(int64_t count) {
   return static_cast<size_t>(count) * sizeof(int32_t);
@@ -66,7 +70,7 @@ DeviceMoeLayers::Layout::Layout(const Options& o, const Topology& topology)
                static_cast<size_t>(max_hosts) + static_cast<size_t>(places);
   // Whatever the gate chooses and wherever experts are, there is room.
   const int64_t rows = int64_t{places} * o.max_tokens * std::min(o.gate.top_k, max_groups);
-  shape.row_capacity = static_cast<int32_t>(std::min<int64_t>(rows, INT32_MAX));
+  shape.row_capacity = static_cast<int32_t>(rows <= INT32_MAX ? rows : 0);  // none: it is refused
 }
 
 DeviceMoeLayers::Table DeviceMoeLayers::Layout::TableOf(int32_t layer) const {
@@ -117,7 +121,6 @@ DeviceMoeLayers::DeviceMoeLayers(const Options& options, const Device& device,
       expert_{.hidden = options.hidden, .inter = options.expert_inter, .dtype = options.dtype},
       row_bytes_(static_cast<size_t>(options.hidden) * SizeOf(options.dtype)),
       side_(std::move(side)),
-      tokens_of_layer_(static_cast<size_t>(options.num_layers)),
       tables_(&cuda::DeviceMemory()),
       state_(&cuda::DeviceMemory()),
       place_(&cuda::DeviceMemory()),
@@ -148,7 +151,7 @@ absl::StatusOr<std::unique_ptr<MoeLayers>> DeviceMoeLayers::Create(const Options
         absl::StrCat("--split is ", NameOf(options.split), ", allowed on a device: exact"));
   }
   BALLAST_ASSIGN_OR_RETURN(cuda::OwnedStream side,
-                           cuda::OwnedStream::Create(cuda::OwnedStream::Priority::kNormal));
+                           cuda::OwnedStream::Create(cuda::OwnedStream::Priority::kHigh));
   std::unique_ptr<DeviceMoeLayers> layers(new DeviceMoeLayers(options, device, std::move(side)));
   // The CPU's bits, so that ids do not depend on the backend.
   BALLAST_ASSIGN_OR_RETURN(
@@ -163,6 +166,8 @@ absl::Status DeviceMoeLayers::TakeMemory(const Topology& topology) {
   layout_ = std::make_unique<const Layout>(options_, topology);
   exchange_.shape = layout_->shape;
   BALLAST_RETURN_IF_ERROR(CheckArenaShape(exchange_.shape));
+  // First, since it is a thing of all ranks: who then fails does so alone.
+  BALLAST_ASSIGN_OR_RETURN(arenas_, device_.lend(exchange_.shape.bytes()));
   Buffer* const parts[] = {&tables_,      &state_,       &place_,          &logits_,    &ids_log_,
                            &weights_,     &histogram_,   &gate_workspace_, &log_,       &send_,
                            &row_begin_,   &group_begin_, &group_rows_,     &copy_rank_, &copy_row_,
@@ -175,7 +180,10 @@ absl::Status DeviceMoeLayers::TakeMemory(const Topology& topology) {
   BALLAST_RETURN_IF_ERROR(staged_tables_.EnsureSize(tables_.size()));
   BALLAST_RETURN_IF_ERROR(read_log_.EnsureSize(log_.size()));
   BALLAST_RETURN_IF_ERROR(word_.EnsureSize(2 * sizeof(uint32_t)));
-  BALLAST_ASSIGN_OR_RETURN(arenas_, device_.lend(exchange_.shape.bytes()));
+  for (size_t i = 0; i < kLayersAhead; ++i) {
+    BALLAST_ASSIGN_OR_RETURN(cuda::Event mark, cuda::Event::Create());
+    marks_.push_back(std::move(mark));
+  }
   return absl::OkStatus();
 }
 
@@ -199,13 +207,14 @@ absl::Status DeviceMoeLayers::Connect(Communicator* communicator,
   exchange_.deadline_ns = static_cast<uint64_t>(options_.timeout_ms) * 1'000'000;
   exchange_.max_blocks = device_.max_blocks;
   exchange_.state = state_.as<ExchangeState>();
+  num_groups_ = std::min(topology.slots_on(exchange_.rank), layout_->max_groups);
   choice_hash_ = 0;
+  ++launch_version_;
   return cuda::Wait(device_.stream);
 }
 
 // Above all that a rank of this generation has had before. None has a kernel under way then.
 absl::StatusOr<uint32_t> DeviceMoeLayers::NextNumber() {
-  BALLAST_RETURN_IF_ERROR(Settle());
   ExchangeState last;
   BALLAST_RETURN_IF_ERROR(cuda::DeviceMemory().Read(std::as_writable_bytes(std::span(&last, 1)),
                                                     state_.data(), device_.stream));
@@ -220,8 +229,15 @@ absl::StatusOr<uint32_t> DeviceMoeLayers::NextNumber() {
 // What was put on the stream comes to its end, if need be for want of patience.
 absl::Status DeviceMoeLayers::Settle() {
   BALLAST_ASSIGN_OR_RETURN(const bool done, cuda::IsDone(device_.stream));
-  if (!done) BALLAST_RETURN_IF_ERROR(GiveUp());
-  return cuda::Wait(device_.stream);
+  if (done) return absl::OkStatus();
+  BALLAST_RETURN_IF_ERROR(GiveUp());
+  const int64_t began = NowNs();
+  for (int polls = 0;; ++polls) {
+    BALLAST_ASSIGN_OR_RETURN(const bool ended, cuda::IsDone(device_.stream));
+    if (ended) return absl::OkStatus();
+    BALLAST_RETURN_IF_ERROR(CheckAlive(began));
+    Relax(polls);
+  }
 }
 
 absl::Status DeviceMoeLayers::GiveUp() {
@@ -229,6 +245,13 @@ absl::Status DeviceMoeLayers::GiveUp() {
   BALLAST_RETURN_IF_ERROR(
       cuda::Copy(&exchange_.state->status, word_.data(), sizeof(uint32_t), side_.get()));
   return cuda::Wait(side_.get());
+}
+
+std::optional<int64_t> DeviceMoeLayers::launch_version() {
+  const std::byte* const arena = device_.experts().at;
+  launch_version_ += arena != launched_arena_;
+  launched_arena_ = arena;
+  return launch_version_;
 }
 
 // ---- placements -------------------------------------------------------------------------------
@@ -240,7 +263,7 @@ absl::Status DeviceMoeLayers::MakeTables(const Placement& placement, const Exper
     const CompiledHosts compiled(placement.hosts(layer), placement.epoch());
     const Table table = layout_->TableOf(layer);
     if (Words(static_cast<int64_t>(compiled.words().size())) > table.blocks - table.words ||
-        compiled.num_groups(exchange_.rank) > layout_->max_groups) {
+        compiled.num_groups(exchange_.rank) > num_groups_) {
       return absl::InternalError(
           absl::StrCat("layer ", layer, " of epoch ", placement.epoch(),
                        " has more copies than the tables on the device have room for"));
@@ -268,12 +291,8 @@ absl::Status DeviceMoeLayers::MakeTables(const Placement& placement, const Exper
 absl::Status DeviceMoeLayers::Use(const Placement& placement, const ExpertStore& store) {
   BALLAST_RETURN_IF_ERROR(MakeTables(placement, store, &tables_in_use_));
   hosts_of_layer_.clear();
-  num_groups_ = 0;
   for (int32_t layer = 0; layer < placement.num_layers(); ++layer) {
-    const std::span<const int32_t> ranks = placement.hosts(layer).host_rank;
-    hosts_of_layer_.push_back(static_cast<int32_t>(ranks.size()));
-    num_groups_ =
-        std::max(num_groups_, static_cast<int32_t>(std::ranges::count(ranks, exchange_.rank)));
+    hosts_of_layer_.push_back(static_cast<int32_t>(placement.hosts(layer).host_rank.size()));
   }
   // The copy before this one may have been put there since the last step; it does not take long.
   BALLAST_RETURN_IF_ERROR(cuda::Wait(device_.stream));
@@ -305,7 +324,6 @@ absl::Status DeviceMoeLayers::Run(const Args& args) {
     return absl::InvalidArgumentError(absl::StrCat(
         "a batch of ", args.num_tokens, " tokens, allowed: up to ", options_.max_tokens));
   }
-  tokens_of_layer_[args.layer] = args.num_tokens;
   BALLAST_RETURN_IF_ERROR(RunGate(args));
   BALLAST_RETURN_IF_ERROR(Split(args));
   const auto* const x = static_cast<const std::byte*>(args.x_act);
@@ -433,7 +451,7 @@ absl::Status DeviceMoeLayers::Finish(std::vector<LayerCounts>* counts) {
   BALLAST_RETURN_IF_ERROR(cuda::Copy(read_log_.data(), log_.data(), log_.size(), device_.stream));
   BALLAST_RETURN_IF_ERROR(
       cuda::Copy(&words[1], &exchange_.state->status, sizeof(uint32_t), device_.stream));
-  BALLAST_RETURN_IF_ERROR(AwaitStream());
+  BALLAST_RETURN_IF_ERROR(Await([this] { return cuda::IsDone(device_.stream); }));
   BALLAST_RETURN_IF_ERROR(TakeStatus());
   const size_t experts = static_cast<size_t>(options_.gate.num_experts);
   const size_t of_rank = kNumTokenKinds * experts;
@@ -458,19 +476,40 @@ absl::Status DeviceMoeLayers::Finish(std::vector<LayerCounts>* counts) {
   return absl::OkStatus();
 }
 
-absl::Status DeviceMoeLayers::AwaitStream() {
+// ERRORS what `interrupted` of the communicator says; then nothing is under way any more
+absl::Status DeviceMoeLayers::Await(const std::function<absl::StatusOr<bool>()>& is_done) {
+  const int64_t began = NowNs(), cpu_began = ThreadCpuNs();
   for (int polls = 0;; ++polls) {
-    BALLAST_ASSIGN_OR_RETURN(const bool done, cuda::IsDone(device_.stream));
-    if (done) return absl::OkStatus();
+    BALLAST_ASSIGN_OR_RETURN(const bool done, is_done());
+    if (done) break;
     if (polls % kPollsPerLook == kPollsPerLook - 1) {
       const absl::Status interrupted = comm_->LookAround();
       if (!interrupted.ok()) {
         BALLAST_RETURN_IF_ERROR(Settle());
         return interrupted;
       }
+      BALLAST_RETURN_IF_ERROR(CheckAlive(began));
     }
     Relax(polls);
   }
+  comm_->CountWait(NowNs() - began, ThreadCpuNs() - cpu_began);
+  return absl::OkStatus();
+}
+
+// Waits of the device have a deadline, so a step that lasts for several is none that will end.
+absl::Status DeviceMoeLayers::CheckAlive(int64_t began_ns) const {
+  constexpr int64_t kDeadlines = 4;
+  if (NowNs() - began_ns < kDeadlines * options_.timeout_ms * 1'000'000) return absl::OkStatus();
+  return absl::InternalError(absl::StrCat("the device has not come to the end of its work for ",
+                                          kDeadlines, " x ", options_.timeout_ms, " ms"));
+}
+
+absl::Status DeviceMoeLayers::Pace() {
+  cuda::Event& mark = marks_[next_mark_];
+  next_mark_ = (next_mark_ + 1) % marks_.size();
+  // That of the layer so many before this one.
+  BALLAST_RETURN_IF_ERROR(Await([&] { return mark.IsDone(); }));
+  return mark.Record(device_.stream);
 }
 
 absl::Status DeviceMoeLayers::TakeStatus() {
@@ -480,9 +519,9 @@ absl::Status DeviceMoeLayers::TakeStatus() {
   return ToStatus(word);
 }
 
-absl::StatusOr<std::span<const int32_t>> DeviceMoeLayers::Ids(int32_t layer) {
+absl::StatusOr<std::span<const int32_t>> DeviceMoeLayers::Ids(int32_t layer, int32_t num_tokens) {
   const size_t top_k = static_cast<size_t>(options_.gate.top_k);
-  ids_.resize(static_cast<size_t>(tokens_of_layer_[layer]) * top_k);
+  ids_.resize(static_cast<size_t>(num_tokens) * top_k);
   const int32_t* const from =
       ids_log_.as<int32_t>() + static_cast<size_t>(layer) * options_.max_tokens * top_k;
   BALLAST_RETURN_IF_ERROR(cuda::DeviceMemory().Read(std::as_writable_bytes(std::span(ids_)),

@@ -59,9 +59,12 @@ class DeviceMoeLayers : public MoeLayers {
   absl::Status Use(const Placement& placement, const ExpertStore& store) override;
   // Reads the tables back: waits for the stream.
   absl::Status Check(const Placement& placement, const ExpertStore& store) override;
+  absl::Status Halt() override { return arenas_.empty() ? absl::OkStatus() : Settle(); }
   absl::Status Run(const Args& args) override;
+  absl::Status Pace() override;
   absl::Status Finish(std::vector<LayerCounts>* counts) override;
-  absl::StatusOr<std::span<const int32_t>> Ids(int32_t layer) override;
+  absl::StatusOr<std::span<const int32_t>> Ids(int32_t layer, int32_t num_tokens) override;
+  std::optional<int64_t> launch_version() override;
   uint64_t TakeChoiceHash() override { return std::exchange(choice_hash_, 0); }
   const Matmul& gate_matmul() const override { return *gate_matmul_; }
 
@@ -73,12 +76,13 @@ class DeviceMoeLayers : public MoeLayers {
   absl::StatusOr<uint32_t> NextNumber();
   absl::Status Settle();
   absl::Status GiveUp();
+  absl::Status CheckAlive(int64_t began_ns) const;
   absl::Status MakeTables(const Placement& placement, const ExpertStore& store,
                           std::vector<std::byte>* tables) const;
   absl::Status RunGate(const Args& args);
   absl::Status Split(const Args& args);
   absl::Status RunExperts(const Args& args);
-  absl::Status AwaitStream();
+  absl::Status Await(const std::function<absl::StatusOr<bool>()>& is_done);
   absl::Status TakeStatus();
 
   const Options options_;
@@ -95,11 +99,14 @@ class DeviceMoeLayers : public MoeLayers {
   Exchange exchange_;
   std::vector<int32_t> members_;         // their places
   std::vector<int32_t> hosts_of_layer_;  // [layers] number of hosts
-  int32_t num_groups_ = 0;               // most experts of a layer that this rank has
+  int32_t num_groups_ = 0;               // experts of a layer that this rank has room for
   std::vector<std::byte> tables_in_use_;
   uint64_t choice_hash_ = 0;
+  int64_t launch_version_ = 0;
+  const std::byte* launched_arena_ = nullptr;  // of experts
   // Of a step.
-  std::vector<int32_t> tokens_of_layer_;  // [layers]
+  std::vector<cuda::Event> marks_;  // round and round, after each layer that is not captured
+  size_t next_mark_ = 0;
   std::vector<int32_t> ids_, gathered_, by_source_;
 
   // On the device.

@@ -81,6 +81,8 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& opti
   std::unique_ptr<Engine> engine(
       new Engine(options, checkpoint, backend, transport, channel, observer));
   BALLAST_RETURN_IF_ERROR(CheckSizes(options, config));
+  // Before anything is loaded: all ranks of a job on devices do it together.
+  BALLAST_RETURN_IF_ERROR(engine->MakeStore(initial));
   BALLAST_ASSIGN_OR_RETURN(engine->decoder_,
                            Decoder::Create(checkpoint,
                                            {.moe = MoeOptionsOf(options, config),
@@ -96,7 +98,6 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& opti
   Group group;
   group.member = transport->rank();
   for (int32_t r = 0; r < transport->size(); ++r) group.ranks.push_back(r);
-  BALLAST_RETURN_IF_ERROR(engine->MakeStore(initial));
   BALLAST_RETURN_IF_ERROR(engine->JoinGroup(std::move(group), /*last_step=*/0));
   return engine;
 }
@@ -123,13 +124,16 @@ absl::Status Engine::MakeStore(const Placement& initial) {
   }
   const int32_t resident = initial.topology().slots_on(rank) * config.num_moe_layers();
   const int32_t staging = options_.staging_experts > 0 ? options_.staging_experts : most_slots;
+  BALLAST_ASSIGN_OR_RETURN(
+      const ExpertForm form,
+      backend_->MakeExpertForm(config.hidden, config.expert_inter, options_.dtype));
   BALLAST_ASSIGN_OR_RETURN(auto blocks,
-                           backend_->MakeBlocks(decoder_->expert_bytes(), resident + staging));
+                           backend_->MakeBlocks(form.packed_bytes, resident + staging));
   store_ = std::make_unique<ExpertStore>(
       ExpertStore::Options{.rank = rank,
                            .num_layers = config.num_moe_layers(),
                            .num_experts = config.gate.num_experts,
-                           .block_bytes = decoder_->expert_bytes(),
+                           .block_bytes = form.packed_bytes,
                            .resident_blocks = resident,
                            .staging_blocks = staging,
                            .chunk_bytes = options_.chunk_bytes,
@@ -194,7 +198,8 @@ absl::Status Engine::ReadExpertPatiently(int32_t layer, int32_t expert) {
   return read;
 }
 
-// Makes everything that belongs to one generation, under the placement in force.
+// Makes everything that belongs to one generation, under the placement in force, and that this rank
+// can make by itself.
 absl::Status Engine::JoinGroup(Group group, int64_t last_step) {
   const Placement& placement = rebalancer_->placement();
   auto transport =
@@ -206,9 +211,10 @@ absl::Status Engine::JoinGroup(Group group, int64_t last_step) {
                                                if (group_inbox_.empty()) return absl::OkStatus();
                                                return absl::AbortedError("told to halt");
                                              }});
-  BALLAST_RETURN_IF_ERROR(decoder_->moe().Connect(comm.get(), group.ranks, placement.topology()));
+  BALLAST_RETURN_IF_ERROR(decoder_->moe().Halt());
   BALLAST_RETURN_IF_ERROR(store_->Regroup(group.member, transport.get(), placement));
-  BALLAST_RETURN_IF_ERROR(backend_->ConnectBlocks(comm.get(), group.ranks));
+  verifier_->Forget();
+  connected_ = false;
   comm_ = std::move(comm);
   CountSent();
   transport_ = std::move(transport);
@@ -225,8 +231,19 @@ absl::Status Engine::JoinGroup(Group group, int64_t last_step) {
                                           TraceRecorder::IdBytes(config.gate.num_experts));
   record_open_ = false;
   decoder_->moe().TakeChoiceHash();  // of a step that not all have finished
-  BALLAST_RETURN_IF_ERROR(LoadMissing(placement));
-  return decoder_->moe().Use(placement, *store_);
+  return LoadMissing(placement);
+}
+
+// What only all members can do together, once in a generation.
+absl::Status Engine::Connect() {
+  if (connected_) return absl::OkStatus();
+  const Placement& placement = rebalancer_->placement();
+  MoeLayers& moe = decoder_->moe();
+  BALLAST_RETURN_IF_ERROR(moe.Connect(comm_.get(), group_.ranks, placement.topology()));
+  BALLAST_RETURN_IF_ERROR(backend_->ConnectBlocks(comm_.get(), group_.ranks));
+  BALLAST_RETURN_IF_ERROR(moe.Use(placement, *store_));
+  connected_ = true;
+  return absl::OkStatus();
 }
 
 absl::Status Engine::Run() {
@@ -250,6 +267,7 @@ absl::Status Engine::Run() {
 }
 
 absl::Status Engine::ShareChecksums() {
+  BALLAST_RETURN_IF_ERROR(Connect());
   const std::span<const uint64_t> mine = store_->checksums();
   std::vector<uint64_t> all(mine.size() * group_.ranks.size());
   BALLAST_RETURN_IF_ERROR(comm_->AllGather(rebalancer_->placement().epoch(), std::as_bytes(mine),
@@ -349,17 +367,20 @@ absl::Status Engine::RunStep(const Batch& batch) {
   const size_t events_before = events_.size();
   for (size_t r = 0; r < headers_.size(); ++r) rank_tokens_[r] = headers_[r].num_tokens;
   capture_->Begin(headers_[kLeader].record_ids, rank_tokens_);
-  const auto between_layers = [this]() -> absl::Status {
+  // What a device is to do with the layers is on its way then: it is looked at after the step.
+  const bool on_device = backend_->stream() != nullptr;
+  const auto between_layers = [&]() -> absl::Status {
     if (rebalancer_->busy()) {
       const int64_t slice_began = NowNs();
       rebalancer_->Slice(SliceOf::kStep);
       stall_ns_ += NowNs() - slice_began;
     }
-    return Verify();
+    return on_device ? absl::OkStatus() : Verify();
   };
   BALLAST_RETURN_IF_ERROR(decoder_->Begin(batch, *cache_, between_layers));
   BALLAST_ASSIGN_OR_RETURN(const BatchOutput output, decoder_->Finish(&record_.layers));
-  if (capture_->active()) BALLAST_RETURN_IF_ERROR(CaptureIds());
+  if (on_device) BALLAST_RETURN_IF_ERROR(Verify());
+  if (capture_->active()) BALLAST_RETURN_IF_ERROR(CaptureIds(batch.num_tokens()));
   scheduler_->Finish(output, &events_);
 
   last_cpu_us_ = (ThreadCpuNs() - cpu_began - (comm_->wait_cpu_ns() - waited)) / 1000;
@@ -389,9 +410,9 @@ absl::Status Engine::RunStep(const Batch& batch) {
   return absl::OkStatus();
 }
 
-absl::Status Engine::CaptureIds() {
+absl::Status Engine::CaptureIds(int32_t num_tokens) {
   for (int32_t layer = 0; layer < checkpoint_.config().num_moe_layers(); ++layer) {
-    BALLAST_ASSIGN_OR_RETURN(const auto ids, decoder_->moe().Ids(layer));
+    BALLAST_ASSIGN_OR_RETURN(const auto ids, decoder_->moe().Ids(layer, num_tokens));
     capture_->TakeLayer(ids);
   }
   return absl::OkStatus();

@@ -123,6 +123,7 @@ MoeLayers::Options MoeOptionsOf(const EngineOptions& options, const ModelConfig&
 class Engine {
  public:
   // Loads the parameters that `initial` gives to this rank. All ranks of `transport` are members.
+  // COLLECTIVE on devices, at its begin (Backend::MakeBlocks).
   // `channel` leads to the leader's front end; rank 0's own engine has one too. `checkpoint`,
   // `backend`, `transport`, `channel` and `observer` must live longer than the engine.
   static absl::StatusOr<std::unique_ptr<Engine>> Create(const EngineOptions& options,
@@ -133,9 +134,11 @@ class Engine {
                                                         EngineObserver* observer);
   ~Engine();
 
-  // The members tell each other what they know the experts by: from then on none of them takes in
-  // anything else, from wherever it comes. Every generation begins with it. COLLECTIVE.
-  // ERRORS kDataLoss: two of them read different checkpoints; those of AllGather
+  // The members take up with each other, and tell each other what they know the experts by: from
+  // then on none of them takes in anything else, from wherever it comes. Every generation begins
+  // with it. COLLECTIVE.
+  // ERRORS kDataLoss: two of them read different checkpoints; those of AllGather and of
+  //        MoeLayers::Connect
   absl::Status ShareChecksums();
 
   // Steps until the leader says stop. COLLECTIVE.
@@ -157,6 +160,7 @@ class Engine {
   absl::Status ReadExpert(int32_t layer, int32_t expert);
   absl::Status ReadExpertPatiently(int32_t layer, int32_t expert);
   absl::Status JoinGroup(Group group, int64_t last_step);
+  absl::Status Connect();
 
   absl::Status RunSteps();    // until told to stop, or to halt (kAborted)
   absl::Status TakeFrames();  // off the channel, into the inbox
@@ -165,7 +169,7 @@ class Engine {
   absl::Status RunStep(const Batch& batch);
   absl::Status Rest();  // nobody has tokens
   absl::Status SendEvents();
-  absl::Status CaptureIds();
+  absl::Status CaptureIds(int32_t num_tokens);
   absl::Status SendIds();  // of the step, where the leader records them
   void Report();           // the step before, now that all CPU times are known
   void CountSent();        // what this rank sent since it was last counted, into the record
@@ -196,6 +200,7 @@ class Engine {
   std::unique_ptr<MemberTransport> transport_;
   std::vector<bool> on_this_node_;  // [R]
   std::unique_ptr<Communicator> comm_;
+  bool connected_ = false;  // the members have taken up with each other
   std::unique_ptr<StepProtocol> protocol_;
   StepProtocol::Opening opening_;
   std::vector<StepHeader> headers_;   // [R] of this step

@@ -23,7 +23,9 @@ class HostMoeLayers : public MoeLayers {
   absl::Status Check(const Placement& placement, const ExpertStore& store) override;
   absl::Status Run(const Args& args) override;
   absl::Status Finish(std::vector<LayerCounts>* counts) override;
-  absl::StatusOr<std::span<const int32_t>> Ids(int32_t layer) override { return ids_[layer]; }
+  absl::StatusOr<std::span<const int32_t>> Ids(int32_t layer, int32_t) override {
+    return ids_[layer];
+  }
   uint64_t TakeChoiceHash() override { return executor_->TakeChoiceHash(); }
   const Matmul& gate_matmul() const override { return executor_->gate_matmul(); }
 

@@ -30,7 +30,7 @@ struct MemoryPlan {
 // tensor as it stands in the file and as fp32.
 //   experts   = slots * layers * expert
 //   transfers = staging * expert + 2 * (ranks - 1) * (chunk + its header)
-// On a device all but the chunks is its memory, and steps take no more.
+// On a device all but the chunks is its memory, where steps take theirs before they begin.
 // ERRORS of make_matmul
 absl::StatusOr<MemoryPlan> PlanMemory(const EngineOptions& options, const ModelConfig& config,
                                       const Backend& backend, const Topology& topology,

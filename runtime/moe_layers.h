@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -33,8 +34,10 @@ class MoeLayers {
   };
   virtual ~MoeLayers() = default;
 
-  // The ranks that it works with from now on; what this one has under way is given up. The first
-  // time these are all ranks of the job. To be followed by Use.
+  // Other ranks are to come: what this one has under way comes to its end, or is given up.
+  virtual absl::Status Halt() { return absl::OkStatus(); }
+  // The ranks that it works with from now on. The first time these are all ranks of the job. To be
+  // followed by Use. REQUIRES Halt, but for the first time
   // SHAPES job_ranks [communicator->size()]: their numbers in the job, ascending
   // REQUIRES never more slots than in the first topology, and one for each expert and rank
   // COLLECTIVE. ERRORS those of the means by which they exchange rows
@@ -63,12 +66,18 @@ class MoeLayers {
   };
   virtual absl::Status Run(const Args& args) = 0;
 
+  // Between layers that are not captured: waits while too much is under way, so that a host never
+  // stands in a launch where it hears nothing. ERRORS as Finish
+  virtual absl::Status Pace() { return absl::OkStatus(); }
   // After all layers of a step: waits until they are done. SHAPES counts [num_layers]
   // ERRORS what has gone wrong in any of them: kDeadlineExceeded, kUnavailable for want of others
   virtual absl::Status Finish(std::vector<LayerCounts>* counts) = 0;
-  // What the gate of a layer chose in the step that was finished last. SHAPES [T, top-k]
-  // ERRORS those of the copy from a device
-  virtual absl::StatusOr<std::span<const int32_t>> Ids(int32_t layer) = 0;
+  // What the gate of a layer chose in the step that was finished last, which had so many tokens.
+  // SHAPES [T, top-k]  ERRORS those of the copy from a device
+  virtual absl::StatusOr<std::span<const int32_t>> Ids(int32_t layer, int32_t num_tokens) = 0;
+  // Run puts the same on the stream for the same arguments as long as this number is the same: it
+  // may be captured. None: it may not.
+  virtual std::optional<int64_t> launch_version() { return std::nullopt; }
   // ChoiceHash of all layers since the last call.
   virtual uint64_t TakeChoiceHash() = 0;
 

@@ -36,6 +36,8 @@ class Verifier {
   // When the next slice is due; INT64_MAX: never.
   int64_t due_ns() const { return due_ns_; }
 
+  // The copy that is being read is begun again: its memory may have moved.
+  void Forget() { reading_ = {}; }
   // A pass from the beginning, at once: in every call of Advance a slice until it is complete.
   void Hurry();
   // The same, for somebody who waits for what it reads.

@@ -25,6 +25,7 @@ namespace {
 using testing::TinyModel;
 
 constexpr int32_t kSlots = 8, kMaxTokens = 24, kMaxSequences = 4;
+constexpr int32_t kLength = 12;  // of a sequence
 
 void RequireOk(const absl::Status& status) {
   INFO(status.message());
@@ -85,6 +86,7 @@ class VirtualRank {
     return {output->logits.begin(), output->logits.end()};
   }
   const std::vector<int32_t>& greedy() const { return greedy_; }  // of the last batch
+  int64_t num_graphs() const { return backend_->graphs().num_launches(); }
   Decoder& decoder() { return *decoder_; }
   KvCache& cache() { return *cache_; }
 
@@ -164,11 +166,11 @@ class Scene {
     }
     for (int32_t r = 0; r < num_ranks; ++r) {
       ranks_.push_back(std::make_unique<VirtualRank>(*checkpoint_, dtype, &fabric_, r, &arenas_));
-      for (int i = 0; i < 9; ++i) {
+      for (int i = 0; i < kLength; ++i) {
         sequences_[r].tokens.push_back(static_cast<int32_t>(random_.Below(config().vocab_size)));
       }
       sequences_[r].blocks = ranks_[r]->cache().Take(1);
-      const auto logits = (*reference)->Logits(sequences_[r].tokens, 9);
+      const auto logits = (*reference)->Logits(sequences_[r].tokens, kLength);
       RequireOk(logits.status());
       expected_.push_back(*logits);
     }
@@ -217,6 +219,9 @@ class Scene {
     REQUIRE(hashes == std::vector<uint64_t>(hashes.size(), hashes[0]));
   }
 
+  // So many steps of a rank that never rested were launched as a graph.
+  void RequireGraphs(int64_t count) const { REQUIRE(ranks_[0]->num_graphs() == count); }
+
   Random& random() { return random_; }
 
  private:
@@ -240,7 +245,7 @@ class Scene {
       for (auto& kind : wanted) kind.assign(static_cast<size_t>(config().gate.num_experts), 0);
       int64_t copies = 0;
       for (size_t r = 0; r < ranks_.size(); ++r) {
-        const auto ids = ranks_[r]->decoder().moe().Ids(layer);
+        const auto ids = ranks_[r]->decoder().moe().Ids(layer, batches[r].num_tokens());
         RequireOk(ids.status());
         REQUIRE(static_cast<int32_t>(ids->size()) == batches[r].num_tokens() * config().gate.top_k);
         copies += static_cast<int64_t>(ids->size());
@@ -294,12 +299,13 @@ TEST_CASE("a decoder step on the device has the CPU's bits", "[device][decoder][
     CAPTURE(round);
     Scene scene(model, round % 5 == 4 ? DType::kBF16 : DType::kF32, 1 + round % 3,
                 static_cast<uint64_t>(round) + 700);
-    // A prompt of some tokens, then one token at a time.
-    for (int64_t step = 0; step < 3; ++step) {
+    // A prompt of some tokens, then one token at a time: a graph from the second such step on.
+    const int32_t prompt = 1 + static_cast<int32_t>(scene.random().Below(6));
+    for (int64_t step = 0; step < 5; ++step) {
       scene.Flip(step);
-      scene.Step(step == 0 ? 1 + static_cast<int32_t>(scene.random().Below(6)) : 1,
-                 /*last_rests=*/step == 1);
+      scene.Step(step == 0 ? prompt : 1, /*last_rests=*/step == 1);
     }
+    scene.RequireGraphs(prompt == 1 ? 4 : 3);
   });
 }
 

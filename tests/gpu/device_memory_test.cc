@@ -40,7 +40,7 @@ TEST_CASE("memory of every kind begins with zeros and keeps what is written", "[
 
 TEST_CASE("a stream is in order and waits for the events of others", "[device][memory][streams]") {
   ballast::testing::ForEachSchedule([](int round) {
-    auto first = OwnedStream::Create(OwnedStream::Priority::kNormal);
+    auto first = OwnedStream::Create(OwnedStream::Priority::kHigh);
     auto second = OwnedStream::Create(OwnedStream::Priority::kLow);
     auto event = Event::Create();
     REQUIRE((first.ok() && second.ok() && event.ok()));

@@ -68,7 +68,7 @@ cudaError_t cudaGetLastError() {
   return std::exchange(last_error, cudaSuccess);
 }
 cudaError_t cudaGetDeviceCount(int* count) {
-  *count = 1;
+  *count = 8;  // all alike, and one at a time
   return cudaSuccess;
 }
 
