@@ -14,7 +14,7 @@ set(BALLAST_DEVICE_SOURCES
 
 # What the serving runtime has for devices, likewise.
 set(BALLAST_RUNTIME_DEVICE_SOURCES runtime/device_backend.cc runtime/device_blocks.cc runtime/device_moe_layers.cc
-  runtime/step_graphs.cc)
+  runtime/device_moe_layout.cc runtime/step_graphs.cc)
 
 if(BALLAST_WITH_CUDA)
   enable_language(CUDA)

@@ -76,8 +76,39 @@ class Decoder {
   absl::StatusOr<BatchOutput> Finish(std::vector<LayerCounts>* counts);
 
  private:
-  struct Layer;
-  struct Inputs;
+  // Parameters of one decoder layer that every rank holds.
+  struct Layer {
+    explicit Layer(Memory* m)
+        : attention_norm(m),
+          mlp_norm(m),
+          qkv_bias(m),
+          q_norm(m),
+          k_norm(m),
+          qkv(m),
+          out(m),
+          mlp(m),
+          shared(m),
+          router(m),
+          router_bias(m) {}
+    std::array<const Buffer*, 11> all() const {
+      return {&attention_norm, &mlp_norm, &qkv_bias,   &q_norm, &k_norm, &qkv, &out, &mlp,
+              &shared,         &router,   &router_bias};
+    }
+
+    Buffer attention_norm, mlp_norm;  // fp32
+    Buffer qkv_bias, q_norm, k_norm;  // fp32; empty where the model has none
+    Buffer qkv, out;                  // packed
+    Buffer mlp;                       // of a dense layer
+    Buffer shared;                    // shared experts of an MoE layer
+    Buffer router, router_bias;
+  };
+  // The batch's indices, one after the other in one block.
+  struct Inputs {
+    const int32_t* token = nullptr;
+    KvIndex index;
+    const int32_t* wanted_rows = nullptr;  // those of the logits, then the greedy ones
+  };
+
   Decoder(const ModelConfig& config, const Options& options, Backend* backend);
   absl::Status MakeProducts();
   absl::Status MakeRotary();

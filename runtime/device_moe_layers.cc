@@ -1,7 +1,6 @@
 #include "runtime/device_moe_layers.h"
 
 #include <algorithm>
-#include <array>
 #include <cstring>
 #include <iterator>
 #include <numeric>
@@ -19,97 +18,13 @@
 namespace ballast {
 namespace {
 
-constexpr size_t kPart = 128;  // bytes: parts of tables begin at multiples of it
-
 // Layers that may be under way: the driver's queue has room for some hundreds of launches.
 constexpr size_t kLayersAhead = 8;
 
-size_t Words(int64_t count) {
-  return static_cast<size_t>(count) * sizeof(int32_t);
-}
-
 }  // namespace
 
-struct DeviceMoeLayers::Table {
-  size_t hosts, words, blocks, end;  // bytes from the begin of all tables
-};
-
-// What all generations have in common.
-struct DeviceMoeLayers::Layout {
-  Layout(const Options& options, const Topology& topology);
-
-  Table TableOf(int32_t layer) const;
-  // Bytes, in the order of DeviceMoeLayers' buffers on the device.
-  static constexpr size_t kNumParts = 17;
-  std::array<size_t, kNumParts> PartBytes(const Options& options) const;
-
-  int32_t places;                 // ranks of the job
-  int32_t max_hosts, max_groups;  // of a layer, of a rank in a layer; under any placement
-  size_t table_stride;            // bytes of a layer
-  size_t log_stride;              // words of a layer: counts, quota, load
-  ArenaShape shape;
-};
-
-DeviceMoeLayers::Layout::Layout(const Options& o, const Topology& topology)
-    : places(topology.num_ranks()),
-      // Ranks that are left get more slots where theirs do not do, and those that come back have
-      // theirs.
-      max_hosts(std::min(topology.num_slots() + o.gate.num_experts + topology.num_ranks(),
-                         topology.num_ranks() * o.gate.num_experts)),
-      max_groups(o.gate.num_experts),
-      table_stride(0) {
-  shape = {.num_ranks = places,
-           .num_places = places,
-           .num_experts = o.gate.num_experts,
-           .num_kinds = kNumTokenKinds,
-           .max_tokens = o.max_tokens,
-           .top_k = o.gate.top_k,
-           .row_bytes = o.hidden * static_cast<int32_t>(SizeOf(o.dtype))};
-  table_stride = TableOf(0).end;
-  log_stride = static_cast<size_t>(places) * kNumTokenKinds * o.gate.num_experts +
-               static_cast<size_t>(max_hosts) + static_cast<size_t>(places);
-  // Whatever the gate chooses and wherever experts are, there is room.
-  const int64_t rows = int64_t{places} * o.max_tokens * std::min(o.gate.top_k, max_groups);
-  shape.row_capacity = static_cast<int32_t>(rows <= INT32_MAX ? rows : 0);  // none: it is refused
-}
-
-DeviceMoeLayers::Table DeviceMoeLayers::Layout::TableOf(int32_t layer) const {
-  Table table;
-  table.hosts = static_cast<size_t>(layer) * table_stride;
-  table.words = table.hosts + RoundUp(sizeof(DeviceHosts), kPart);
-  const int64_t words = (shape.num_experts + 1) + 3 * int64_t{max_hosts} + places + (places + 1);
-  table.blocks = table.words + RoundUp(Words(words), kPart);
-  table.end = table.blocks + RoundUp(Words(max_groups), kPart);
-  return table;
-}
-
-std::array<size_t, DeviceMoeLayers::Layout::kNumParts> DeviceMoeLayers::Layout::PartBytes(
-    const Options& o) const {
-  const int64_t experts = o.gate.num_experts, copies = int64_t{o.max_tokens} * o.gate.top_k;
-  const size_t layers = static_cast<size_t>(o.num_layers);
-  const size_t capacity = static_cast<size_t>(shape.row_capacity);
-  return {layers * table_stride,
-          sizeof(ExchangeState),
-          Words(places),
-          RoundUp(static_cast<size_t>(o.max_tokens), kRowBlock) * Words(experts),
-          layers * Words(copies),
-          Words(copies),
-          Words(kNumTokenKinds * experts),
-          Words(kNumTokenKinds * experts + 1),
-          layers * log_stride * sizeof(int32_t),
-          Words(max_hosts),
-          Words(max_hosts),
-          Words(max_groups + 1),
-          Words(max_groups),
-          Words(copies),
-          Words(copies),
-          Words(NumRouteTiles(static_cast<int32_t>(copies)) * experts),
-          capacity * static_cast<size_t>(shape.row_bytes) +
-              capacity * static_cast<size_t>(o.expert_inter) * SizeOf(o.dtype)};
-}
-
 size_t DeviceMoeLayers::MemoryBytes(const Options& options, const Topology& topology) {
-  const Layout layout(options, topology);
+  const DeviceMoeLayout layout(options, topology);
   const auto parts = layout.PartBytes(options);
   return std::accumulate(parts.begin(), parts.end(), layout.shape.bytes());
 }
@@ -163,7 +78,7 @@ absl::StatusOr<std::unique_ptr<MoeLayers>> DeviceMoeLayers::Create(const Options
 // ---- memory and generations -------------------------------------------------------------------
 
 absl::Status DeviceMoeLayers::TakeMemory(const Topology& topology) {
-  layout_ = std::make_unique<const Layout>(options_, topology);
+  layout_ = std::make_unique<const DeviceMoeLayout>(options_, topology);
   exchange_.shape = layout_->shape;
   BALLAST_RETURN_IF_ERROR(CheckArenaShape(exchange_.shape));
   // First, since it is a thing of all ranks: who then fails does so alone.
@@ -172,7 +87,7 @@ absl::Status DeviceMoeLayers::TakeMemory(const Topology& topology) {
                            &weights_,     &histogram_,   &gate_workspace_, &log_,       &send_,
                            &row_begin_,   &group_begin_, &group_rows_,     &copy_rank_, &copy_row_,
                            &tile_counts_, &rows_};
-  static_assert(std::size(parts) == Layout::kNumParts);
+  static_assert(std::size(parts) == DeviceMoeLayout::kNumParts);
   const auto bytes = layout_->PartBytes(options_);
   for (size_t i = 0; i < std::size(parts); ++i) {
     BALLAST_RETURN_IF_ERROR(parts[i]->EnsureSize(bytes[i]));
@@ -261,8 +176,8 @@ absl::Status DeviceMoeLayers::MakeTables(const Placement& placement, const Exper
   tables->assign(static_cast<size_t>(options_.num_layers) * layout_->table_stride, std::byte{0});
   for (int32_t layer = 0; layer < placement.num_layers(); ++layer) {
     const CompiledHosts compiled(placement.hosts(layer), placement.epoch());
-    const Table table = layout_->TableOf(layer);
-    if (Words(static_cast<int64_t>(compiled.words().size())) > table.blocks - table.words ||
+    const DeviceMoeLayout::Table table = layout_->TableOf(layer);
+    if (WordBytes(static_cast<int64_t>(compiled.words().size())) > table.blocks - table.words ||
         compiled.num_groups(exchange_.rank) > num_groups_) {
       return absl::InternalError(
           absl::StrCat("layer ", layer, " of epoch ", placement.epoch(),
@@ -272,7 +187,7 @@ absl::Status DeviceMoeLayers::MakeTables(const Placement& placement, const Exper
         compiled.At(reinterpret_cast<const int32_t*>(tables_.data() + table.words));
     std::memcpy(tables->data() + table.hosts, &there, sizeof there);
     std::memcpy(tables->data() + table.words, compiled.words().data(),
-                Words(static_cast<int64_t>(compiled.words().size())));
+                WordBytes(static_cast<int64_t>(compiled.words().size())));
     const DeviceHosts here = compiled.At(compiled.words().data());
     for (int32_t g = 0; g < compiled.num_groups(exchange_.rank); ++g) {
       const int32_t host = here.rank_hosts[here.rank_offsets[exchange_.rank] + g];
@@ -282,7 +197,7 @@ absl::Status DeviceMoeLayers::MakeTables(const Placement& placement, const Exper
                                                 here.expert_of_host[host],
                                                 " is placed here and is not in memory"));
       }
-      std::memcpy(tables->data() + table.blocks + Words(g), &block, sizeof block);
+      std::memcpy(tables->data() + table.blocks + WordBytes(g), &block, sizeof block);
     }
   }
   return absl::OkStatus();
@@ -305,7 +220,7 @@ absl::Status DeviceMoeLayers::Check(const Placement& placement, const ExpertStor
   BALLAST_RETURN_IF_ERROR(MakeTables(placement, store, &wanted));
   BALLAST_RETURN_IF_ERROR(cuda::DeviceMemory().Read(found, tables_.data(), device_.stream));
   for (int32_t layer = 0; layer < placement.num_layers(); ++layer) {
-    const Table table = layout_->TableOf(layer);
+    const DeviceMoeLayout::Table table = layout_->TableOf(layer);
     const auto of = [&](const std::vector<std::byte>& all) {
       return std::span(all).subspan(table.hosts, table.end - table.hosts);
     };

@@ -13,6 +13,7 @@
 #include "kernels/exchange.h"
 #include "kernels/grouped_mlp.h"
 #include "kernels/kernel_set.h"
+#include "runtime/device_moe_layout.h"
 #include "runtime/moe_layers.h"
 
 namespace ballast {
@@ -69,8 +70,6 @@ class DeviceMoeLayers : public MoeLayers {
   const Matmul& gate_matmul() const override { return *gate_matmul_; }
 
  private:
-  struct Layout;
-  struct Table;  // where the parts of a layer's table are
   DeviceMoeLayers(const Options& options, const Device& device, cuda::OwnedStream side);
   absl::Status TakeMemory(const Topology& topology);
   absl::StatusOr<uint32_t> NextNumber();
@@ -93,7 +92,7 @@ class DeviceMoeLayers : public MoeLayers {
   std::unique_ptr<Matmul> gate_matmul_;
   Communicator* comm_ = nullptr;
   // Of all generations.
-  std::unique_ptr<const Layout> layout_;
+  std::unique_ptr<const DeviceMoeLayout> layout_;
   std::vector<std::byte*> arenas_;  // [places]
   // Of one generation.
   Exchange exchange_;
