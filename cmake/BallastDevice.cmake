@@ -10,7 +10,8 @@ set(BALLAST_DEVICE_SOURCES
   kernels/gate.cu
   kernels/grouped_mlp.cu
   kernels/grouped_mlp_fp8.cu
-  kernels/grouped_mlp_tensor.cu)
+  kernels/grouped_mlp_tensor.cu
+  kernels/row_moves.cu)
 
 if(BALLAST_WITH_CUDA)
   enable_language(CUDA)
@@ -108,6 +109,7 @@ function(ballast_add_device_tests)
       tests/gpu/grouped_mlp_fp8_device_test.cc
       tests/gpu/hopper_device_test.cc
       tests/gpu/layer_device_test.cc
+      tests/gpu/row_moves_device_test.cc
       tests/gpu/split_device_test.cc
     DEVICE_SOURCES tests/gpu/matmul_cublaslt_device_test.cc
     KERNELS tests/gpu/hopper_probe.cu
