@@ -1,6 +1,9 @@
 // The functions of the CUDA runtime, over the emulator.
+#include <sched.h>
+
 #include <map>
 #include <memory>
+#include <mutex>
 #include <vector>
 
 #include "tests/support/cuda_shim/cuda_runtime.h"
@@ -8,7 +11,12 @@
 
 namespace {
 
-cudaError_t last_error = cudaSuccess;
+// Threads take turns: each function of the runtime is one, and so is each attempt to wait.
+struct Turn {
+  const std::lock_guard<std::mutex> lock{cuda_shim::Mutex()};
+};
+
+thread_local cudaError_t last_error = cudaSuccess;
 
 cudaError_t Note(cudaError_t error) {
   if (error != cudaSuccess) last_error = error;
@@ -20,13 +28,23 @@ cudaError_t Sound() {
   return Note(cuda_shim::LastFailure()[0] == '\0' ? cudaSuccess : cudaErrorLaunchFailure);
 }
 
+// In turns of its own.
 cudaError_t Settle(CUstream_st* stream, bool all) {
-  if (stream != nullptr && stream->captured != nullptr) return Note(cudaErrorInvalidValue);
-  if (!cuda_shim::RunUntilIdle(stream, all)) return Note(cudaErrorLaunchFailure);
-  return Note(cuda_shim::CheckDeviceBlocks() ? cudaSuccess : cudaErrorLaunchFailure);
+  for (;; sched_yield()) {
+    const Turn turn;
+    if (stream != nullptr && stream->captured != nullptr) return Note(cudaErrorInvalidValue);
+    if (!cuda_shim::RunUntilIdle(stream, all)) return Note(cudaErrorLaunchFailure);
+    if (!cuda_shim::IsIdle(stream, all)) continue;
+    return Note(cuda_shim::CheckDeviceBlocks() ? cudaSuccess : cudaErrorLaunchFailure);
+  }
 }
 
 }  // namespace
+
+std::mutex& cuda_shim::Mutex() {
+  static std::mutex mutex;
+  return mutex;
+}
 
 struct CUevent_st {
   // One more for each record; a wait is for the number at the time that it was asked for.
@@ -89,12 +107,14 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
 }
 
 cudaError_t cudaMalloc(void** block, size_t bytes) {
+  const Turn turn;
   *block = cuda_shim::AllocateDevice(bytes);
   return cudaSuccess;
 }
 cudaError_t cudaFree(void* block) {
   if (block == nullptr) return cudaSuccess;
   const cudaError_t settled = Settle(nullptr, true);
+  const Turn turn;
   return cuda_shim::FreeDevice(block) ? settled : Note(cudaErrorInvalidValue);
 }
 
@@ -103,15 +123,18 @@ cudaError_t cudaMemGetInfo(size_t* left, size_t* all) {
   return cudaSuccess;
 }
 cudaError_t cudaHostAlloc(void** block, size_t bytes, unsigned) {
+  const Turn turn;
   *block = cuda_shim::AllocatePinned(bytes);
   return cudaSuccess;
 }
 cudaError_t cudaFreeHost(void* block) {
+  const Turn turn;
   if (block == nullptr) return cudaSuccess;
   return cuda_shim::FreePinned(block) ? Sound() : Note(cudaErrorInvalidValue);
 }
 
 cudaError_t cudaIpcGetMemHandle(cudaIpcMemHandle_t* handle, void* block) {
+  const Turn turn;
   cuda_shim::SharedBlock shared;
   if (!cuda_shim::ExportDevice(block, &shared)) return Note(cudaErrorInvalidValue);
   std::memset(handle, 0, sizeof *handle);
@@ -119,6 +142,7 @@ cudaError_t cudaIpcGetMemHandle(cudaIpcMemHandle_t* handle, void* block) {
   return cudaSuccess;
 }
 cudaError_t cudaIpcOpenMemHandle(void** block, cudaIpcMemHandle_t handle, unsigned) {
+  const Turn turn;
   cuda_shim::SharedBlock shared;
   std::memcpy(&shared, &handle, sizeof shared);
   *block = cuda_shim::OpenDevice(shared);
@@ -126,11 +150,13 @@ cudaError_t cudaIpcOpenMemHandle(void** block, cudaIpcMemHandle_t handle, unsign
 }
 cudaError_t cudaIpcCloseMemHandle(void* opened) {
   const cudaError_t settled = Settle(nullptr, true);
+  const Turn turn;
   return cuda_shim::CloseDevice(opened) ? settled : Note(cudaErrorInvalidValue);
 }
 
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind,
                             cudaStream_t stream) {
+  const Turn turn;
   if (bytes == 0) return Sound();
   if (cuda_shim::IsReadLate(from)) {
     cuda_shim::Enqueue(stream, [=] { std::memcpy(to, from, bytes); });
@@ -147,6 +173,7 @@ cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind 
   return Settle(nullptr, false);
 }
 cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream) {
+  const Turn turn;
   cuda_shim::Enqueue(stream, [=] { std::memset(to, value, bytes); });
   return Sound();
 }
@@ -155,6 +182,20 @@ cudaError_t cudaMemset(void* to, int value, size_t bytes) {
   return Settle(nullptr, false);
 }
 
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
+  const Turn turn;
+  *stream = cuda_shim::MakeStream();
+  return cudaSuccess;
+}
+cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned flags, int) {
+  return cudaStreamCreateWithFlags(stream, flags);
+}
+cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  const cudaError_t settled = Settle(stream, false);
+  const Turn turn;
+  cuda_shim::FreeStream(stream);
+  return settled;
+}
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   return Settle(stream, false);
 }
@@ -162,10 +203,11 @@ cudaError_t cudaDeviceSynchronize() {
   return Settle(nullptr, true);
 }
 cudaError_t cudaStreamQuery(cudaStream_t stream) {
+  const Turn turn;
   cuda_shim::RunAWhile();
   const cudaError_t sound = Sound();
   if (sound != cudaSuccess) return sound;
-  return cuda_shim::IsIdle(stream) ? cudaSuccess : cudaErrorNotReady;
+  return cuda_shim::IsIdle(stream, false) ? cudaSuccess : cudaErrorNotReady;
 }
 
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
@@ -177,6 +219,7 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) {
   return cudaSuccess;
 }
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+  const Turn turn;
   cuda_shim::Enqueue(stream,
                      [recorded = event->recorded, at_ns = event->at_ns, number = ++event->wanted] {
                        *recorded = number;
@@ -185,23 +228,26 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
   return Sound();
 }
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
+  const Turn turn;
   cuda_shim::EnqueueWait(
       stream, [recorded = event->recorded, number = event->wanted] { return *recorded >= number; });
   return Sound();
 }
 cudaError_t cudaEventQuery(cudaEvent_t event) {
+  const Turn turn;
   if (*event->recorded < event->wanted) cuda_shim::RunAWhile();
   const cudaError_t sound = Sound();
   if (sound != cudaSuccess) return sound;
   return *event->recorded >= event->wanted ? cudaSuccess : cudaErrorNotReady;
 }
 cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t begin, cudaEvent_t end) {
+  const Turn turn;
   // A copy takes no turn of the emulator's; no time is zero.
   *ms = static_cast<float>(*end->at_ns - *begin->at_ns + 1) * 1e-6f;
   return cudaSuccess;
 }
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
-  return cudaEventQuery(event) == cudaSuccess ? Sound() : Settle(nullptr, true);
+  return cudaEventQuery(event) == cudaSuccess ? cudaSuccess : Settle(nullptr, true);
 }
 
 namespace {
@@ -215,12 +261,14 @@ std::map<const void*, size_t>& SharedLimits() {
 }  // namespace
 
 cudaError_t SetSharedLimit(const void* kernel, int bytes) {
+  const Turn turn;
   SharedLimits()[kernel] = static_cast<size_t>(bytes);
   return cudaSuccess;
 }
 
 cudaError_t LaunchInShim(const cudaLaunchConfig_t& config, const void* kernel,
                          std::function<void()> body) {
+  const Turn turn;
   const auto shape = [](dim3 d) { return cuda_shim::Shape{d.x, d.y, d.z}; };
   cuda_shim::Launch launch;
   launch.grid = shape(config.gridDim);
@@ -250,11 +298,13 @@ struct CUgraphExec_st {
 };
 
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
+  const Turn turn;
   if (stream == nullptr || stream->captured != nullptr) return Note(cudaErrorInvalidValue);
   stream->captured = std::make_unique<CUgraph_st>();
   return cudaSuccess;
 }
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
+  const Turn turn;
   if (stream == nullptr || stream->captured == nullptr) return Note(cudaErrorInvalidValue);
   *graph = stream->captured.release();
   return cudaSuccess;
@@ -264,6 +314,7 @@ cudaError_t cudaGraphInstantiate(cudaGraphExec_t* exec, cudaGraph_t graph, unsig
   return cudaSuccess;
 }
 cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
+  const Turn turn;
   if (stream == nullptr) return Note(cudaErrorInvalidValue);
   stream->work.insert(stream->work.end(), exec->work.begin(), exec->work.end());
   return Sound();
