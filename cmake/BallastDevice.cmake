@@ -117,10 +117,23 @@ function(ballast_add_device_tests)
   if(TARGET ballast_test_support)
     ballast_device_test(device_runtime
       SOURCES
+        runtime/carried_moe_layers.cc
         runtime/device_backend.cc
         runtime/device_moe_layers.cc
+        runtime/row_carrier.cc
         tests/gpu/decoder_device_test.cc
       LIBS ballast_test_support)
+    # Ranks of several nodes are threads here, over the fake of NCCL, which moves bytes that the host can reach.
+    ballast_test(carried_shim
+      SOURCES
+        runtime/carried_moe_layers.cc
+        runtime/device_backend.cc
+        runtime/device_moe_layers.cc
+        runtime/row_carrier.cc
+        tests/gpu/carried_layers_test.cc
+        tests/support/fake_nccl.cc
+        tests/support/fake_nccl_machine.cc
+      LIBS ballast_kernels_shim ballast_test_support)
   endif()
   if(BALLAST_WITH_CUDA)
     add_test(NAME spills

@@ -3,9 +3,10 @@
 
 #include <functional>
 #include <memory>
-#include <utility>
+#include <vector>
 
 #include "absl/status/statusor.h"
+#include "comm/nccl_api.h"
 #include "kernels/device_memory.h"
 #include "runtime/backend.h"
 #include "runtime/device_moe_layers.h"
@@ -18,11 +19,16 @@ class DeviceBackend : public Backend {
   struct Options {
     const KernelSet* kernels = nullptr;  // a device's
     MlpPath path = MlpPath::kBest;
-    int32_t max_blocks = 1056;  // of a kernel of the exchange (kernels/exchange.h)
-    LendArenas lend;
-    std::function<ExpertArena()> experts;  // asked once a layer and step
+    int32_t max_blocks = 1056;                  // of a kernel of the exchange (kernels/exchange.h)
+    LendArenas lend = {};                       // where all ranks are on one node
+    std::function<ExpertArena()> experts = {};  // asked once a layer and step
+    // [R] of all ranks of the job; empty: all on one. Where there are several, NCCL carries the
+    // rows.
+    std::vector<int32_t> node_of_rank = {};
+    NcclApi* nccl = NcclLibrary();
+    int max_ctas = 0;  // NcclCommunicator::Options
   };
-  // ERRORS kInternal: no stream
+  // ERRORS kFailedPrecondition: several nodes, and no NCCL; kInternal: no stream
   static absl::StatusOr<std::unique_ptr<DeviceBackend>> Create(Options options);
 
   const KernelSet& kernels() const override { return *options_.kernels; }
@@ -30,18 +36,16 @@ class DeviceBackend : public Backend {
   absl::StatusOr<std::unique_ptr<MoeLayers>> MakeMoeLayers(
       const MoeLayers::Options& options) override;
   int64_t MoeLayersBytes(const MoeLayers::Options& options,
-                         const Topology& topology) const override {
-    return static_cast<int64_t>(DeviceMoeLayers::MemoryBytes(options, topology));
-  }
+                         const Topology& topology) const override;
   int64_t all_memory() const override { return cuda::AllMemory(); }
   bool has_own_memory() const override { return true; }
   absl::StatusOr<ExpertForm> MakeExpertForm(int hidden, int inter, DType dtype) const override;
 
  private:
-  DeviceBackend(Options options, cuda::OwnedStream stream)
-      : options_(std::move(options)), stream_(std::move(stream)) {}
+  DeviceBackend(Options options, cuda::OwnedStream stream);
 
   const Options options_;
+  const bool several_nodes_;
   const cuda::OwnedStream stream_;
 };
 

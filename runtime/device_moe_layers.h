@@ -13,16 +13,10 @@
 #include "kernels/exchange.h"
 #include "kernels/grouped_mlp.h"
 #include "kernels/kernel_set.h"
+#include "runtime/expert_arena.h"
 #include "runtime/moe_layers.h"
 
 namespace ballast {
-
-// The blocks of experts in a rank's device memory.
-struct ExpertArena {
-  const std::byte* at = nullptr;
-  size_t block_bytes = 0;
-  int32_t num_blocks = 0;
-};
 
 // Device memory that all ranks of `communicator` can address: this rank's own, zeroed, and where
 // the others' are. They stay until the process ends. COLLECTIVE. SHAPES the result [R]

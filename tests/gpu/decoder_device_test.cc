@@ -9,13 +9,9 @@
 
 #include "base/random.h"
 #include "comm/transport.h"
-#include "kernels/device_kernels.h"
-#include "runtime/decoder.h"
-#include "runtime/device_backend.h"
-#include "runtime/engine.h"
 #include "tests/gpu/device_array.h"
+#include "tests/gpu/device_rank.h"
 #include "tests/gpu/schedules.h"
-#include "tests/placement/random_instances.h"
 #include "tests/support/single_rank_model.h"
 #include "tests/support/tiny_checkpoint.h"
 
@@ -24,118 +20,46 @@ namespace {
 
 using testing::TinyModel;
 
-constexpr int32_t kSlots = 8, kMaxTokens = 24, kMaxSequences = 4;
+using testing::RequireOk;
 
-void RequireOk(const absl::Status& status) {
-  INFO(status.message());
-  REQUIRE(status.ok());
-}
+constexpr int32_t kSlots = 8, kMaxTokens = 24;
 
-absl::Status Nothing() {
-  return absl::OkStatus();
-}
-
-// One of several ranks that share the device and this thread. It has all experts in memory.
+// One of several ranks that share the device and this thread.
 class VirtualRank {
  public:
-  VirtualRank(const Checkpoint& checkpoint, DType dtype, LocalFabric* fabric, int rank,
-              const std::vector<std::byte*>* arenas)
-      : transport_(fabric->MakeTransport(rank)), comm_(transport_.get(), {}) {
-    const ModelConfig& config = checkpoint.config();
-    auto backend = DeviceBackend::Create(
-        {.kernels = &PlainDeviceKernels(),
-         .path = MlpPath::kPlain,
-         .max_blocks = 12,  // of all ranks together they fit
-         .lend = [arenas](Communicator*, size_t) { return *arenas; },
-         .experts =
-             [this] {
-               return ExpertArena{experts_->data(), store_->block_bytes(),
-                                  static_cast<int32_t>(experts_->size() / store_->block_bytes())};
-             }});
-    RequireOk(backend.status());
-    backend_ = *std::move(backend);
-    EngineOptions options;
-    options.dtype = dtype;
-    options.scheduler.max_batch_tokens = kMaxTokens;
-    auto decoder = Decoder::Create(
-        checkpoint, {.moe = MoeOptionsOf(options, config), .max_logits = kMaxSequences},
-        backend_.get());
-    RequireOk(decoder.status());
-    decoder_ = *std::move(decoder);
-    cache_ = std::make_unique<KvCache>(config, dtype, 8 * KvCache::BlockBytes(config, dtype));
-    RequireOk(cache_->Allocate(backend_->kernels().memory));
-    LoadExperts(checkpoint);
-  }
+  VirtualRank(const Checkpoint& checkpoint, const EngineOptions& options, LocalFabric* fabric,
+              int rank, const std::vector<std::byte*>* arenas)
+      : transport_(fabric->MakeTransport(rank)),
+        comm_(transport_.get(), {}),
+        device_(checkpoint, options, transport_.get(),
+                {.max_blocks = 12,  // of all ranks together they fit
+                 .lend = [arenas](Communicator*, size_t) { return *arenas; }}) {}
 
   void Connect(const std::vector<int32_t>& ranks, const Topology& topology) {
-    RequireOk(decoder_->moe().Connect(&comm_, ranks, topology));
+    RequireOk(moe().Connect(&comm_, ranks, topology));
   }
   void Use(const Placement& placement) {
-    RequireOk(decoder_->moe().Use(placement, *store_));
-    RequireOk(decoder_->moe().Check(placement, *store_));
+    RequireOk(moe().Use(placement, device_.store()));
+    RequireOk(moe().Check(placement, device_.store()));
   }
-  void Begin(const Batch& batch) { RequireOk(decoder_->Begin(batch, *cache_, Nothing)); }
+  void Begin(const Batch& batch) {
+    RequireOk(device_.decoder().Begin(batch, cache(), testing::NothingBetweenLayers));
+  }
   std::vector<float> Finish(std::vector<LayerCounts>* counts) {
-    const auto output = decoder_->Finish(counts);
+    const auto output = device_.decoder().Finish(counts);
     RequireOk(output.status());
     greedy_.assign(output->greedy.begin(), output->greedy.end());
     return {output->logits.begin(), output->logits.end()};
   }
   const std::vector<int32_t>& greedy() const { return greedy_; }  // of the last batch
-  Decoder& decoder() { return *decoder_; }
-  KvCache& cache() { return *cache_; }
+  MoeLayers& moe() { return device_.moe(); }
+  KvCache& cache() { return device_.cache(); }
 
  private:
-  void LoadExperts(const Checkpoint& checkpoint) {
-    const int32_t layers = checkpoint.config().num_moe_layers();
-    const int32_t experts = checkpoint.config().gate.num_experts;
-    store_ =
-        std::make_unique<ExpertStore>(ExpertStore::Options{.rank = comm_.rank(),
-                                                           .num_layers = layers,
-                                                           .num_experts = experts,
-                                                           .block_bytes = decoder_->expert_bytes(),
-                                                           .resident_blocks = layers * experts},
-                                      transport_.get());
-    std::vector<std::byte> blocks(store_->block_bytes() * layers * experts);
-    for (int32_t layer = 0; layer < layers; ++layer) {
-      for (int32_t e = 0; e < experts; ++e) {
-        store_->Allocate(layer, e);
-        std::byte* const block = blocks.data() + store_->BlockOf(layer, e) * store_->block_bytes();
-        RequireOk(decoder_->LoadExpert(checkpoint, layer, e, block));
-      }
-    }
-    experts_ = std::make_unique<testing::DeviceArray<std::byte>>(blocks);
-  }
-
   std::unique_ptr<Transport> transport_;
   Communicator comm_;
-  std::unique_ptr<DeviceBackend> backend_;
-  std::unique_ptr<Decoder> decoder_;
-  std::unique_ptr<KvCache> cache_;
-  std::unique_ptr<ExpertStore> store_;
-  std::unique_ptr<testing::DeviceArray<std::byte>> experts_;
+  testing::DeviceRank device_;
   std::vector<int32_t> greedy_;
-};
-
-// A sequence of one rank: its next `count` tokens as a batch. Of the last some the logits or the
-// most probable tokens are wanted.
-struct Sequence {
-  std::vector<int32_t> tokens, blocks;
-  int32_t done = 0;
-  Batch Next(int32_t count) {
-    Batch batch;
-    batch.block_table = blocks;
-    batch.num_prefill = count > 1 ? count : 0;
-    for (int32_t i = 0; i < count; ++i, ++done) {
-      if (i >= count - kMaxSequences) {
-        (i % 3 == 1 ? batch.greedy_rows : batch.logit_rows).push_back(i);
-      }
-      batch.token.push_back(tokens[done]);
-      batch.position.push_back(done);
-      batch.table_offset.push_back(0);
-    }
-    return batch;
-  }
 };
 
 // Ranks of one model, a sequence each, and what the CPU says of it.
@@ -160,8 +84,11 @@ class Scene {
       all.push_back(r);
       arenas_.push_back(memory_.data() + (static_cast<size_t>(r) << 20));
     }
+    EngineOptions options;
+    options.dtype = dtype;
+    options.scheduler.max_batch_tokens = kMaxTokens;
     for (int32_t r = 0; r < num_ranks; ++r) {
-      ranks_.push_back(std::make_unique<VirtualRank>(*checkpoint_, dtype, &fabric_, r, &arenas_));
+      ranks_.push_back(std::make_unique<VirtualRank>(*checkpoint_, options, &fabric_, r, &arenas_));
       for (int i = 0; i < 9; ++i) {
         sequences_[r].tokens.push_back(static_cast<int32_t>(random_.Below(config().vocab_size)));
       }
@@ -175,16 +102,8 @@ class Scene {
 
   // Puts experts anywhere.
   void Flip(int64_t epoch) {
-    std::vector<int32_t> rows;
-    for (int32_t layer = 0; layer < config().num_moe_layers(); ++layer) {
-      const auto row =
-          testing::RandomRow(&random_, topology_.num_slots(), config().gate.num_experts);
-      rows.insert(rows.end(), row.begin(), row.end());
-    }
-    const auto placement = Placement::Create(config().num_moe_layers(), config().gate.num_experts,
-                                             topology_, rows, epoch);
-    RequireOk(placement.status());
-    for (auto& rank : ranks_) rank->Use(*placement);
+    const Placement placement = testing::ExpertsAnywhere(config(), topology_, epoch, &random_);
+    for (auto& rank : ranks_) rank->Use(placement);
   }
 
   // All ranks' next tokens, but of the last one where it rests.
@@ -201,16 +120,15 @@ class Scene {
     for (size_t r = 0; r < ranks_.size(); ++r) {
       CAPTURE(ranks_.size(), r);
       std::vector<LayerCounts> of_layers;
-      REQUIRE(ranks_[r]->Finish(&of_layers) ==
-              Expected(r, batches[r].position, batches[r].logit_rows));
-      const auto of_greedy = Expected(r, batches[r].position, batches[r].greedy_rows);
+      REQUIRE(ranks_[r]->Finish(&of_layers) == Expected(r, batches[r], batches[r].logit_rows));
+      const auto of_greedy = Expected(r, batches[r], batches[r].greedy_rows);
       std::vector<int32_t> greedy;
       for (auto at = of_greedy.begin(); at != of_greedy.end(); at += config().vocab_size) {
         greedy.push_back(static_cast<int32_t>(std::max_element(at, at + config().vocab_size) - at));
       }
       REQUIRE(ranks_[r]->greedy() == greedy);
       for (const LayerCounts& layer : of_layers) RequireCounts(layer, copies);
-      MoeLayers& moe = ranks_[r]->decoder().moe();
+      MoeLayers& moe = ranks_[r]->moe();
       hashes.push_back(moe.TakeChoiceHash());
       const auto ids = moe.Ids(config().num_moe_layers() - 1);
       RequireOk(ids.status());
@@ -224,15 +142,9 @@ class Scene {
  private:
   const ModelConfig& config() const { return checkpoint_->config(); }
 
-  std::vector<float> Expected(size_t rank, const std::vector<int32_t>& position,
+  std::vector<float> Expected(size_t rank, const Batch& batch,
                               const std::vector<int32_t>& rows) const {
-    const std::ptrdiff_t vocab = config().vocab_size;
-    std::vector<float> logits;
-    for (const int32_t row : rows) {
-      const auto first = expected_[rank].begin() + position[row] * vocab;
-      logits.insert(logits.end(), first, first + vocab);
-    }
-    return logits;
+    return testing::LogitsOf(expected_[rank], batch, rows, config().vocab_size);
   }
   void RequireCounts(const LayerCounts& layer, int64_t copies) const {
     int64_t counted = 0, load = 0;
@@ -251,7 +163,7 @@ class Scene {
   std::vector<std::byte*> arenas_;
   LocalFabric fabric_;
   std::vector<std::unique_ptr<VirtualRank>> ranks_;
-  std::vector<Sequence> sequences_;
+  std::vector<testing::Sequence> sequences_;
   std::vector<std::vector<float>> expected_;
 };
 

@@ -1,0 +1,358 @@
+// A whole decoder on devices of several nodes: NCCL's fake carries the rows between ranks that are
+// threads of this process and share the emulator. The logits are the CPU's bits, whatever the
+// placement and the nodes, also after ranks were lost and have come back.
+#include <algorithm>
+#include <atomic>
+#include <catch2/catch.hpp>
+#include <memory>
+#include <numeric>
+#include <string>
+#include <vector>
+
+#include "base/status.h"
+#include "comm/member_transport.h"
+#include "tests/gpu/device_rank.h"
+#include "tests/gpu/schedules.h"
+#include "tests/support/cuda_shim/emulator.h"
+#include "tests/support/fake_nccl.h"
+#include "tests/support/run_ranks.h"
+#include "tests/support/single_rank_model.h"
+#include "tests/support/tiny_checkpoint.h"
+
+namespace ballast {
+namespace {
+
+using testing::DeviceRank;
+using testing::FakeNccl;
+using testing::FirstError;
+using testing::RequireOk;
+using testing::RunRanks;
+using testing::TinyModel;
+
+constexpr int32_t kSlots = 4, kMaxTokens = 24, kTokens = 9;
+constexpr int64_t kLongMs = 60'000;
+
+// The emulator's streams, for the fake.
+FakeNccl::Device Emulator() {
+  return {.run =
+              [](GpuStream stream, std::function<void()> work) {
+                const std::lock_guard turn(cuda_shim::Mutex());
+                cuda_shim::Enqueue(stream, std::move(work));
+              },
+          .hold =
+              [](GpuStream stream, std::function<bool()> done) {
+                const std::lock_guard turn(cuda_shim::Mutex());
+                cuda_shim::EnqueueWaitOutside(stream, std::move(done));
+              },
+          .advance =
+              [] {
+                const std::lock_guard turn(cuda_shim::Mutex());
+                cuda_shim::RunAWhile();
+              }};
+}
+
+TinyModel SmallModel(int round) {
+  return {.seed = static_cast<uint64_t>(round) + 1,
+          .vocab = 32,
+          .hidden = 16,
+          .num_layers = 3,
+          .num_dense_layers = 1,
+          .num_heads = 2,
+          .num_kv_heads = 1,
+          .head_dim = 8,
+          .dense_inter = 16,
+          .expert_inter = 8,
+          .num_experts = 6,
+          .top_k = 1 + round % 3,
+          .num_shared = round % 2,
+          .context = 64};
+}
+
+Topology OnNodes(const std::vector<int32_t>& node_of_rank) {
+  Topology topology;
+  topology.node_of_rank = node_of_rank;
+  for (size_t r = 0; r <= node_of_rank.size(); ++r) {
+    topology.slot_offsets.push_back(static_cast<int32_t>(r) * kSlots);
+  }
+  return topology;
+}
+
+// What a rank found in a step.
+struct Found {
+  std::vector<float> logits;
+  std::vector<LayerCounts> counts;
+  uint64_t choice_hash = 0;
+  size_t num_ids = 0;
+};
+
+// A job of several ranks, each with a sequence, and what the CPU says of them.
+class Job {
+ public:
+  Job(const TinyModel& model, EngineOptions options, const std::vector<int32_t>& node_of_rank,
+      uint64_t seed)
+      : random(seed),
+        topology(OnNodes(node_of_rank)),
+        nccl(topology.num_ranks()),
+        sequences(node_of_rank.size()),
+        fabric_(topology.num_ranks()) {
+    nccl.set_device(Emulator());
+    testing::WriteCheckpoint(folder_.path(), model);
+    auto opened = Checkpoint::Open(folder_.path());
+    RequireOk(opened.status());
+    checkpoint_ = *std::move(opened);
+    auto reference = testing::SingleRankModel::Load(folder_.path(), options.dtype, PlainKernels());
+    RequireOk(reference.status());
+    options.scheduler.max_batch_tokens = kMaxTokens;
+    for (int32_t r = 0; r < topology.num_ranks(); ++r) {
+      transports.push_back(fabric_.MakeTransport(r));
+      ranks.push_back(std::make_unique<DeviceRank>(
+          *checkpoint_, options, transports.back().get(),
+          DeviceBackend::Options{.node_of_rank = node_of_rank, .nccl = nccl.api(r)}));
+      for (int i = 0; i < kTokens; ++i) {
+        sequences[r].tokens.push_back(static_cast<int32_t>(random.Below(config().vocab_size)));
+      }
+      sequences[r].blocks = ranks[r]->cache().Take(1);
+      const auto logits = (*reference)->Logits(sequences[r].tokens, kTokens);
+      RequireOk(logits.status());
+      expected_.push_back(*logits);
+    }
+  }
+
+  const ModelConfig& config() const { return checkpoint_->config(); }
+  int32_t num_ranks() const { return topology.num_ranks(); }
+
+  // A step of one rank. THREADS its own
+  absl::Status Step(int rank, const Placement& placement, const Batch& batch, Found* found,
+                    const std::function<absl::Status()>& between_layers) {
+    DeviceRank& device = *ranks[rank];
+    BALLAST_RETURN_IF_ERROR(device.moe().Use(placement, device.store()));
+    BALLAST_RETURN_IF_ERROR(device.moe().Check(placement, device.store()));
+    BALLAST_RETURN_IF_ERROR(device.decoder().Begin(batch, device.cache(), between_layers));
+    BALLAST_ASSIGN_OR_RETURN(const BatchOutput output, device.decoder().Finish(&found->counts));
+    found->logits.assign(output.logits.begin(), output.logits.end());
+    found->choice_hash = device.moe().TakeChoiceHash();
+    BALLAST_ASSIGN_OR_RETURN(const auto ids, device.moe().Ids(config().num_moe_layers() - 1));
+    found->num_ids = ids.size();
+    return absl::OkStatus();
+  }
+
+  // What all of `members` found in a step is what the CPU says, and the same.
+  void RequireFound(const std::vector<int32_t>& members, const std::vector<Batch>& batches,
+                    const std::vector<Found>& found) const {
+    const int64_t top_k = config().gate.top_k;
+    int64_t copies = 0;
+    for (const int32_t r : members) copies += batches[r].num_tokens() * top_k;
+    for (const int32_t r : members) {
+      CAPTURE(r);
+      REQUIRE(found[r].logits == testing::LogitsOf(expected_[r], batches[r], batches[r].logit_rows,
+                                                   config().vocab_size));
+      REQUIRE(found[r].choice_hash == found[members[0]].choice_hash);
+      REQUIRE(static_cast<int64_t>(found[r].num_ids) == batches[r].num_tokens() * top_k);
+      for (const LayerCounts& layer : found[r].counts) {
+        int64_t counted = 0;
+        for (const auto& kind : layer.counts) {
+          counted += std::accumulate(kind.begin(), kind.end(), 0);
+        }
+        REQUIRE(counted == copies);
+        REQUIRE(layer.rank_load.size() == members.size());
+        REQUIRE(std::accumulate(layer.rank_load.begin(), layer.rank_load.end(), int64_t{0}) ==
+                copies);
+      }
+    }
+  }
+
+  Random random;
+  const Topology topology;
+  FakeNccl nccl;
+  std::vector<std::unique_ptr<Transport>> transports;
+  std::vector<std::unique_ptr<DeviceRank>> ranks;
+  std::vector<testing::Sequence> sequences;
+
+ private:
+  testing::TempFolder folder_;
+  std::unique_ptr<Checkpoint> checkpoint_;
+  LocalFabric fabric_;
+  std::vector<std::vector<float>> expected_;
+};
+
+std::vector<int32_t> AllOf(int32_t count) {
+  std::vector<int32_t> all(static_cast<size_t>(count));
+  std::iota(all.begin(), all.end(), 0);
+  return all;
+}
+
+// Of four.
+std::vector<int32_t> Without(int32_t rank) {
+  std::vector<int32_t> others = AllOf(4);
+  std::erase(others, rank);
+  return others;
+}
+
+// Equal nodes, uneven ones, nodes that take turns, and one rank alone on its node.
+const std::vector<std::vector<int32_t>> kNodes = {{0, 0, 1, 1}, {0, 1, 1}, {0, 1, 0, 1},
+                                                  {0, 0, 0, 1}, {0, 1},    {0, 1, 2, 0, 2}};
+
+TEST_CASE("a decoder step on several nodes has the CPU's bits", "[device][decoder][nodes]") {
+  testing::ForEachSchedule([](int round) {
+    CAPTURE(round);
+    EngineOptions options;
+    options.dtype = round % 3 == 2 ? DType::kBF16 : DType::kF32;
+    options.split = kAllSplitModes[round % std::size(kAllSplitModes)];
+    Job job(SmallModel(round), options, kNodes[round % kNodes.size()],
+            static_cast<uint64_t>(round) + 300);
+    job.nccl.set_polls_in_progress(round % 2);
+    constexpr int kSteps = 3;
+    std::vector<Placement> placements;
+    std::vector<std::vector<Batch>> batches(kSteps);
+    std::vector<std::vector<Found>> found(kSteps);
+    for (int step = 0; step < kSteps; ++step) {
+      placements.push_back(testing::ExpertsAnywhere(job.config(), job.topology, step, &job.random));
+      found[step].resize(static_cast<size_t>(job.num_ranks()));
+      // A prompt of some tokens, then one token at a time; some ranks have none.
+      for (int32_t r = 0; r < job.num_ranks(); ++r) {
+        const bool rests = step == 1 && r % 2 == round % 2;
+        const int32_t count = step == 0 ? 1 + static_cast<int32_t>(job.random.Below(6)) : 1;
+        batches[step].push_back(rests ? Batch{} : job.sequences[r].Next(count));
+      }
+    }
+    const std::vector<int32_t> all = AllOf(job.num_ranks());
+    const auto statuses =
+        RunRanks(job.num_ranks(), [&](Transport*, Communicator* comm, int r) -> absl::Status {
+          BALLAST_RETURN_IF_ERROR(job.ranks[r]->moe().Connect(comm, all, job.topology));
+          for (int step = 0; step < kSteps; ++step) {
+            BALLAST_RETURN_IF_ERROR(job.Step(r, placements[step], batches[step][r], &found[step][r],
+                                             testing::NothingBetweenLayers));
+          }
+          return absl::OkStatus();
+        });
+    REQUIRE(FirstError(statuses) == "");
+    for (int step = 0; step < kSteps; ++step) {
+      CAPTURE(step);
+      job.RequireFound(all, batches[step], found[step]);
+    }
+  });
+}
+
+// How a rank is lost, and how the others hear of it. Later it comes back, and rank 1 leaves.
+enum class Loss { kLeftAlone, kInAnExchange, kTold, kToldBetweenLayers };
+
+// A generation of `members`: one step, in which nobody is lost. THREADS a member's
+absl::Status GoOn(Job* job, int rank, const std::vector<int32_t>& members, int64_t generation,
+                  const Placement& placement, const Batch& batch, Found* found) {
+  MemberTransport transport(job->transports[rank].get(), members, generation);
+  Communicator comm(&transport, {.deadline_ms = kLongMs});
+  BALLAST_RETURN_IF_ERROR(job->ranks[rank]->moe().Connect(&comm, members, placement.topology()));
+  return job->Step(rank, placement, batch, found, testing::NothingBetweenLayers);
+}
+
+TEST_CASE("a rank that is lost on the way is named and the others go on",
+          "[device][decoder][nodes][errors]") {
+  const Loss loss =
+      GENERATE(Loss::kLeftAlone, Loss::kInAnExchange, Loss::kTold, Loss::kToldBetweenLayers);
+  const bool in_exchange = loss == Loss::kInAnExchange || loss == Loss::kToldBetweenLayers;
+  const bool are_told = loss == Loss::kTold || loss == Loss::kToldBetweenLayers;
+  const int lost = GENERATE(0, 3);
+  cuda_shim::Reseed(static_cast<uint64_t>(lost) + 5);
+  const std::vector<int32_t> node_of_rank = {0, 0, 1, 1};
+  EngineOptions options;
+  options.step_timeout_ms = are_told ? kLongMs : 5'000;
+  Job job(SmallModel(1), options, node_of_rank, 40 + static_cast<uint64_t>(lost));
+  // The first step has two layers of four groups each: in the second one half of the first layer.
+  if (in_exchange) job.nccl.faults(lost).lost_after_groups = 9;
+
+  const std::vector<int32_t> all = AllOf(4), left = Without(lost), back = Without(1);
+  const auto nodes_of = [&](const std::vector<int32_t>& members) {
+    std::vector<int32_t> nodes;
+    for (const int32_t r : members) nodes.push_back(node_of_rank[r]);
+    return OnNodes(nodes);
+  };
+  const std::vector<Placement> placements = {
+      testing::ExpertsAnywhere(job.config(), job.topology, 0, &job.random),
+      testing::ExpertsAnywhere(job.config(), job.topology, 1, &job.random),
+      testing::ExpertsAnywhere(job.config(), nodes_of(left), 2, &job.random),
+      testing::ExpertsAnywhere(job.config(), nodes_of(back), 3, &job.random)};
+  std::vector<std::vector<Batch>> batches(4);
+  std::vector<std::vector<Found>> found(4, std::vector<Found>(4));
+  for (const int32_t r : all) {
+    batches[0].push_back(job.sequences[r].Next(3));
+    batches[1].push_back(job.sequences[r].Next(2));
+    batches[2].push_back(batches[1].back());  // once more; the lost one will be behind
+    batches[3].push_back(r == lost ? batches[1].back() : job.sequences[r].Next(1));
+  }
+  std::vector<absl::Status> ends(4);
+  std::vector<std::vector<int>> missing(4);
+  std::atomic<bool> told = false;
+  const auto first_generation = [&](int r) {
+    MemberTransport transport(job.transports[r].get(), all, 0);
+    Communicator comm(&transport, {.deadline_ms = options.step_timeout_ms, .interrupted = [&] {
+                                     return told ? absl::AbortedError("told to halt")
+                                                 : absl::OkStatus();
+                                   }});
+    BALLAST_RETURN_IF_ERROR(job.ranks[r]->moe().Connect(&comm, all, job.topology));
+    BALLAST_RETURN_IF_ERROR(
+        job.Step(r, placements[0], batches[0][r], &found[0][r], testing::NothingBetweenLayers));
+    ends[r] = job.Step(r, placements[1], batches[1][r], &found[1][r], [&]() -> absl::Status {
+      if (r == lost && !in_exchange) return absl::CancelledError("gone");
+      // What is under way to the lost one stays so.
+      if (loss == Loss::kToldBetweenLayers) return absl::AbortedError("told to halt");
+      return absl::OkStatus();
+    });
+    if (r == lost && loss == Loss::kTold) told = true;
+    missing[r] = comm.missing();
+    return absl::OkStatus();
+  };
+  const auto statuses = RunRanks(4, [&](Transport*, Communicator*, int r) -> absl::Status {
+    BALLAST_RETURN_IF_ERROR(first_generation(r));
+    if (r != lost) {
+      BALLAST_RETURN_IF_ERROR(GoOn(&job, r, left, 1, placements[2], batches[2][r], &found[2][r]));
+    }
+    if (r == 1) return absl::OkStatus();
+    return GoOn(&job, r, back, 2, placements[3], batches[3][r], &found[3][r]);
+  });
+  REQUIRE(FirstError(statuses) == "");
+  job.RequireFound(all, batches[0], found[0]);
+  job.RequireFound(left, batches[2], found[2]);
+  job.RequireFound(back, batches[3], found[3]);
+  std::vector<int> waited_for;
+  for (const int32_t r : left) {
+    CAPTURE(r, lost, ends[r].message());
+    REQUIRE((are_told ? absl::IsAborted(ends[r]) : absl::IsDeadlineExceeded(ends[r])));
+    if (loss == Loss::kLeftAlone) REQUIRE(std::ranges::count(missing[r], lost) > 0);
+    waited_for.insert(waited_for.end(), missing[r].begin(), missing[r].end());
+    // Shrunk once, and made anew when the lost one was back. That one would have shrunk, too.
+    const FakeNccl::Seen& seen = job.nccl.seen(r);
+    REQUIRE(seen.plain_shrinks + seen.shrinks_with_abort == 1);
+    if (loss == Loss::kLeftAlone) REQUIRE(seen.plain_shrinks == 1);
+    if (in_exchange) REQUIRE(seen.shrinks_with_abort == 1);
+    REQUIRE(seen.inits == (r == 1 ? 1 : 2));
+  }
+  if (!are_told) {
+    // One may wait for others that are kept waiting. Those say so.
+    std::erase_if(waited_for, [&](int r) { return std::ranges::count(left, r) > 0; });
+    REQUIRE(!waited_for.empty());
+    REQUIRE(std::ranges::count(waited_for, lost) == std::ssize(waited_for));
+  }
+  REQUIRE(job.nccl.seen(lost).inits == 2);
+  REQUIRE(job.nccl.uses_after_free() == 0);
+  job.ranks.clear();
+  REQUIRE(job.nccl.live_communicators() == 0);
+}
+
+TEST_CASE("several nodes without NCCL are refused", "[device][nodes][errors]") {
+  const auto make = [](const std::vector<int32_t>& node_of_rank) {
+    return DeviceBackend::Create({.kernels = &PlainDeviceKernels(),
+                                  .lend = {},
+                                  .experts = {},
+                                  .node_of_rank = node_of_rank,
+                                  .nccl = nullptr})
+        .status();
+  };
+  REQUIRE(make({}).ok());
+  REQUIRE(make({0, 0, 0}).ok());
+  const absl::Status refused = make({0, 0, 1});
+  REQUIRE(absl::IsFailedPrecondition(refused));
+  REQUIRE(std::string(refused.message()).find("BALLAST_WITH_NCCL") != std::string::npos);
+}
+
+}  // namespace
+}  // namespace ballast
