@@ -11,6 +11,7 @@
 
 #include "base/status.h"
 #include "comm/member_transport.h"
+#include "runtime/carried_moe_layers.h"
 #include "tests/gpu/device_rank.h"
 #include "tests/gpu/schedules.h"
 #include "tests/support/cuda_shim/emulator.h"
@@ -29,7 +30,7 @@ using testing::RequireOk;
 using testing::RunRanks;
 using testing::TinyModel;
 
-constexpr int32_t kSlots = 4, kMaxTokens = 24, kTokens = 9;
+constexpr int32_t kSlots = 4, kTokens = 9;  // of a step, and of a sequence
 constexpr int64_t kLongMs = 60'000;
 
 // The emulator's streams, for the fake.
@@ -88,12 +89,11 @@ struct Found {
 // A job of several ranks, each with a sequence, and what the CPU says of them.
 class Job {
  public:
-  Job(const TinyModel& model, EngineOptions options, const std::vector<int32_t>& node_of_rank,
-      uint64_t seed)
+  Job(const TinyModel& model, EngineOptions options, const Topology& all_ranks, uint64_t seed)
       : random(seed),
-        topology(OnNodes(node_of_rank)),
+        topology(all_ranks),
         nccl(topology.num_ranks()),
-        sequences(node_of_rank.size()),
+        sequences(topology.node_of_rank.size()),
         fabric_(topology.num_ranks()) {
     nccl.set_device(Emulator());
     testing::WriteCheckpoint(folder_.path(), model);
@@ -102,12 +102,12 @@ class Job {
     checkpoint_ = *std::move(opened);
     auto reference = testing::SingleRankModel::Load(folder_.path(), options.dtype, PlainKernels());
     RequireOk(reference.status());
-    options.scheduler.max_batch_tokens = kMaxTokens;
+    options.scheduler.max_batch_tokens = kTokens;
     for (int32_t r = 0; r < topology.num_ranks(); ++r) {
       transports.push_back(fabric_.MakeTransport(r));
       ranks.push_back(std::make_unique<DeviceRank>(
           *checkpoint_, options, transports.back().get(),
-          DeviceBackend::Options{.node_of_rank = node_of_rank, .nccl = nccl.api(r)}));
+          DeviceBackend::Options{.node_of_rank = topology.node_of_rank, .nccl = nccl.api(r)}));
       for (int i = 0; i < kTokens; ++i) {
         sequences[r].tokens.push_back(static_cast<int32_t>(random.Below(config().vocab_size)));
       }
@@ -198,7 +198,7 @@ TEST_CASE("a decoder step on several nodes has the CPU's bits", "[device][decode
     EngineOptions options;
     options.dtype = round % 3 == 2 ? DType::kBF16 : DType::kF32;
     options.split = kAllSplitModes[round % std::size(kAllSplitModes)];
-    Job job(SmallModel(round), options, kNodes[round % kNodes.size()],
+    Job job(SmallModel(round), options, OnNodes(kNodes[round % kNodes.size()]),
             static_cast<uint64_t>(round) + 300);
     job.nccl.set_polls_in_progress(round % 2);
     constexpr int kSteps = 3;
@@ -233,6 +233,43 @@ TEST_CASE("a decoder step on several nodes has the CPU's bits", "[device][decode
   });
 }
 
+size_t FreeBytes() {
+  size_t left = 0, all = 0;
+  testing::RequireCuda(cudaMemGetInfo(&left, &all));
+  return left;
+}
+
+// All experts on one rank, alone on its node or not, and all tokens there are: what comes to it,
+// what it gets by its node for others, and what goes back could not be more.
+TEST_CASE("the fullest step fits into the memory that was announced", "[device][decoder][nodes]") {
+  cuda_shim::Reseed(77);
+  const int32_t holder = GENERATE(0, 2);
+  const std::vector<int32_t> node_of_rank =
+      GENERATE(std::vector<int32_t>{0, 1, 1, 1}, std::vector<int32_t>{0, 0, 1, 1});
+  const TinyModel model = SmallModel(2);
+  Topology topology{.slot_offsets = {0}, .node_of_rank = node_of_rank};
+  for (int32_t r = 0; r < 4; ++r) {
+    topology.slot_offsets.push_back(topology.slot_offsets.back() +
+                                    (r == holder ? model.num_experts : 0));
+  }
+  EngineOptions options;
+  Job job(model, options, topology, 90);
+  const Placement placement = testing::ExpertsAnywhere(job.config(), job.topology, 0, &job.random);
+  std::vector<Batch> batches;
+  for (int32_t r = 0; r < 4; ++r) batches.push_back(job.sequences[r].Next(kTokens));
+  const std::vector<int32_t> all = AllOf(4);
+  const size_t before = FreeBytes();
+  std::vector<Found> found(4);
+  REQUIRE(FirstError(RunRanks(4, [&](Transport*, Communicator* comm, int r) -> absl::Status {
+            BALLAST_RETURN_IF_ERROR(job.ranks[r]->moe().Connect(comm, all, job.topology));
+            return job.Step(r, placement, batches[r], &found[r], testing::NothingBetweenLayers);
+          })) == "");
+  job.RequireFound(all, batches, found);
+  options.scheduler.max_batch_tokens = kTokens;
+  REQUIRE(before - FreeBytes() ==
+          4 * CarriedMoeLayers::MemoryBytes(MoeOptionsOf(options, job.config()), topology));
+}
+
 // How a rank is lost, and how the others hear of it. Later it comes back, and rank 1 leaves.
 enum class Loss { kLeftAlone, kInAnExchange, kTold, kToldBetweenLayers };
 
@@ -256,7 +293,7 @@ TEST_CASE("a rank that is lost on the way is named and the others go on",
   const std::vector<int32_t> node_of_rank = {0, 0, 1, 1};
   EngineOptions options;
   options.step_timeout_ms = are_told ? kLongMs : 5'000;
-  Job job(SmallModel(1), options, node_of_rank, 40 + static_cast<uint64_t>(lost));
+  Job job(SmallModel(1), options, OnNodes(node_of_rank), 40 + static_cast<uint64_t>(lost));
   // The first step has two layers of four groups each: in the second one half of the first layer.
   if (in_exchange) job.nccl.faults(lost).lost_after_groups = 9;
 

@@ -82,6 +82,7 @@ uint64_t Noise();  // what fresh memory holds
 std::byte* AllocateDevice(size_t bytes);
 // False: something wrote outside of the block, or it is not one.
 bool FreeDevice(void* block);
+size_t DeviceBytes();  // that are lent
 // Names a block that something wrote outside of, or returns true.
 bool CheckDeviceBlocks();
 std::byte* AllocatePinned(size_t bytes);
