@@ -282,97 +282,144 @@ absl::Status GoOn(Job* job, int rank, const std::vector<int32_t>& members, int64
   return job->Step(rank, placement, batch, found, testing::NothingBetweenLayers);
 }
 
-TEST_CASE("a rank that is lost on the way is named and the others go on",
-          "[device][decoder][nodes][errors]") {
-  const Loss loss =
-      GENERATE(Loss::kLeftAlone, Loss::kInAnExchange, Loss::kTold, Loss::kToldBetweenLayers);
-  const bool in_exchange = loss == Loss::kInAnExchange || loss == Loss::kToldBetweenLayers;
-  const bool are_told = loss == Loss::kTold || loss == Loss::kToldBetweenLayers;
-  const int lost = GENERATE(0, 3);
-  cuda_shim::Reseed(static_cast<uint64_t>(lost) + 5);
-  const std::vector<int32_t> node_of_rank = {0, 0, 1, 1};
-  EngineOptions options;
-  options.step_timeout_ms = are_told ? kLongMs : 5'000;
-  Job job(SmallModel(1), options, OnNodes(node_of_rank), 40 + static_cast<uint64_t>(lost));
-  // The first step has two layers of four groups each: in the second one half of the first layer.
-  if (in_exchange) job.nccl.faults(lost).lost_after_groups = 9;
-
-  const std::vector<int32_t> all = AllOf(4), left = Without(lost), back = Without(1);
-  const auto nodes_of = [&](const std::vector<int32_t>& members) {
-    std::vector<int32_t> nodes;
-    for (const int32_t r : members) nodes.push_back(node_of_rank[r]);
-    return OnNodes(nodes);
-  };
-  const std::vector<Placement> placements = {
-      testing::ExpertsAnywhere(job.config(), job.topology, 0, &job.random),
-      testing::ExpertsAnywhere(job.config(), job.topology, 1, &job.random),
-      testing::ExpertsAnywhere(job.config(), nodes_of(left), 2, &job.random),
-      testing::ExpertsAnywhere(job.config(), nodes_of(back), 3, &job.random)};
-  std::vector<std::vector<Batch>> batches(4);
-  std::vector<std::vector<Found>> found(4, std::vector<Found>(4));
-  for (const int32_t r : all) {
-    batches[0].push_back(job.sequences[r].Next(3));
-    batches[1].push_back(job.sequences[r].Next(2));
-    batches[2].push_back(batches[1].back());  // once more; the lost one will be behind
-    batches[3].push_back(r == lost ? batches[1].back() : job.sequences[r].Next(1));
+// Four ranks on two nodes, of which one is lost in the second step; the next generation is without
+// it, and in the one after it is back and rank 1 has gone.
+class LossScene {
+ public:
+  LossScene(Loss how, int who)
+      : loss(how),
+        lost(who),
+        left(Without(who)),
+        job_(SmallModel(1), OptionsFor(how), OnNodes(kNodeOfRank), 40 + static_cast<uint64_t>(who)),
+        batches_(4),
+        found_(4, std::vector<Found>(4)),
+        ends_(4),
+        missing_(4) {
+    // The first step has two layers of four groups each: in the second one half of the first layer.
+    if (in_exchange()) job_.nccl.faults(lost).lost_after_groups = 9;
+    int64_t epoch = 0;
+    for (const auto& members : {all_, all_, left, back_}) {
+      std::vector<int32_t> nodes;
+      for (const int32_t r : members) nodes.push_back(kNodeOfRank[r]);
+      placements_.push_back(
+          testing::ExpertsAnywhere(job_.config(), OnNodes(nodes), epoch++, &job_.random));
+    }
+    for (const int32_t r : all_) {
+      batches_[0].push_back(job_.sequences[r].Next(3));
+      batches_[1].push_back(job_.sequences[r].Next(2));
+      batches_[2].push_back(batches_[1].back());  // once more; the lost one will be behind
+      batches_[3].push_back(r == lost ? batches_[1].back() : job_.sequences[r].Next(1));
+    }
   }
-  std::vector<absl::Status> ends(4);
-  std::vector<std::vector<int>> missing(4);
-  std::atomic<bool> told = false;
-  const auto first_generation = [&](int r) {
-    MemberTransport transport(job.transports[r].get(), all, 0);
-    Communicator comm(&transport, {.deadline_ms = options.step_timeout_ms, .interrupted = [&] {
-                                     return told ? absl::AbortedError("told to halt")
-                                                 : absl::OkStatus();
-                                   }});
-    BALLAST_RETURN_IF_ERROR(job.ranks[r]->moe().Connect(&comm, all, job.topology));
-    BALLAST_RETURN_IF_ERROR(
-        job.Step(r, placements[0], batches[0][r], &found[0][r], testing::NothingBetweenLayers));
-    ends[r] = job.Step(r, placements[1], batches[1][r], &found[1][r], [&]() -> absl::Status {
-      if (r == lost && !in_exchange) return absl::CancelledError("gone");
-      // What is under way to the lost one stays so.
-      if (loss == Loss::kToldBetweenLayers) return absl::AbortedError("told to halt");
-      return absl::OkStatus();
-    });
-    if (r == lost && loss == Loss::kTold) told = true;
-    missing[r] = comm.missing();
-    return absl::OkStatus();
-  };
-  const auto statuses = RunRanks(4, [&](Transport*, Communicator*, int r) -> absl::Status {
-    BALLAST_RETURN_IF_ERROR(first_generation(r));
+
+  bool are_told() const { return loss == Loss::kTold || loss == Loss::kToldBetweenLayers; }
+  bool in_exchange() const {
+    return loss == Loss::kInAnExchange || loss == Loss::kToldBetweenLayers;
+  }
+
+  // THREADS the rank's
+  absl::Status Live(int r) {
+    BALLAST_RETURN_IF_ERROR(UntilTheLoss(r));
     if (r != lost) {
-      BALLAST_RETURN_IF_ERROR(GoOn(&job, r, left, 1, placements[2], batches[2][r], &found[2][r]));
+      BALLAST_RETURN_IF_ERROR(
+          GoOn(&job_, r, left, 1, placements_[2], batches_[2][r], &found_[2][r]));
     }
     if (r == 1) return absl::OkStatus();
-    return GoOn(&job, r, back, 2, placements[3], batches[3][r], &found[3][r]);
-  });
-  REQUIRE(FirstError(statuses) == "");
-  job.RequireFound(all, batches[0], found[0]);
-  job.RequireFound(left, batches[2], found[2]);
-  job.RequireFound(back, batches[3], found[3]);
-  std::vector<int> waited_for;
-  for (const int32_t r : left) {
-    CAPTURE(r, lost, ends[r].message());
-    REQUIRE((are_told ? absl::IsAborted(ends[r]) : absl::IsDeadlineExceeded(ends[r])));
-    if (loss == Loss::kLeftAlone) REQUIRE(std::ranges::count(missing[r], lost) > 0);
-    waited_for.insert(waited_for.end(), missing[r].begin(), missing[r].end());
-    // Shrunk once, and made anew when the lost one was back. That one would have shrunk, too.
-    const FakeNccl::Seen& seen = job.nccl.seen(r);
-    REQUIRE(seen.plain_shrinks + seen.shrinks_with_abort == 1);
-    if (loss == Loss::kLeftAlone) REQUIRE(seen.plain_shrinks == 1);
-    if (in_exchange) REQUIRE(seen.shrinks_with_abort == 1);
-    REQUIRE(seen.inits == (r == 1 ? 1 : 2));
+    return GoOn(&job_, r, back_, 2, placements_[3], batches_[3][r], &found_[3][r]);
   }
-  if (!are_told) {
+
+  void RequireSteps() const {
+    job_.RequireFound(all_, batches_[0], found_[0]);
+    job_.RequireFound(left, batches_[2], found_[2]);
+    job_.RequireFound(back_, batches_[3], found_[3]);
+  }
+  // That the survivors know whom they have lost.
+  void RequireNamed() const {
+    std::vector<int> waited_for;
+    for (const int32_t r : left) {
+      CAPTURE(r, lost, ends_[r].message());
+      REQUIRE((are_told() ? absl::IsAborted(ends_[r]) : absl::IsDeadlineExceeded(ends_[r])));
+      if (loss == Loss::kLeftAlone) REQUIRE(std::ranges::count(missing_[r], lost) > 0);
+      waited_for.insert(waited_for.end(), missing_[r].begin(), missing_[r].end());
+    }
+    if (are_told()) return;
     // One may wait for others that are kept waiting. Those say so.
     std::erase_if(waited_for, [&](int r) { return std::ranges::count(left, r) > 0; });
     REQUIRE(!waited_for.empty());
     REQUIRE(std::ranges::count(waited_for, lost) == std::ssize(waited_for));
   }
-  REQUIRE(job.nccl.seen(lost).inits == 2);
-  REQUIRE(job.nccl.uses_after_free() == 0);
-  job.ranks.clear();
-  REQUIRE(job.nccl.live_communicators() == 0);
+  // Shrunk once, and made anew when the lost one was back. That one would have shrunk, too.
+  void RequireJoined() {
+    for (const int32_t r : left) {
+      CAPTURE(r, lost);
+      const FakeNccl::Seen& seen = job_.nccl.seen(r);
+      REQUIRE(seen.plain_shrinks + seen.shrinks_with_abort == 1);
+      if (loss == Loss::kLeftAlone) REQUIRE(seen.plain_shrinks == 1);
+      if (in_exchange()) REQUIRE(seen.shrinks_with_abort == 1);
+      REQUIRE(seen.inits == (r == 1 ? 1 : 2));
+    }
+    REQUIRE(job_.nccl.seen(lost).inits == 2);
+    REQUIRE(job_.nccl.uses_after_free() == 0);
+    job_.ranks.clear();
+    REQUIRE(job_.nccl.live_communicators() == 0);
+  }
+
+  const Loss loss;
+  const int lost;
+  const std::vector<int32_t> left;
+
+ private:
+  static inline const std::vector<int32_t> kNodeOfRank = {0, 0, 1, 1};
+
+  static EngineOptions OptionsFor(Loss how) {
+    EngineOptions options;
+    const bool deadline = how == Loss::kLeftAlone || how == Loss::kInAnExchange;
+    options.step_timeout_ms = deadline ? 5'000 : kLongMs;
+    return options;
+  }
+
+  absl::Status UntilTheLoss(int r) {
+    MemberTransport transport(job_.transports[r].get(), all_, 0);
+    Communicator comm(&transport,
+                      {.deadline_ms = OptionsFor(loss).step_timeout_ms, .interrupted = [&] {
+                         return told_ ? absl::AbortedError("told to halt") : absl::OkStatus();
+                       }});
+    BALLAST_RETURN_IF_ERROR(job_.ranks[r]->moe().Connect(&comm, all_, job_.topology));
+    BALLAST_RETURN_IF_ERROR(
+        job_.Step(r, placements_[0], batches_[0][r], &found_[0][r], testing::NothingBetweenLayers));
+    ends_[r] = job_.Step(r, placements_[1], batches_[1][r], &found_[1][r], [&]() -> absl::Status {
+      if (r == lost && !in_exchange()) return absl::CancelledError("gone");
+      // What is under way to the lost one stays so.
+      if (loss == Loss::kToldBetweenLayers) return absl::AbortedError("told to halt");
+      return absl::OkStatus();
+    });
+    if (r == lost && loss == Loss::kTold) told_ = true;
+    missing_[r] = comm.missing();
+    return absl::OkStatus();
+  }
+
+  const std::vector<int32_t> all_ = AllOf(4), back_ = Without(1);
+  Job job_;
+  std::vector<Placement> placements_;  // of the steps
+  std::vector<std::vector<Batch>> batches_;
+  std::vector<std::vector<Found>> found_;
+  std::vector<absl::Status> ends_;  // of the second step
+  std::vector<std::vector<int>> missing_;
+  std::atomic<bool> told_ = false;
+};
+
+TEST_CASE("a rank that is lost on the way is named and the others go on",
+          "[device][decoder][nodes][errors]") {
+  const Loss loss =
+      GENERATE(Loss::kLeftAlone, Loss::kInAnExchange, Loss::kTold, Loss::kToldBetweenLayers);
+  const int lost = GENERATE(0, 3);
+  cuda_shim::Reseed(static_cast<uint64_t>(lost) + 5);
+  LossScene scene(loss, lost);
+  REQUIRE(FirstError(
+              RunRanks(4, [&](Transport*, Communicator*, int r) { return scene.Live(r); })) == "");
+  scene.RequireSteps();
+  scene.RequireNamed();
+  scene.RequireJoined();
 }
 
 TEST_CASE("several nodes without NCCL are refused", "[device][nodes][errors]") {
