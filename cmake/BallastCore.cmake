@@ -66,6 +66,7 @@ ballast_library(kernels
     kernels/kernel_set.cc
     kernels/memory.cc
     kernels/matmul_plain.cc
+    kernels/row_moves.cc
     ${BALLAST_MATMUL_SOURCE}
   PUBLIC ballast_base
   PRIVATE $<$<BOOL:${BALLAST_WITH_ONEDNN}>:OneDnn::OneDnn> $<$<BOOL:${BALLAST_WITH_ONEDNN}>:OpenMP::OpenMP_CXX>)

@@ -10,11 +10,12 @@ set(BALLAST_DEVICE_SOURCES
   kernels/gate.cu
   kernels/grouped_mlp.cu
   kernels/grouped_mlp_fp8.cu
-  kernels/grouped_mlp_tensor.cu)
+  kernels/grouped_mlp_tensor.cu
+  kernels/row_moves.cu)
 
 # What the serving runtime has for devices, likewise.
-set(BALLAST_RUNTIME_DEVICE_SOURCES runtime/device_backend.cc runtime/device_blocks.cc runtime/device_moe_layers.cc
-  runtime/device_moe_layout.cc runtime/step_graphs.cc)
+set(BALLAST_RUNTIME_DEVICE_SOURCES runtime/carried_moe_layers.cc runtime/device_backend.cc runtime/device_blocks.cc runtime/device_moe_layers.cc
+  runtime/device_moe_layout.cc runtime/row_carrier.cc runtime/step_graphs.cc)
 
 if(BALLAST_WITH_CUDA)
   enable_language(CUDA)
@@ -112,6 +113,7 @@ function(ballast_add_device_tests)
       tests/gpu/grouped_mlp_fp8_device_test.cc
       tests/gpu/hopper_device_test.cc
       tests/gpu/layer_device_test.cc
+      tests/gpu/row_moves_device_test.cc
       tests/gpu/split_device_test.cc
     DEVICE_SOURCES tests/gpu/matmul_cublaslt_device_test.cc
     KERNELS tests/gpu/hopper_probe.cu
@@ -133,6 +135,13 @@ function(ballast_add_device_tests)
     add_executable(ballast_emulated ${BALLAST_COMMAND_SOURCES} deploy/gpu/bench_gpu_none.cc deploy/device_cuda.cc)
     target_link_libraries(ballast_emulated PRIVATE ballast_runtime_shim ${BALLAST_COMMAND_LIBS})
     target_compile_definitions(ballast_emulated PRIVATE BALLAST_VERSION="${PROJECT_VERSION}" BALLAST_COMMIT="emulated")
+    # Ranks of several nodes are threads here, over the fake of NCCL, which moves bytes that the host can reach.
+    ballast_test(carried_shim
+      SOURCES
+        tests/gpu/carried_layers_test.cc
+        tests/support/fake_nccl.cc
+        tests/support/fake_nccl_machine.cc
+      LIBS ballast_runtime_shim ballast_test_support)
   endif()
   if(BALLAST_WITH_CUDA)
     add_test(NAME spills

@@ -121,7 +121,7 @@ class NcclApi {
   virtual absl::StatusOr<bool> Happened(GpuEvent event) = 0;
 };
 
-// The NCCL and the CUDA runtime that are linked. Only in builds with BALLAST_WITH_NCCL.
+// The NCCL and the CUDA runtime that are linked; null in builds without BALLAST_WITH_NCCL.
 NcclApi* NcclLibrary();
 
 }  // namespace ballast

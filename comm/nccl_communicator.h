@@ -10,9 +10,9 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "comm/agreement.h"
 #include "comm/communicator.h"
 #include "comm/hierarchy.h"
-#include "comm/agreement.h"
 #include "comm/nccl_agreement.h"
 #include "comm/nccl_api.h"
 
@@ -111,6 +111,9 @@ class NcclCommunicator {
   // ERRORS kDeadlineExceeded names the ranks that the last exchange had messages with;
   //        kUnavailable: a peer or a link is lost; what `interrupted` says; other errors of NCCL
   absl::Status Wait(GpuStream stream, int64_t deadline_ms);
+
+  // Whether the last exchange had messages from or to `peer`.
+  bool HadMessagesWith(int peer) const { return peers_[static_cast<size_t>(peer)] != kNone; }
 
   // The communicator of `survivors`, numbered in their order; this one is dead and freed. If it was
   // dead on any of them, what runs on it is aborted first.

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 #include "absl/status/statusor.h"
 #include "comm/communicator.h"
@@ -12,9 +13,12 @@
 namespace ballast {
 
 // Takes a device of this machine for a rank, the `node_rank`-th of this machine's.
-// `world`, over which ranks lend each other memory, must outlive it.
+// `world`, over which ranks of one machine lend each other memory, must outlive it; where
+// `node_of_rank` has several machines, NCCL carries rows between them.
 // ERRORS kInvalidArgument: this build has no CUDA, or the machine no device that it runs on
-absl::StatusOr<std::unique_ptr<Backend>> MakeDeviceBackend(int32_t node_rank, Communicator* world);
+absl::StatusOr<std::unique_ptr<Backend>> MakeDeviceBackend(int32_t node_rank,
+                                                           const std::vector<int32_t>& node_of_rank,
+                                                           Communicator* world);
 
 }  // namespace ballast
 

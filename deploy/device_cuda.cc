@@ -8,15 +8,22 @@
 
 namespace ballast {
 
-absl::StatusOr<std::unique_ptr<Backend>> MakeDeviceBackend(int32_t node_rank, Communicator* world) {
+absl::StatusOr<std::unique_ptr<Backend>> MakeDeviceBackend(int32_t node_rank,
+                                                           const std::vector<int32_t>& node_of_rank,
+                                                           Communicator* world) {
   const absl::Status device = cuda::UseDevice(node_rank);
   if (!device.ok()) {
     return absl::InvalidArgumentError(absl::StrCat(
         "--device is cuda, allowed on this machine: cpu; ", std::string(device.message())));
   }
-  BALLAST_ASSIGN_OR_RETURN(auto backend, DeviceBackend::Create({.kernels = &DeviceKernels(),
-                                                                .rank = world->rank(),
-                                                                .lend = LendByIpc(world)}));
+  auto backend = DeviceBackend::Create({.kernels = &DeviceKernels(),
+                                        .rank = world->rank(),
+                                        .lend = LendByIpc(world),
+                                        .node_of_rank = node_of_rank});
+  if (absl::IsFailedPrecondition(backend.status())) {  // how the job was started
+    return absl::InvalidArgumentError(
+        absl::StrCat("--device is cuda: ", std::string(backend.status().message())));
+  }
   return backend;
 }
 

@@ -160,7 +160,7 @@ absl::Status Server::ChooseTypes() {
     const std::vector<int32_t> nodes = mpi_->node_of_rank();
     const auto node_rank = std::count(nodes.begin(), nodes.begin() + mpi_->rank(), mpi_->node());
     BALLAST_ASSIGN_OR_RETURN(
-        backend_, MakeDeviceBackend(static_cast<int32_t>(node_rank), communicator_.get()));
+        backend_, MakeDeviceBackend(static_cast<int32_t>(node_rank), nodes, communicator_.get()));
     return absl::OkStatus();
   }
   dtype_ = DTypeOfFlag(flags_.dtype);

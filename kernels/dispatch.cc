@@ -33,6 +33,11 @@ Entry EntryAt(std::span<const std::byte> bytes, uint32_t i) {
   return entry;
 }
 
+// Rows of no bytes may be nowhere.
+void CopyRow(const std::byte* from, std::byte* to, size_t bytes) {
+  if (bytes > 0) std::memcpy(to, from, bytes);
+}
+
 template <typename T>
 void PackResultsTyped(const ReturnArgs& a) {
   T* out = reinterpret_cast<T*>(a.out.data());
@@ -121,8 +126,9 @@ void Pack(const PackArgs& a, Stream) {
       std::byte* out = a.out[rank].data();
       if (last_token[rank] != t) {
         last_token[rank] = t;
-        std::memcpy(out + route.message[rank].rows_offset() + rows[rank]++ * a.row_bytes,
-                    a.rows.data() + static_cast<size_t>(t) * a.row_bytes, a.row_bytes);
+        CopyRow(a.rows.data() + static_cast<size_t>(t) * a.row_bytes,
+                out + route.message[rank].rows_offset() + rows[rank] * a.row_bytes, a.row_bytes);
+        ++rows[rank];
       }
       const Entry entry{rows[rank] - 1, static_cast<uint32_t>(a.ids[copy])};
       std::memcpy(out + DispatchMessage::kEntriesOffset +
@@ -147,9 +153,9 @@ absl::Status Group(const GroupArgs& a, Stream) {
       const Entry entry = EntryAt(a.received[s], i);
       if (entry.row >= messages[s].num_rows || entry.expert >= a.group_of_expert.size() ||
           a.group_of_expert[entry.expert] < 0) {
-        return absl::InternalError(absl::StrCat(
-            "dispatch: rank ", s, " sent row ", entry.row, " of ", messages[s].num_rows,
-            " for expert ", entry.expert, ", which is not here"));
+        return absl::InternalError(absl::StrCat("dispatch: rank ", s, " sent row ", entry.row,
+                                                " of ", messages[s].num_rows, " for expert ",
+                                                entry.expert, ", which is not here"));
       }
       ++g.group_rows[a.group_of_expert[entry.expert]];
     }
@@ -171,8 +177,8 @@ absl::Status Group(const GroupArgs& a, Stream) {
       const Entry entry = EntryAt(a.received[s], i);
       const int32_t to = next[a.group_of_expert[entry.expert]]++;
       g.position[static_cast<size_t>(g.source_begin[s]) + i] = to;
-      std::memcpy(a.x->data() + static_cast<size_t>(to) * a.row_bytes,
-                  rows + entry.row * a.row_bytes, a.row_bytes);
+      CopyRow(rows + entry.row * a.row_bytes, a.x->data() + static_cast<size_t>(to) * a.row_bytes,
+              a.row_bytes);
     }
   }
   return absl::OkStatus();

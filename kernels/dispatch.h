@@ -54,7 +54,8 @@ struct RouteArgs {
   Route* route = nullptr;
 };
 
-// Writes the messages. A row goes once to each rank that needs it.
+// Writes the messages. A row goes once to each rank that needs it. Rows of no bytes: the entries
+// alone, where the rows travel by other means, as `Group` reads them then.
 // SHAPES rows [T, row_bytes]; out[r] has room for route.message[r].bytes(row_bytes)
 struct PackArgs {
   int32_t num_tokens = 0, top_k = 0;

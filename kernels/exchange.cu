@@ -1,46 +1,15 @@
-// Dispatch, expand and combine: each moves rows of 16-byte vectors, reads a row once, and keeps as
-// many accesses in flight as registers allow. All are bound by memory or by the links.
+// Dispatch, expand and combine: who moves which row, and when (how: row_moves.cuh).
 #include "base/status.h"
 #include "kernels/exchange.cuh"
 #include "kernels/exchange.h"
+#include "kernels/row_moves.cuh"
 
 namespace ballast::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kMostChoices = 32;  // top-k
+constexpr int kThreads = kRowThreads;
 
 // ---- device functions -------------------------------------------------------------------------
-
-// Copies one row to up to kMostChoices places, by all threads of the block. Either to peers, or
-// what came from them.
-template <bool kToPeers>
-__device__ void CopyRow(const std::byte* from, std::byte* const* to, int num_to, int row_bytes) {
-  constexpr int kAtOnce = 4;  // independent loads per thread
-  const int vectors = row_bytes / 16;
-  for (int first = static_cast<int>(threadIdx.x); first < vectors; first += kAtOnce * kThreads) {
-    uint4 value[kAtOnce];
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      const int at = first + i * kThreads;
-      if (at >= vectors) continue;
-      const std::byte* vector = from + size_t{16} * at;
-      value[i] = kToPeers ? LoadStreaming(vector) : LoadFresh(vector);
-    }
-    for (int d = 0; d < num_to; ++d) {
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        const int at = first + i * kThreads;
-        if (at >= vectors) continue;
-        if constexpr (kToPeers) {
-          StorePeer(to[d] + size_t{16} * at, value[i]);
-        } else {
-          StoreStreaming(to[d] + size_t{16} * at, value[i]);
-        }
-      }
-    }
-  }
-}
 
 struct RowTargets {
   std::byte* to[kMostChoices];
@@ -141,17 +110,9 @@ __device__ void ExpandRows(const ExpandArgs& a, const Exchange& x, Part part, Ro
   }
 }
 
-// The results of one token's copies, where they are.
-struct Results {
-  const std::byte* row[kMostChoices];
-  float weight[kMostChoices];
-};
-
 template <typename T>
 __device__ void CombineRows(const PullCombineArgs& a, const Exchange& x, Part part,
                             Results& results) {
-  constexpr int kSize = Vector<T>::kSize;
-  constexpr int kAtOnce = 8;  // rows whose vectors are in flight
   const ArenaShape& shape = x.shape;
   const int vectors = shape.row_bytes / 16;
   for (int t = part.index; t < a.num_tokens; t += part.count) {
@@ -164,31 +125,8 @@ __device__ void CombineRows(const PullCombineArgs& a, const Exchange& x, Part pa
                        static_cast<size_t>(a.copy_row[copy]) * shape.row_bytes;
     }
     __syncthreads();
-    for (int at = static_cast<int>(threadIdx.x); at < vectors; at += kThreads) {
-      const size_t first = (static_cast<size_t>(t) * vectors + at) * kSize;
-      float sum[kSize];
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) sum[i] = a.base[first + i];
-      for (int begin = 0; begin < shape.top_k; begin += kAtOnce) {
-        uint4 bits[kAtOnce];
-#pragma unroll
-        for (int j = 0; j < kAtOnce; ++j) {
-          if (begin + j < shape.top_k)
-            bits[j] = LoadFresh(results.row[begin + j] + size_t{16} * at);
-        }
-#pragma unroll
-        for (int j = 0; j < kAtOnce; ++j) {
-          if (begin + j >= shape.top_k) break;
-          const Vector<T> row(bits[j]);
-#pragma unroll
-          for (int i = 0; i < kSize; ++i) {
-            sum[i] = fmaf(results.weight[begin + j], ToFloat(row.at[i]), sum[i]);
-          }
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) a.out[first + i] = sum[i];
-    }
+    const size_t first = static_cast<size_t>(t) * vectors * Vector<T>::kSize;
+    AddResults<T>(results, shape.top_k, vectors, a.base + first, a.out + first);
   }
 }
 

@@ -3,10 +3,11 @@
 
 #include <functional>
 #include <memory>
-#include <utility>
+#include <vector>
 
 #include "absl/status/statusor.h"
 #include "comm/communicator.h"
+#include "comm/nccl_api.h"
 #include "comm/peer_memory.h"
 #include "kernels/device_memory.h"
 #include "runtime/backend.h"
@@ -28,9 +29,14 @@ class DeviceBackend : public Backend {
     MlpPath path = MlpPath::kBest;
     int32_t max_blocks = 1056;  // of a kernel of the exchange (kernels/exchange.h)
     int32_t rank = 0;           // in the job
-    LendMemory lend;            // for the arenas of the exchange, and for the experts
+    LendMemory lend = {};       // for the arenas of the exchange, and for the experts; on one node
+    // [R] of all ranks of the job; empty: all on one. Where there are several, NCCL carries the
+    // rows.
+    std::vector<int32_t> node_of_rank = {};
+    NcclApi* nccl = NcclLibrary();
+    int max_ctas = 0;  // NcclCommunicator::Options
   };
-  // ERRORS kInternal: no stream
+  // ERRORS kFailedPrecondition: several nodes, and no NCCL; kInternal: no stream
   static absl::StatusOr<std::unique_ptr<DeviceBackend>> Create(Options options);
 
   const KernelSet& kernels() const override { return *options_.kernels; }
@@ -48,18 +54,16 @@ class DeviceBackend : public Backend {
   absl::Status ConnectBlocks(Communicator* communicator,
                              std::span<const int32_t> job_ranks) override;
   int64_t MoeLayersBytes(const MoeLayers::Options& options,
-                         const Topology& topology) const override {
-    return static_cast<int64_t>(DeviceMoeLayers::MemoryBytes(options, topology));
-  }
+                         const Topology& topology) const override;
   int64_t all_memory() const override { return cuda::FreeMemory(); }
   bool has_own_memory() const override { return true; }
   absl::StatusOr<ExpertForm> MakeExpertForm(int hidden, int inter, DType dtype) const override;
 
  private:
-  DeviceBackend(Options options, cuda::OwnedStream stream)
-      : options_(std::move(options)), stream_(std::move(stream)), graphs_(stream_.get()) {}
+  DeviceBackend(Options options, cuda::OwnedStream stream);
 
   const Options options_;
+  const bool several_nodes_;
   const cuda::OwnedStream stream_;
   StepGraphs graphs_;
   DeviceBlocks* blocks_ = nullptr;           // made last

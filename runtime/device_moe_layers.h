@@ -14,16 +14,10 @@
 #include "kernels/grouped_mlp.h"
 #include "kernels/kernel_set.h"
 #include "runtime/device_moe_layout.h"
+#include "runtime/expert_arena.h"
 #include "runtime/moe_layers.h"
 
 namespace ballast {
-
-// The blocks of experts in a rank's device memory.
-struct ExpertArena {
-  const std::byte* at = nullptr;
-  size_t block_bytes = 0;
-  int32_t num_blocks = 0;
-};
 
 // Device memory that ranks of the job can address: this rank's own, zeroed, and where the others'
 // are. They stay until the process ends. COLLECTIVE all ranks of the job. SHAPES the result [R]

@@ -25,6 +25,7 @@ DispatchTable::DispatchTable(const Placement& placement, int32_t rank, const Exp
       BALLAST_CHECK(parameters != nullptr);
       layer.group_of_expert[e] = static_cast<int32_t>(layer.parameters.size());
       layer.parameters.push_back(parameters);
+      layer.blocks.push_back(store.BlockOf(l, e));
     }
   }
 }

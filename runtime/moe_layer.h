@@ -35,6 +35,7 @@ class DispatchTable {
     std::unique_ptr<Splitter> splitter;
     std::vector<int32_t> group_of_expert;      // [E] index among this rank's experts, or -1
     std::vector<const std::byte*> parameters;  // [G] of this rank's experts
+    std::vector<int32_t> blocks;               // [G] of the store, that they lie in
   };
   const Placement& placement() const { return placement_; }
   int64_t epoch() const { return placement_.epoch(); }

@@ -14,7 +14,8 @@ set(hot
   "kernels/gate.cu|GateKernelILi(1|2|4|8|16)EE"
   "kernels/grouped_mlp.cu|PlainMlpKernel"
   "kernels/grouped_mlp_fp8.cu|Fp8MlpKernel|QuantiseRowsKernel"
-  "kernels/grouped_mlp_tensor.cu|TensorMlpKernel")
+  "kernels/grouped_mlp_tensor.cu|TensorMlpKernel"
+  "kernels/row_moves.cu|GatherRowsKernel|CombineRowsKernel")
 
 file(MAKE_DIRECTORY "${WORK}")
 set(faults "")

@@ -182,6 +182,32 @@ TEST_CASE("a row goes once to each rank that needs it", "[kernels][unit]") {
   REQUIRE(route.copy_index == std::vector<int32_t>{0, 1, 2, 3, 4, 5});
 }
 
+// Where the rows travel by other means: the same entries, and the same places by expert.
+TEST_CASE("messages of rows of no bytes carry the entries alone", "[kernels][unit]") {
+  Random random(8);
+  const Hosts hosts(5, 1, &random);
+  const SourceBatch with_rows(7, 3, 4, hosts, &random);
+  SourceBatch without = with_rows;
+  without.width = 0;
+  without.x.clear();
+  Route route;
+  REQUIRE(cpu::AssignCopies({.num_tokens = 7, .top_k = 3, .ids = with_rows.ids,
+                             .hosts = &hosts.view, .share = with_rows.share, .route = &route},
+                            nullptr)
+              .ok());
+  const std::vector<Message> whole = PackAll(with_rows, route), bare = PackAll(without, route);
+  REQUIRE(bare[0].size() == route.message[0].rows_offset());
+  REQUIRE(std::equal(bare[0].begin(), bare[0].end(), whole[0].begin()));
+  const std::vector<int32_t> groups = {0, 1, 2, 3, 4};
+  Grouped of_whole, of_bare;
+  AlignedBuffer x, none;
+  REQUIRE(GroupAll(whole, groups, 5, 4 * sizeof(float), &of_whole, &x).ok());
+  REQUIRE(GroupAll(bare, groups, 5, 0, &of_bare, &none).ok());
+  REQUIRE(of_bare.position == of_whole.position);
+  REQUIRE(of_bare.group_rows == of_whole.group_rows);
+  REQUIRE(none.size() == 0);
+}
+
 TEST_CASE("shares below the copies are refused by the expert's name", "[kernels][errors]") {
   Random random(1);
   const Hosts hosts(4, 1, &random);

@@ -104,7 +104,7 @@ class FakeNccl::Api : public NcclApi {
     ++seen().groups;
     world_.Begin(
         group_->comm, [] { return true; },
-        [op = group_, stream = group_stream_] { stream->ops.push_back(op); });
+        [this, op = group_, stream = group_stream_] { world_.Put(stream, op); });
     return absl::OkStatus();
   }
 
@@ -199,7 +199,7 @@ class FakeNccl::Api : public NcclApi {
     ++seen().copies;
     auto op = std::make_shared<Op>();
     op->parts.push_back({false, 0, from.data(), to.data(), from.size()});
-    reinterpret_cast<Stream*>(stream)->ops.push_back(std::move(op));
+    world_.Put(stream, std::move(op));
     return absl::OkStatus();
   }
 
@@ -219,7 +219,7 @@ class FakeNccl::Api : public NcclApi {
     auto op = std::make_shared<Op>();
     op->event = reinterpret_cast<Event*>(event);
     ++op->event->pending;
-    reinterpret_cast<Stream*>(stream)->ops.push_back(std::move(op));
+    world_.Put(stream, std::move(op));
     return absl::OkStatus();
   }
   absl::StatusOr<bool> Happened(GpuEvent event) override {
@@ -240,7 +240,7 @@ class FakeNccl::Api : public NcclApi {
     BALLAST_CHECK(group_->comm == nullptr || group_->comm == comm);
     ++seen().messages;
     group_->comm = comm;
-    group_stream_ = reinterpret_cast<Stream*>(stream);
+    group_stream_ = stream;
     group_->parts.push_back(part);
     return absl::OkStatus();
   }
@@ -249,7 +249,7 @@ class FakeNccl::Api : public NcclApi {
   int process_;
   bool in_group_ = false;
   std::shared_ptr<Op> group_;
-  Stream* group_stream_ = nullptr;
+  GpuStream group_stream_ = nullptr;
 };
 
 FakeNccl::FakeNccl(int num_ranks) : impl_(std::make_unique<Impl>()) {
@@ -260,6 +260,8 @@ FakeNccl::FakeNccl(int num_ranks) : impl_(std::make_unique<Impl>()) {
         {.host = "host", .pci_bus_id = absl::StrCat("0000:", 10 + rank, ":00.0")});
     impl_->gpus.back().uuid[0] = static_cast<uint8_t>(rank + 1);
     impl_->streams.push_back(std::make_unique<Stream>());
+    Stream& own = *impl_->streams.back();
+    own.handle = reinterpret_cast<GpuStream>(&own);
     impl_->apis.push_back(std::make_unique<Api>(impl_.get(), rank));
   }
 }
@@ -271,6 +273,9 @@ int FakeNccl::num_ranks() const {
 }
 void FakeNccl::set_polls_in_progress(int polls) {
   impl_->polls_in_progress = polls;
+}
+void FakeNccl::set_device(Device device) {
+  impl_->device = std::move(device);
 }
 FakeNccl::Faults& FakeNccl::faults(int rank) {
   return impl_->faults[static_cast<size_t>(rank)];
@@ -285,7 +290,7 @@ NcclApi* FakeNccl::api(int rank) {
   return impl_->apis[static_cast<size_t>(rank)].get();
 }
 GpuStream FakeNccl::stream(int rank) {
-  return reinterpret_cast<GpuStream>(impl_->streams[static_cast<size_t>(rank)].get());
+  return impl_->streams[static_cast<size_t>(rank)]->handle;
 }
 
 void FakeNccl::Release() {

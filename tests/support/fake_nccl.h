@@ -4,6 +4,7 @@
 #define BALLAST_TESTS_SUPPORT_FAKE_NCCL_H_
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -47,12 +48,22 @@ class FakeNccl {
     std::vector<int> max_ctas = {};  // of each communicator, in order
   };
 
+  // A device whose streams the ranks use instead of the fake's. THREADS any
+  struct Device {
+    // Runs `work` in the order of the stream. It calls nothing of the fake's.
+    std::function<void(GpuStream stream, std::function<void()> work)> run;
+    // What comes on the stream from now on comes after `done` has said yes.
+    std::function<void(GpuStream stream, std::function<bool()> done)> hold;
+    std::function<void()> advance;  // its streams go on a little
+  };
+
   explicit FakeNccl(int num_ranks);
   ~FakeNccl();
 
   int num_ranks() const;
   // How many times Settled says no after each call that begins something.
   void set_polls_in_progress(int polls);
+  void set_device(Device device);    // before the ranks start
   Faults& faults(int rank);          // before the ranks start
   GpuIdentity& gpu(int rank);        // before the ranks start; all different at first
   const Seen& seen(int rank) const;  // after they have ended

@@ -11,6 +11,19 @@ absl::Status Result(NcclResult result, const char* call, const std::string& text
   return NcclStatus(result, {call, "fake_nccl.cc", 1}, text);
 }
 
+namespace {
+
+// What needs nobody else: a copy, or an event.
+void Do(const Op& op) {
+  if (op.event != nullptr) {
+    --op.event->pending;
+  } else {
+    std::memcpy(op.parts[0].to, op.parts[0].from, op.parts[0].bytes);
+  }
+}
+
+}  // namespace
+
 Comm* FakeMachine::Join(const std::string& name, int size, int rank, int process) {
   Clique& clique = cliques_[name];
   clique.name = name;
@@ -45,6 +58,27 @@ absl::Status FakeMachine::CheckReady(Comm* comm, const char* call) {
   return Result(NcclResult::kInvalidArgument, call, "the last call has not settled");
 }
 
+Stream& FakeMachine::StreamOf(GpuStream handle) {
+  for (const auto& stream : streams) {
+    if (stream->handle == handle) return *stream;
+  }
+  streams.push_back(std::make_unique<Stream>(Stream{handle}));
+  return *streams.back();
+}
+
+void FakeMachine::Put(GpuStream stream, std::shared_ptr<Op> op) {
+  if (device.run == nullptr) {
+    StreamOf(stream).ops.push_back(std::move(op));
+  } else if (op->comm == nullptr) {
+    device.run(stream, [op] { Do(*op); });
+  } else {
+    op->reached = false;
+    device.run(stream, [op] { op->reached = true; });
+    device.hold(stream, [op] { return op->done.load(); });
+    StreamOf(stream).ops.push_back(std::move(op));
+  }
+}
+
 bool FakeMachine::Running(const Comm* comm) const {
   for (const auto& stream : streams) {
     for (const auto& op : stream->ops) {
@@ -56,7 +90,10 @@ bool FakeMachine::Running(const Comm* comm) const {
 
 void FakeMachine::Drop(Comm* comm) {
   for (auto& stream : streams) {
-    std::erase_if(stream->ops, [&](const auto& op) { return op->comm == comm; });
+    std::erase_if(stream->ops, [&](const auto& op) {
+      if (op->comm == comm) op->done = true;
+      return op->comm == comm;
+    });
   }
   const auto is_of = [&](const Box::Entry& entry) { return entry.op->comm == comm; };
   for (auto& [pair, box] : comm->clique->boxes) {
@@ -108,21 +145,22 @@ bool FakeMachine::Match(Clique& clique) {
 }
 
 void FakeMachine::Advance() {
+  if (device.advance != nullptr) device.advance();
   for (bool moved = true; moved;) {
     moved = false;
     for (auto& stream : streams) {
       while (!stream->ops.empty()) {
         const std::shared_ptr<Op> op = stream->ops.front();
+        if (!op->reached) break;
         if (op->comm != nullptr) {
           if (!op->posted) {
             Post(op);
             moved = true;
           }
           if (op->open > 0) break;
-        } else if (op->event != nullptr) {
-          --op->event->pending;
+          op->done = true;
         } else {
-          std::memcpy(op->parts[0].to, op->parts[0].from, op->parts[0].bytes);
+          Do(*op);
         }
         stream->ops.pop_front();
         moved = true;

@@ -2,6 +2,7 @@
 #ifndef BALLAST_TESTS_SUPPORT_FAKE_NCCL_MACHINE_H_
 #define BALLAST_TESTS_SUPPORT_FAKE_NCCL_MACHINE_H_
 
+#include <atomic>
 #include <cstddef>
 #include <deque>
 #include <functional>
@@ -12,12 +13,13 @@
 #include <vector>
 
 #include "comm/nccl_api.h"
+#include "tests/support/fake_nccl.h"
 
 namespace ballast::testing::fake_nccl {
 
 struct Comm;
 struct Event {
-  int pending = 0;
+  std::atomic<int> pending = 0;
   bool freed = false;
 };
 
@@ -37,9 +39,12 @@ struct Op {
   bool posted = false;
   size_t open = 0;  // parts without their counterpart
   Event* event = nullptr;
+  // Of a group on a device's stream: whether that has come to it, and may go on after it.
+  std::atomic<bool> reached = true, done = false;
 };
 struct Stream {
-  std::deque<std::shared_ptr<Op>> ops;
+  GpuStream handle = nullptr;  // what the ranks know it by
+  std::deque<std::shared_ptr<Op>> ops = {};
 };
 
 // Messages from one rank to another that have not met.
@@ -88,6 +93,8 @@ class FakeMachine {
   void Begin(Comm* comm, std::function<bool()> ready, std::function<void()> finish);
   // ERRORS as NCCL: a call that may not come now
   absl::Status CheckReady(Comm* comm, const char* call);
+  // Appends to a stream.
+  void Put(GpuStream stream, std::shared_ptr<Op> op);
   // Whether a stream has work of `comm`.
   bool Running(const Comm* comm) const;
   // Takes away all that runs for `comm`, as if its kernels had ended.
@@ -95,6 +102,7 @@ class FakeMachine {
   // Does what the streams can do now.
   void Advance();
 
+  FakeNccl::Device device;  // empty: streams are the fake's own
   int polls_in_progress = 0;
   std::vector<GpuIdentity> gpus;  // by process
   std::vector<std::unique_ptr<Stream>> streams;
@@ -103,6 +111,7 @@ class FakeMachine {
   int uses_after_free = 0;
 
  private:
+  Stream& StreamOf(GpuStream handle);
   void Post(const std::shared_ptr<Op>& op);
   bool Match(Clique& clique);
   void CheckDevices(Clique& clique);

@@ -54,6 +54,12 @@ bool FreeDevice(void* block) {
   return intact;
 }
 
+size_t DeviceBytes() {
+  size_t bytes = 0;
+  for (const auto& block : DeviceBlocks()) bytes += block->size();
+  return bytes;
+}
+
 bool CheckDeviceBlocks() {
   for (const auto& block : DeviceBlocks()) {
     if (block->IntactGuards()) continue;

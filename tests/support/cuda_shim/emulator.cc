@@ -41,7 +41,7 @@ class Emulator {
     return std::all_of(streams_.begin(), streams_.end(), [&](auto* s) { return Idle(s); });
   }
 
-  // 0 turns: as many as it takes.
+  // 0 turns: as many as it takes, or until all waits for something outside.
   bool Run(CUstream_st* stream, bool all, unsigned most_turns) {
     const auto done = [&] { return all ? AllIdle() : Idle(stream); };
     for (unsigned turn = 0; failure_.empty() && !done() && (most_turns == 0 || turn < most_turns);
@@ -50,7 +50,10 @@ class Emulator {
       if (ready_.empty() || turn % 32 == 0) {
         const bool began = BeginWork();
         if (ready_.empty()) FeedStarved();
-        if (ready_.empty() && later_.empty() && !began && !done()) FailStuck();
+        if (ready_.empty() && later_.empty() && !began && !done()) {
+          if (WaitsOutside()) break;
+          FailStuck();
+        }
       }
       if (!later_.empty() && failure_.empty() && MayDoLater()) DoLater();
       if (!ready_.empty() && failure_.empty()) Step();
@@ -255,7 +258,7 @@ class Emulator {
     if (stream->grid != nullptr) return StartBlocks(stream->grid.get());
     if (stream->work.empty()) return false;
     Work& work = stream->work.front();
-    if (work.kind == Work::Kind::kWait && !work.ready()) return false;
+    if (work.ready != nullptr && !work.ready()) return false;
     const Work now = std::move(work);
     stream->work.pop_front();
     if (now.kind == Work::Kind::kHost) now.host();
@@ -338,6 +341,13 @@ class Emulator {
     for (CUstream_st* stream : streams_) {
       if (stream->grid.get() == grid) stream->grid = nullptr;
     }
+  }
+
+  bool WaitsOutside() {
+    return std::any_of(streams_.begin(), streams_.end(), [](const CUstream_st* s) {
+      return s->grid == nullptr && !s->work.empty() &&
+             s->work.front().kind == Work::Kind::kWaitOutside;
+    });
   }
 
   void FailStuck() {
@@ -431,11 +441,23 @@ void Enqueue(CUstream_st* stream, std::function<void()> host_work) {
 void EnqueueWait(CUstream_st* stream, std::function<bool()> ready) {
   TheEmulator().Push(stream, {Work::Kind::kWait, {}, {}, std::move(ready)});
 }
-bool IsIdle(CUstream_st* stream) {
-  return TheEmulator().Idle(stream);
+void EnqueueWaitOutside(CUstream_st* stream, std::function<bool()> ready) {
+  TheEmulator().Push(stream, {Work::Kind::kWaitOutside, {}, {}, std::move(ready)});
+}
+bool IsIdle(CUstream_st* stream, bool all) {
+  return all ? TheEmulator().AllIdle() : TheEmulator().Idle(stream);
 }
 bool RunUntilIdle(CUstream_st* stream, bool all) {
   return TheEmulator().Run(stream, all, /*most_turns=*/0);
+}
+CUstream_st* MakeStream() {
+  auto* const stream = new CUstream_st;
+  TheEmulator().Add(stream);
+  return stream;
+}
+void FreeStream(CUstream_st* stream) {
+  TheEmulator().Remove(stream);
+  delete stream;
 }
 void RunAWhile() {
   constexpr uint64_t kMostDoublings = 12;
@@ -468,18 +490,3 @@ void Reseed(uint64_t seed) {
 }  // namespace cuda_shim
 
 CUstream_st::~CUstream_st() = default;
-
-cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
-  *stream = new CUstream_st;
-  cuda_shim::TheEmulator().Add(*stream);
-  return cudaSuccess;
-}
-cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned flags, int) {
-  return cudaStreamCreateWithFlags(stream, flags);
-}
-cudaError_t cudaStreamDestroy(cudaStream_t stream) {
-  const bool ok = cuda_shim::RunUntilIdle(stream, false);
-  cuda_shim::TheEmulator().Remove(stream);
-  delete stream;
-  return ok ? cudaSuccess : cudaErrorLaunchFailure;
-}

@@ -4,7 +4,9 @@
 // and launches of different streams interleave. Built against this header, device code is plain
 // C++.
 //
-// THREADS one: all of it belongs to one system thread at a time.
+// THREADS any, one at a time: who calls a function of the CUDA runtime has a turn, and runs the
+// kernels of all. Between turns it may be another's. So kernels that wait for another thread of the
+// host to launch something wait for ever.
 #ifndef BALLAST_TESTS_SUPPORT_CUDA_SHIM_EMULATOR_H_
 #define BALLAST_TESTS_SUPPORT_CUDA_SHIM_EMULATOR_H_
 
@@ -12,6 +14,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <mutex>
 
 struct CUstream_st;
 
@@ -50,6 +53,8 @@ void WakeSleepers(const void* key);
 std::shared_ptr<void>& BlockState();  // null at first: what else lives as long as the block
 
 // ---- called by host code ----------------------------------------------------------------------
+// Held during a turn. REQUIRES it is held by whoever calls one of the following
+std::mutex& Mutex();
 struct Launch {
   const char* name = "";
   Shape grid, block;
@@ -61,9 +66,13 @@ void Enqueue(CUstream_st* stream, Launch launch);
 void Enqueue(CUstream_st* stream, std::function<void()> host_work);
 // Work that waits until `ready` says so.
 void EnqueueWait(CUstream_st* stream, std::function<bool()> ready);
-bool IsIdle(CUstream_st* stream);
-// Runs until the stream (nullptr of `all`: every stream) has nothing left. False: a kernel failed
-// or nothing can go on; the reason is LastFailure().
+// Likewise, for something that the emulator does not do itself: that it waits is no failure.
+void EnqueueWaitOutside(CUstream_st* stream, std::function<bool()> ready);
+bool IsIdle(CUstream_st* stream, bool all);
+CUstream_st* MakeStream();
+void FreeStream(CUstream_st* stream);  // REQUIRES it is idle
+// Runs until the stream (nullptr of `all`: every stream) has nothing left, or all of it waits for
+// something outside. False: a kernel failed or nothing can go on; the reason is LastFailure().
 bool RunUntilIdle(CUstream_st* stream, bool all);
 // Who asks how far the device is finds it a little further, how far is a matter of luck.
 void RunAWhile();
@@ -73,6 +82,7 @@ uint64_t Noise();  // what fresh memory holds
 std::byte* AllocateDevice(size_t bytes);
 // False: something wrote outside of the block, or it is not one.
 bool FreeDevice(void* block);
+size_t DeviceBytes();  // that are lent
 // Names a block that something wrote outside of, or returns true.
 bool CheckDeviceBlocks();
 std::byte* AllocatePinned(size_t bytes);

@@ -1,6 +1,10 @@
 // The functions of the CUDA runtime, over the emulator.
+#include <sched.h>
+
+#include <atomic>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <vector>
 
 #include "tests/support/cuda_shim/cuda_runtime.h"
@@ -8,7 +12,12 @@
 
 namespace {
 
-cudaError_t last_error = cudaSuccess;
+// Threads take turns: each function of the runtime is one, and so is each attempt to wait.
+struct Turn {
+  const std::lock_guard<std::mutex> lock{cuda_shim::Mutex()};
+};
+
+thread_local cudaError_t last_error = cudaSuccess;
 
 cudaError_t Note(cudaError_t error) {
   if (error != cudaSuccess) last_error = error;
@@ -20,19 +29,28 @@ cudaError_t Sound() {
   return Note(cuda_shim::LastFailure()[0] == '\0' ? cudaSuccess : cudaErrorLaunchFailure);
 }
 
-uint64_t blocking_calls = 0;
+std::atomic<uint64_t> blocking_calls = 0;
 
+// In turns of its own.
 cudaError_t Settle(CUstream_st* stream, bool all) {
   ++blocking_calls;
-  if (stream != nullptr && stream->captured != nullptr) return Note(cudaErrorInvalidValue);
-  if (!cuda_shim::RunUntilIdle(stream, all)) return Note(cudaErrorLaunchFailure);
-  return Note(cuda_shim::CheckDeviceBlocks() ? cudaSuccess : cudaErrorLaunchFailure);
+  for (;; sched_yield()) {
+    const Turn turn;
+    if (stream != nullptr && stream->captured != nullptr) return Note(cudaErrorInvalidValue);
+    if (!cuda_shim::RunUntilIdle(stream, all)) return Note(cudaErrorLaunchFailure);
+    if (!cuda_shim::IsIdle(stream, all)) continue;
+    return Note(cuda_shim::CheckDeviceBlocks() ? cudaSuccess : cudaErrorLaunchFailure);
+  }
 }
 
 }  // namespace
 
 uint64_t cuda_shim::BlockingCalls() {
   return blocking_calls;
+}
+std::mutex& cuda_shim::Mutex() {
+  static std::mutex mutex;
+  return mutex;
 }
 
 struct CUevent_st {
@@ -96,6 +114,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
 }
 
 cudaError_t cudaMalloc(void** block, size_t bytes) {
+  const Turn turn;
   ++blocking_calls;
   *block = cuda_shim::AllocateDevice(bytes);
   return cudaSuccess;
@@ -103,25 +122,31 @@ cudaError_t cudaMalloc(void** block, size_t bytes) {
 cudaError_t cudaFree(void* block) {
   if (block == nullptr) return cudaSuccess;
   const cudaError_t settled = Settle(nullptr, true);
+  const Turn turn;
   return cuda_shim::FreeDevice(block) ? settled : Note(cudaErrorInvalidValue);
 }
 
 cudaError_t cudaMemGetInfo(size_t* left, size_t* all) {
-  *left = *all = size_t{8} << 30;
+  const Turn turn;
+  *all = size_t{8} << 30;
+  *left = *all - cuda_shim::DeviceBytes();
   return cudaSuccess;
 }
 cudaError_t cudaHostAlloc(void** block, size_t bytes, unsigned) {
+  const Turn turn;
   ++blocking_calls;
   *block = cuda_shim::AllocatePinned(bytes);
   return cudaSuccess;
 }
 cudaError_t cudaFreeHost(void* block) {
+  const Turn turn;
   if (block == nullptr) return cudaSuccess;
   ++blocking_calls;
   return cuda_shim::FreePinned(block) ? Sound() : Note(cudaErrorInvalidValue);
 }
 
 cudaError_t cudaIpcGetMemHandle(cudaIpcMemHandle_t* handle, void* block) {
+  const Turn turn;
   cuda_shim::SharedBlock shared;
   if (!cuda_shim::ExportDevice(block, &shared)) return Note(cudaErrorInvalidValue);
   std::memset(handle, 0, sizeof *handle);
@@ -129,6 +154,7 @@ cudaError_t cudaIpcGetMemHandle(cudaIpcMemHandle_t* handle, void* block) {
   return cudaSuccess;
 }
 cudaError_t cudaIpcOpenMemHandle(void** block, cudaIpcMemHandle_t handle, unsigned) {
+  const Turn turn;
   ++blocking_calls;
   cuda_shim::SharedBlock shared;
   std::memcpy(&shared, &handle, sizeof shared);
@@ -137,11 +163,13 @@ cudaError_t cudaIpcOpenMemHandle(void** block, cudaIpcMemHandle_t handle, unsign
 }
 cudaError_t cudaIpcCloseMemHandle(void* opened) {
   const cudaError_t settled = Settle(nullptr, true);
+  const Turn turn;
   return cuda_shim::CloseDevice(opened) ? settled : Note(cudaErrorInvalidValue);
 }
 
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind,
                             cudaStream_t stream) {
+  const Turn turn;
   if (bytes == 0) return Sound();
   // The driver copies memory that is not pinned by itself.
   blocking_calls += !cuda_shim::IsReadLate(from) || !cuda_shim::IsReadLate(to);
@@ -160,6 +188,7 @@ cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind 
   return Settle(nullptr, false);
 }
 cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream) {
+  const Turn turn;
   cuda_shim::Enqueue(stream, [=] { std::memset(to, value, bytes); });
   return Sound();
 }
@@ -168,6 +197,20 @@ cudaError_t cudaMemset(void* to, int value, size_t bytes) {
   return Settle(nullptr, false);
 }
 
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
+  const Turn turn;
+  *stream = cuda_shim::MakeStream();
+  return cudaSuccess;
+}
+cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned flags, int) {
+  return cudaStreamCreateWithFlags(stream, flags);
+}
+cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  const cudaError_t settled = Settle(stream, false);
+  const Turn turn;
+  cuda_shim::FreeStream(stream);
+  return settled;
+}
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   return Settle(stream, false);
 }
@@ -175,10 +218,11 @@ cudaError_t cudaDeviceSynchronize() {
   return Settle(nullptr, true);
 }
 cudaError_t cudaStreamQuery(cudaStream_t stream) {
+  const Turn turn;
   cuda_shim::RunAWhile();
   const cudaError_t sound = Sound();
   if (sound != cudaSuccess) return sound;
-  return cuda_shim::IsIdle(stream) ? cudaSuccess : cudaErrorNotReady;
+  return cuda_shim::IsIdle(stream, false) ? cudaSuccess : cudaErrorNotReady;
 }
 
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
@@ -191,6 +235,7 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) {
   return cudaSuccess;
 }
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+  const Turn turn;
   cuda_shim::Enqueue(stream,
                      [recorded = event->recorded, at_ns = event->at_ns, number = ++event->wanted] {
                        *recorded = number;
@@ -199,23 +244,26 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
   return Sound();
 }
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
+  const Turn turn;
   cuda_shim::EnqueueWait(
       stream, [recorded = event->recorded, number = event->wanted] { return *recorded >= number; });
   return Sound();
 }
 cudaError_t cudaEventQuery(cudaEvent_t event) {
+  const Turn turn;
   if (*event->recorded < event->wanted) cuda_shim::RunAWhile();
   const cudaError_t sound = Sound();
   if (sound != cudaSuccess) return sound;
   return *event->recorded >= event->wanted ? cudaSuccess : cudaErrorNotReady;
 }
 cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t begin, cudaEvent_t end) {
+  const Turn turn;
   // A copy takes no turn of the emulator's; no time is zero.
   *ms = static_cast<float>(*end->at_ns - *begin->at_ns + 1) * 1e-6f;
   return cudaSuccess;
 }
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
-  return cudaEventQuery(event) == cudaSuccess ? Sound() : Settle(nullptr, true);
+  return cudaEventQuery(event) == cudaSuccess ? cudaSuccess : Settle(nullptr, true);
 }
 
 namespace {
@@ -229,12 +277,14 @@ std::map<const void*, size_t>& SharedLimits() {
 }  // namespace
 
 cudaError_t SetSharedLimit(const void* kernel, int bytes) {
+  const Turn turn;
   SharedLimits()[kernel] = static_cast<size_t>(bytes);
   return cudaSuccess;
 }
 
 cudaError_t LaunchInShim(const cudaLaunchConfig_t& config, const void* kernel,
                          std::function<void()> body) {
+  const Turn turn;
   const auto shape = [](dim3 d) { return cuda_shim::Shape{d.x, d.y, d.z}; };
   cuda_shim::Launch launch;
   launch.grid = shape(config.gridDim);
@@ -264,11 +314,13 @@ struct CUgraphExec_st {
 };
 
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
+  const Turn turn;
   if (stream == nullptr || stream->captured != nullptr) return Note(cudaErrorInvalidValue);
   stream->captured = std::make_unique<CUgraph_st>();
   return cudaSuccess;
 }
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
+  const Turn turn;
   if (stream == nullptr || stream->captured == nullptr) return Note(cudaErrorInvalidValue);
   *graph = stream->captured.release();
   return cudaSuccess;
@@ -279,6 +331,7 @@ cudaError_t cudaGraphInstantiate(cudaGraphExec_t* exec, cudaGraph_t graph, unsig
   return cudaSuccess;
 }
 cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
+  const Turn turn;
   if (stream == nullptr) return Note(cudaErrorInvalidValue);
   stream->work.insert(stream->work.end(), exec->work.begin(), exec->work.end());
   return Sound();

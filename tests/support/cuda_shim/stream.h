@@ -11,7 +11,7 @@
 namespace cuda_shim {
 
 struct Work {
-  enum class Kind { kKernel, kHost, kWait } kind;
+  enum class Kind { kKernel, kHost, kWait, kWaitOutside } kind;
   Launch launch;
   std::function<void()> host;
   std::function<bool()> ready;
