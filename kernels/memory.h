@@ -13,7 +13,7 @@
 
 namespace ballast {
 
-// THREADS any.
+// THREADS any, with the device current whose memory it is.
 class Memory {
  public:
   virtual ~Memory() = default;

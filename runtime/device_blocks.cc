@@ -88,10 +88,6 @@ size_t DeviceBlocks::memory_bytes() const {
   return static_cast<size_t>(capacity_) * stride() + sums_.size();
 }
 
-size_t DeviceBlocks::pinned_bytes() const {
-  return rooms_.size() + told_.size() + empty_sum_.size();
-}
-
 absl::Status DeviceBlocks::AddBlocks(int32_t count) {
   const int32_t wanted = num_blocks_ + count;
   if (wanted > capacity_) {

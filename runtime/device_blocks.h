@@ -62,9 +62,8 @@ class DeviceBlocks : public BlockMemory {
   std::byte* Address(int32_t block) const override {
     return arena_ + static_cast<size_t>(block) * stride();
   }
-  // The arena, and two words for each block. On top comes, in pinned memory, pinned_bytes().
+  // The arena, and two words for each block. On top come the rooms, in pinned memory.
   size_t memory_bytes() const override;
-  size_t pinned_bytes() const;
   // Where the arena has no room for them: a larger one is made, all blocks are copied to it, and
   // peers cannot fetch from it before the next SetPeers; meanwhile both are there.
   absl::Status AddBlocks(int32_t count) override;
