@@ -25,7 +25,8 @@ namespace {
 using testing::TinyModel;
 
 constexpr int32_t kSlots = 8, kMaxTokens = 24, kMaxSequences = 4;
-constexpr int32_t kLength = 12;  // of a sequence
+constexpr int32_t kLength = 12;     // of a sequence
+constexpr int64_t kTimeoutMs = 50;  // of waits on the device, whose time the emulator makes
 
 void RequireOk(const absl::Status& status) {
   INFO(status.message());
@@ -61,6 +62,7 @@ class VirtualRank {
     EngineOptions options;
     options.dtype = dtype;
     options.scheduler.max_batch_tokens = kMaxTokens;
+    options.step_timeout_ms = kTimeoutMs;
     auto decoder = Decoder::Create(
         checkpoint, {.moe = MoeOptionsOf(options, config), .max_logits = kMaxSequences},
         backend_.get());
@@ -73,6 +75,22 @@ class VirtualRank {
 
   void Connect(const std::vector<int32_t>& ranks, const Topology& topology) {
     RequireOk(decoder_->moe().Connect(&comm_, ranks, topology));
+  }
+  // The others are lost: it goes on alone, from wherever it is.
+  void GoOnAlone(int32_t rank, const Topology& topology) {
+    own_fabric_ = std::make_unique<LocalFabric>(1);
+    own_transport_ = own_fabric_->MakeTransport(0);
+    own_comm_ = std::make_unique<Communicator>(own_transport_.get(), Communicator::Options{});
+    RequireOk(decoder_->moe().Halt());
+    RequireOk(decoder_->moe().Connect(own_comm_.get(), std::vector<int32_t>{rank}, topology));
+  }
+  // A step that the others do not take part in.
+  void RequireLate(int32_t missing) {
+    std::vector<LayerCounts> counts;
+    const auto output = decoder_->Finish(&counts);
+    INFO(output.status().message());
+    REQUIRE(output.status().code() == absl::StatusCode::kDeadlineExceeded);
+    REQUIRE(comm_.missing() == std::vector<int>{missing});
   }
   void Use(const Placement& placement) {
     RequireOk(decoder_->moe().Use(placement, *store_));
@@ -119,6 +137,9 @@ class VirtualRank {
   std::unique_ptr<ExpertStore> store_;
   std::unique_ptr<testing::DeviceArray<std::byte>> experts_;
   std::vector<int32_t> greedy_;
+  std::unique_ptr<LocalFabric> own_fabric_;
+  std::unique_ptr<Transport> own_transport_;
+  std::unique_ptr<Communicator> own_comm_;
 };
 
 // A sequence of one rank: its next `count` tokens as a batch. Of the last some the logits or the
@@ -219,6 +240,21 @@ class Scene {
     REQUIRE(hashes == std::vector<uint64_t>(hashes.size(), hashes[0]));
   }
 
+  // The ranks but `left` are lost before they begin their next step.
+  void LoseAllBut(int32_t left) {
+    Sequence& sequence = sequences_[left];
+    ranks_[left]->Begin(sequence.Next(1));
+    ranks_[left]->RequireLate(1 - left);
+    sequence.done -= 1;  // it is computed again
+    topology_ = Topology::Uniform(1, kSlots);
+    ranks_[left]->GoOnAlone(left, topology_);
+    std::swap(ranks_[0], ranks_[left]);
+    std::swap(sequences_[0], sequences_[left]);
+    std::swap(expected_[0], expected_[left]);
+    lost_ = std::move(ranks_.back());
+    ranks_.pop_back();
+  }
+
   // So many steps of a rank that never rested were launched as a graph.
   void RequireGraphs(int64_t count) const { REQUIRE(ranks_[0]->num_graphs() == count); }
 
@@ -266,13 +302,14 @@ class Scene {
   }
 
   Random random_;
-  const Topology topology_;
+  Topology topology_;
   testing::TempFolder folder_;
   std::unique_ptr<Checkpoint> checkpoint_;
   testing::DeviceArray<std::byte> memory_;
   std::vector<std::byte*> arenas_;
   LocalFabric fabric_;
   std::vector<std::unique_ptr<VirtualRank>> ranks_;
+  std::unique_ptr<VirtualRank> lost_;
   std::vector<Sequence> sequences_;
   std::vector<std::vector<float>> expected_;
 };
@@ -306,6 +343,32 @@ TEST_CASE("a decoder step on the device has the CPU's bits", "[device][decoder][
       scene.Step(step == 0 ? prompt : 1, /*last_rests=*/step == 1);
     }
     scene.RequireGraphs(prompt == 1 ? 4 : 3);
+  });
+}
+
+TEST_CASE("a rank that is left goes on in the same memory", "[device][decoder][streams]") {
+  testing::ForEachSchedule([](int round) {
+    if (round % 4 != 0) return;  // a deadline takes the emulator a while
+    CAPTURE(round);
+    const TinyModel model{.seed = static_cast<uint64_t>(round) + 50,
+                          .vocab = 32,
+                          .hidden = 16,
+                          .num_layers = 2,
+                          .num_dense_layers = 0,
+                          .num_heads = 2,
+                          .num_kv_heads = 1,
+                          .head_dim = 8,
+                          .expert_inter = 8,
+                          .num_experts = 6,
+                          .top_k = 2,
+                          .context = 64};
+    Scene scene(model, DType::kF32, 2, static_cast<uint64_t>(round) + 900);
+    scene.Flip(0);
+    scene.Step(3, /*last_rests=*/false);
+    scene.Step(1, /*last_rests=*/false);
+    scene.LoseAllBut(round / 4 % 2);
+    scene.Flip(1);
+    for (int step = 0; step < 3; ++step) scene.Step(1, /*last_rests=*/false);
   });
 }
 
