@@ -413,10 +413,11 @@ absl::Status DeviceMoeLayers::Await(const std::function<absl::StatusOr<bool>()>&
 
 // Waits of the device have a deadline, so a step that lasts for several is none that will end.
 absl::Status DeviceMoeLayers::CheckAlive(int64_t began_ns) const {
-  constexpr int64_t kDeadlines = 4;
-  if (NowNs() - began_ns < kDeadlines * options_.timeout_ms * 1'000'000) return absl::OkStatus();
-  return absl::InternalError(absl::StrCat("the device has not come to the end of its work for ",
-                                          kDeadlines, " x ", options_.timeout_ms, " ms"));
+  constexpr int64_t kDeadlines = 4, kWorkMs = 30'000;  // of a step, without its waits
+  const int64_t most_ms = kDeadlines * options_.timeout_ms + kWorkMs;
+  if (NowNs() - began_ns < most_ms * 1'000'000) return absl::OkStatus();
+  return absl::InternalError(
+      absl::StrCat("the device has not come to the end of its work for ", most_ms, " ms"));
 }
 
 absl::Status DeviceMoeLayers::Pace() {
