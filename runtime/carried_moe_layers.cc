@@ -45,10 +45,7 @@ int64_t MostStagedRows(const MoeLayers::Options& o, const Topology& topology, in
 
 // What all generations have room for.
 struct CarriedMoeLayers::Sizes {
-  Sizes(const Options& o, const Topology& topology) {
-    for (int32_t r = 0; r < topology.num_ranks(); ++r) {
-      max_groups = std::max(max_groups, topology.slots_on(r));
-    }
+  Sizes(const Options& o, const Topology& topology) : max_groups(o.gate.num_experts) {
     const int64_t ranks = topology.num_ranks(), tokens = o.max_tokens, top_k = o.gate.top_k;
     sent = tokens * std::min(top_k, ranks);
     own = tokens * top_k;
@@ -80,7 +77,8 @@ struct CarriedMoeLayers::Sizes {
             rows(staged)};
   }
 
-  int32_t max_groups = 0;                         // of a rank in a layer
+  // Of a rank in a layer. Ranks that are left after a loss get more slots where theirs do not do.
+  int32_t max_groups;
   int64_t sent, own, arrived, by_expert, staged;  // rows
   int64_t words;
 };
@@ -188,7 +186,7 @@ absl::StatusOr<std::vector<int32_t>> CarriedMoeLayers::BlocksOf(DispatchTable* t
     if (of_layer.size() > most) {
       return absl::InternalError(
           absl::StrCat("layer ", layer, " of epoch ", table->epoch(), " has ", of_layer.size(),
-                       " experts on this rank, which had room for ", most, " at the start"));
+                       " experts on this rank, allowed: up to ", most));
     }
     std::ranges::copy(of_layer, blocks.begin() + static_cast<std::ptrdiff_t>(layer * most));
   }

@@ -417,6 +417,25 @@ TEST_CASE("a rank that is lost on the way is named and the others go on",
   scene.RequireJoined();
 }
 
+// Its own slots would not do, so a regrouping gives it more than any rank had at the start.
+TEST_CASE("a rank that is left alone has room for all experts", "[device][decoder][nodes]") {
+  cuda_shim::Reseed(91);
+  Job job(SmallModel(1), EngineOptions{}, OnNodes({0, 1}), 91);
+  const Placement together = testing::ExpertsAnywhere(job.config(), job.topology, 0, &job.random);
+  const Placement alone = testing::ExpertsAnywhere(
+      job.config(), Topology::Uniform(1, job.config().gate.num_experts), 1, &job.random);
+  const std::vector<Batch> first = {job.sequences[0].Next(3), job.sequences[1].Next(3)};
+  std::vector<Found> found(2), later(1);
+  REQUIRE(FirstError(RunRanks(2, [&](Transport*, Communicator*, int r) {
+            return GoOn(&job, r, AllOf(2), 0, together, first[r], &found[r]);
+          })) == "");
+  job.RequireFound(AllOf(2), first, found);
+  RequireOk(job.ranks[0]->moe().Halt());
+  const std::vector<Batch> next = {job.sequences[0].Next(2)};
+  RequireOk(GoOn(&job, 0, {0}, 1, alone, next[0], &later[0]));
+  job.RequireFound({0}, next, later);
+}
+
 TEST_CASE("several nodes without NCCL are refused", "[device][nodes][errors]") {
   const auto make = [](const std::vector<int32_t>& node_of_rank) {
     return DeviceBackend::Create(
