@@ -29,7 +29,7 @@ namespace ballast {
 // (row_carrier.h), beside `while_waiting`. Nobody enters a call of NCCL for a layer before all have
 // said what they send in it. The host waits for the device once a layer, for what the gate chose.
 //
-// After an error what is under way stays so until Connect, which ends it.
+// After an error what is under way stays so until Halt or Connect, which end it.
 class CarriedMoeLayers : public MoeLayers {
  public:
   struct Device {
@@ -54,6 +54,7 @@ class CarriedMoeLayers : public MoeLayers {
   absl::Status Use(const Placement& placement, const ExpertStore& store) override;
   // Reads the table of blocks back: waits for the stream.
   absl::Status Check(const Placement& placement, const ExpertStore& store) override;
+  absl::Status Halt() override { return carrier_->Halt(); }
   absl::Status Run(const Args& args) override;
   absl::Status Finish(std::vector<LayerCounts>* counts) override;
   absl::StatusOr<std::span<const int32_t>> Ids(int32_t layer, int32_t num_tokens) override;

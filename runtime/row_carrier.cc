@@ -101,25 +101,44 @@ absl::Status RowCarrier::Connect(Communicator* communicator, std::span<const int
   for (auto* sizes : {&send_bytes_, &send_offsets_, &recv_bytes_, &recv_offsets_}) {
     sizes->assign(members_.size(), 0);
   }
-  BALLAST_RETURN_IF_ERROR(AwaitIdle(options_.stream));
-  return AwaitIdle(road_.get());
+  // NCCL's part in what was under way has ended by itself or was aborted.
+  const absl::Status idle = AwaitIdle(options_.timeout_ms, [this] { return comm_->LookAround(); });
+  return absl::IsDeadlineExceeded(idle) ? absl::InternalError(idle.message()) : idle;
 }
 
-// NCCL's part in it has ended by itself or was aborted.
-absl::Status RowCarrier::AwaitIdle(Stream stream) {
-  const int64_t deadline = NowNs() + options_.timeout_ms * 1'000'000;
+absl::StatusOr<bool> RowCarrier::IsIdle() const {
+  BALLAST_ASSIGN_OR_RETURN(const bool computed, cuda::IsDone(options_.stream));
+  BALLAST_ASSIGN_OR_RETURN(const bool carried, cuda::IsDone(road_.get()));
+  return computed && carried;
+}
+
+// ERRORS kDeadlineExceeded; what `look_around` says
+absl::Status RowCarrier::AwaitIdle(int64_t timeout_ms,
+                                   const std::function<absl::Status()>& look_around) {
+  const int64_t deadline = NowNs() + timeout_ms * 1'000'000;
   for (int polls = 0;; ++polls) {
-    BALLAST_ASSIGN_OR_RETURN(const bool done, cuda::IsDone(stream));
-    if (done) return absl::OkStatus();
+    BALLAST_ASSIGN_OR_RETURN(const bool idle, IsIdle());
+    if (idle) return absl::OkStatus();
     if (polls % kPollsPerLook == kPollsPerLook - 1) {
-      BALLAST_RETURN_IF_ERROR(comm_->LookAround());
+      BALLAST_RETURN_IF_ERROR(look_around());
       if (NowNs() > deadline) {
-        return absl::InternalError(absl::StrCat("what was put on the device has not ended in ",
-                                                options_.timeout_ms, " ms"));
+        return absl::DeadlineExceededError(
+            absl::StrCat("what was put on the device has not ended in ", timeout_ms, " ms"));
       }
     }
     Relax(polls);
   }
+}
+
+absl::Status RowCarrier::Halt() {
+  constexpr int64_t kSoonMs = 100;  // what waits for nobody has ended by then
+  const auto go_on = [] { return absl::OkStatus(); };
+  absl::Status idle = AwaitIdle(kSoonMs, go_on);
+  if (!absl::IsDeadlineExceeded(idle)) return idle;
+  EndNccl();
+  idle = AwaitIdle(options_.timeout_ms, go_on);
+  // Nobody is waited for any more: it is the device that does not come back.
+  return idle.ok() ? idle : absl::InternalError(idle.message());
 }
 
 void RowCarrier::Plan() {

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
 #include <vector>
@@ -16,10 +17,10 @@ namespace ballast {
 
 // Carries rows between devices by NCCL, on a stream of its own beside the one that computes:
 //
-//   Connect (pair_bytes Plan Send Receive)*
+//   Connect (pair_bytes Plan Send Receive)* Halt
 //
-// and so on after another Connect. Where ranks are on several nodes, what crosses goes once per
-// sender and node (comm/hierarchy.h).
+// and so on after another Connect, which also does without Halt. Where ranks are on several nodes,
+// what crosses goes once per sender and node (comm/hierarchy.h).
 //
 // After an error what is under way stays so until Connect, which ends it.
 // THREADS one. COLLECTIVE all ranks make the same calls in the same order.
@@ -43,6 +44,11 @@ class RowCarrier {
   absl::Status Connect(Communicator* communicator, std::span<const int32_t> job_ranks,
                        std::span<const int32_t> node_of_rank, std::span<std::byte> staging,
                        const absl::Status& mine);
+
+  // The streams come to their end: at once where nothing waits for a rank that is gone, else NCCL's
+  // communicator is given up, and the next Connect makes one anew. Needs no other rank.
+  // ERRORS kInternal: what was put on them does not end
+  absl::Status Halt();
 
   // What goes from each rank (the row) to each (the column) in the next exchange: to be written,
   // the same on all ranks. SHAPES [R, R]
@@ -70,7 +76,8 @@ class RowCarrier {
         ready_(std::move(ready)),
         come_(std::move(come)) {}
   void EndNccl();
-  absl::Status AwaitIdle(Stream stream);
+  absl::StatusOr<bool> IsIdle() const;
+  absl::Status AwaitIdle(int64_t timeout_ms, const std::function<absl::Status()>& look_around);
   absl::Status Complain(const absl::Status& status);
 
   const Options options_;

@@ -54,6 +54,7 @@ class DeviceRank {
   Decoder& decoder() { return *decoder_; }
   MoeLayers& moe() { return decoder_->moe(); }
   KvCache& cache() { return *cache_; }
+  Stream stream() const { return backend_->stream(); }
   const ExpertStore& store() const { return *store_; }
 
  private:
